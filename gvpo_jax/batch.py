@@ -1,0 +1,135 @@
+"""One batch of groups: what rollout, rewards and scoring fill in and the train step reads."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    """g groups of k completions. Masks come from lengths and `valid`, never from token values.
+
+    Attributes:
+        prompts: `[g, p]` int32, padded on the right.
+        prompt_lengths: `[g]` int32, at least 1.
+        completions: `[g, k, t]` int32, padded on the right.
+        lengths: `[g, k]` int32, the end token included.
+        rewards: `[g, k]` float32; what stands at an invalid completion does not matter.
+        valid: `[g, k]` booleans: completions that have a reward.
+        ref_logps: `[g, k, t]` float32 token log-probs under the reference, in nats.
+    """
+
+    prompts: Array
+    prompt_lengths: Array
+    completions: Array
+    lengths: Array
+    rewards: Array
+    valid: Array
+    ref_logps: Array
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], longest: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pad to the next bucket: token ids `[g, p]` and lengths `[g]`, int32.
+
+    Args:
+        prompts: g lists of token ids.
+        longest: length of the longest prompt there will be in the run, where it is known. Then the
+            buckets are that length, its half and its quarter, and the run compiles three widths at most.
+
+    Raises:
+        ValueError: no prompt, or one without a token.
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    if len(lengths) == 0 or lengths.min() == 0:
+        raise ValueError("every prompt needs at least one token: give it some text")
+    width = int(lengths.max())
+    width = bucket(width) if longest is None else _fraction(width, longest)
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, lengths
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The padded length: 16, 24, 32, 48, 64, 96, ... whichever is the first that fits."""
+    size = smallest
+    while size < length:
+        half = size + size // 2
+        if half >= length:
+            return half
+        size *= 2
+    return size
+
+
+def _fraction(width: int, longest: int) -> int:
+    sizes = (-(-longest // (parts * 8)) * 8 for parts in (4, 2, 1))  # multiples of 8
+    return next((size for size in sizes if size >= width), bucket(width))
+
+
+def make_batch(
+    prompts: Sequence[Sequence[int]],
+    completions: np.ndarray,
+    lengths: np.ndarray,
+    rewards: np.ndarray,
+    longest_prompt: int | None = None,
+) -> Batch:
+    """A batch without reference log-probs yet (they are 0), its completions cut to the bucket of the longest.
+
+    Args:
+        prompts: g lists of token ids.
+        completions: `[g, k, t]` token ids.
+        lengths: `[g, k]` tokens of each completion; 0 marks one that is not there.
+        rewards: `[g, k]`, NaN where a completion has none.
+        longest_prompt: see `pad_prompts`.
+    """
+    padded, prompt_lengths = pad_prompts(prompts, longest_prompt)
+    width = min(completions.shape[-1], bucket(int(lengths.max())))
+    valid = ~np.isnan(rewards) & (lengths > 0)
+    return Batch(
+        prompts=padded,
+        prompt_lengths=prompt_lengths,
+        completions=completions[..., :width].astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        rewards=np.where(valid, rewards, 0).astype(np.float32),
+        valid=valid,
+        ref_logps=np.zeros((*lengths.shape, width), np.float32),
+    )
+
+
+def pad_completions(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged groups of ragged completions as `[g, k, t]` token ids and `[g, k]` lengths, 0 where there is none."""
+    k = max(len(group) for group in groups)
+    t = max(len(completion) for group in groups for completion in group)
+    completions = np.zeros((len(groups), k, bucket(t)), np.int32)
+    lengths = np.zeros((len(groups), k), np.int32)
+    for g, group in enumerate(groups):
+        for i, completion in enumerate(group):
+            completions[g, i, : len(completion)] = completion
+            lengths[g, i] = len(completion)
+    return completions, lengths
+
+
+def pad_groups(batch: Batch, groups: int) -> Batch:
+    """Fill up to `groups` groups with copies of the first one marked invalid: they count for nothing."""
+    missing = groups - batch.prompts.shape[0]
+    if missing <= 0:
+        return batch
+    filled = Batch(*(np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in batch))
+    return filled._replace(
+        valid=np.concatenate([batch.valid, np.zeros_like(filled.valid[:missing])])
+    )
+
+
+def split_groups(batch: Batch, parts: int) -> Batch:
+    """`[g, ...] -> [parts, g / parts, ...]`, dealt out in turn: a batch sharded over its groups stays where it is."""
+
+    def split(x):
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    return Batch(*(split(x) for x in batch))

@@ -1,0 +1,160 @@
+"""Checkpoints through Orbax, with what Orbax leaves to its users: checksums, and falling back from a broken step."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gvpo_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: its step, the state, and the plain values saved along."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run folder; use as a context manager, so that the last save is awaited.
+
+    Args:
+        folder: made when missing.
+        keep: how many of the latest are kept.
+    """
+
+    def __init__(self, folder: Path | str, *, keep: int = 2):
+        self._folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest step on disk, whole or not."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+        """Save a pytree of arrays and JSON values as one atomic step; writing goes on in the background.
+
+        Raises:
+            UserError: an earlier save failed, e.g. for a full disk.
+        """
+        if step in self._manager.all_steps():
+            return
+        extra = extra | {"checksums": _checksums(state)}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
+        )
+        try:
+            self._manager.save(step, args=args)
+        except OSError as error:
+            raise UserError(
+                f"could not write checkpoint {step} to {self._folder}: {error}"
+            ) from None
+
+    def restore(self, like: Any) -> Restored | None:
+        """The newest whole checkpoint, or None where there is none at all.
+
+        A step that can't be read or whose checksums differ is passed over with a warning, and deleted, so that the
+        run can write it again.
+
+        Args:
+            like: tree of `jax.ShapeDtypeStruct` with shardings, the state as it shall come back.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        broken = []
+        for step in steps:
+            try:
+                restored = self._read(step, like)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _log.warning(
+                    "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
+                )
+                broken.append(step)
+                continue
+            for bad in broken:
+                self._manager.delete(bad)
+            return restored
+        if steps:
+            raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
+        return None
+
+    def wait(self) -> None:
+        """Until everything saved is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise UserError(f"could not write to {self._folder}: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """Wait, then let go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, step: int, like: Any) -> Restored:
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore()
+        )
+        read = self._manager.restore(step, args=args)
+        extra = dict(read["extra"])
+        expected, found = extra.pop("checksums"), _checksums(read["state"])
+        wrong = [name for name in found if expected.get(name) != found[name]]
+        if wrong or len(expected) != len(found):
+            raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
+        return Restored(step, read["state"], extra)
+
+
+def fingerprint(tree: Any) -> int:
+    """One number for a whole tree of arrays: equal trees give equal numbers on any mesh."""
+    total = 0
+    for name, value in sorted(_checksums(tree).items()):
+        total = (total * 31 + value + len(name)) % 2**32
+    return total
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """A checksum of every leaf's bits, by path, computed where the leaf lies."""
+    leaves = jax.tree.leaves_with_path(tree)
+    sums = _sums([leaf for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: int(value) for name, value in zip(names, np.asarray(sums), strict=True)}
+
+
+@jax.jit
+def _sums(leaves):
+    return jnp.stack([_sum(leaf) for leaf in leaves])
+
+
+def _sum(leaf):
+    """Bits as unsigned integers, each times its odd place number, modulo 2**32: one flipped bit always shows."""
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1).astype(jnp.uint32)
+    places = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+    return jnp.sum(bits * places, dtype=jnp.uint32)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,328 @@
+"""A run's settings: frozen dataclasses whose comments are the manual, filled from YAML and `key=value`."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from gvpo_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/run"  # holds everything the run writes; a second start on it resumes
+    seed: int = 0  # data order, sampling
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "debug"  # hub name, folder of safetensors, .gguf file, package://PACKAGE/FILE.gguf, or "debug"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+    remat: Literal["none", "layer"] = (
+        "none"  # "layer": recompute each layer in the backward pass, to save memory
+    )
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A reasoning-gym task; needs the extra `tasks`."""
+
+    name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # the task's own options
+    question: str = (
+        ""  # prompt, a format string over the item's metadata; empty: the task's own question
+    )
+    answer_prefix: str = ""  # text put at the start of the answer
+    weight: float = 1.0  # share of the rows
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None = None  # JSONL or parquet with a column `prompt`, or ...
+    eval_path: str | None = None  # (held-out rows, same columns)
+    tasks: list[TaskConfig] = field(default_factory=list)  # ... generated tasks
+    train_size: int = 1000  # rows drawn from the tasks
+    eval_size: int = (
+        256  # held-out rows: drawn from the tasks, or the first ones of eval_path; 0: no evaluation
+    )
+    eval_seed: int = 0  # the held-out rows do not follow run.seed, so that runs can be compared
+    chat_template: Literal["auto", "never", "always"] = "auto"  # "auto": for lists of messages only
+    template: str | None = None  # a Jinja chat template in place of the tokenizer's own
+    system_prompt: str | None = None
+    max_prompt_length: int = 512  # tokens
+    too_long: Literal["error", "skip"] = (
+        "error"  # what to do with longer prompts; they are never cut
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_generations: int = 4  # k, completions per prompt
+    max_completion_length: int = 256  # tokens, the end token included
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off; like top_p and min_p it cuts the support that GVPO's optimum relies on
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: list[int] = field(default_factory=list)  # besides the model's own
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    funcs: list[str] = field(default_factory=list)  # "module:function" or "path/file.py:function"
+    weights: list[float] = field(default_factory=list)  # one per function; empty: all 1
+    on_error: Literal["raise", "skip"] = (
+        "raise"  # "skip": the completion leaves its group, and is counted
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    beta: float = (
+        0.1  # pull towards the reference, reward per nat; the paper finds [0.01, 0.5] fine
+    )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The policy that beta pulls towards."""
+
+    name: Literal["initial", "previous", "ema"] = "initial"
+    refresh_every: int = 1  # previous: updates between refreshes, rounded up to a rollout
+    decay: float = 0.99  # ema: per update
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0  # updates
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0  # null: no clipping
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100  # updates in all
+    batch_size: int = 8  # prompts per update
+    steps_per_generation: int = 1  # updates' worth of prompts that one rollout samples
+    num_iterations: int = 1  # passes over each rollout
+    micro_batches: int = 1  # parts of whole groups per update, to save memory; same gradient
+    stop_at: int | None = None  # end this session after so many updates; the next start goes on
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0  # updates between evaluations; 0: only before and after
+    num_generations: int = 4  # completions per held-out prompt
+    temperature: float = 1.0
+    batch_size: int = 16  # prompts
+    success_reward: float = 1.0  # a completion with at least this reward counts as right
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50  # updates, rounded up to a rollout; the last state is always saved
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = False  # needs the extra `tensorboard`
+    completions_every: int = 10  # updates between samples written to disk
+    samples: int = 3  # completions shown on screen each time
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+# A resumed run may change these: they touch neither what was computed nor what will be.
+_FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "mesh")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file with `key=value` overrides on top.
+
+    Data files that are not found from the working directory are looked for beside the config. A path that does not exist but names a config that came with the package (`quickstart`, `configs/quickstart.yaml`) is
+    taken from there.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key, or a value out of range.
+    """
+    file = _find(Path(path))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(
+                f"'{override}' is not an override: write key=value, e.g. train.steps=10"
+            )
+    try:
+        schema = OmegaConf.structured(Config)
+        merged = OmegaConf.merge(
+            schema, OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))
+        )
+        config = _as_config(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    except (YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is not a readable YAML config: {_one_line(error)}") from None
+    data = dataclasses.replace(
+        config.data,
+        path=_beside(file, config.data.path),
+        eval_path=_beside(file, config.data.eval_path),
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def override(config: Config, **values: Any) -> Config:
+    """A copy with `section__key=value` changed, e.g. `override(config, loss__beta=0.2)`.
+
+    Raises:
+        UserError: an unknown key or a value out of range.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.partition("__")
+        changes.setdefault(section, {})[key] = value
+    try:
+        return _as_config(OmegaConf.merge(OmegaConf.structured(config), changes))
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config, resolved, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def difference(a: Config, b: Config) -> list[str]:
+    """Keys, as `section.key`, in which two configs differ in a way that a resumed run must not."""
+    flat_a, flat_b = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
+    return [
+        key
+        for key in flat_a
+        if flat_a[key] != flat_b.get(key)
+        and not any(key == f or key.startswith(f + ".") for f in _FREE)
+    ]
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a config file")
+    for folder in (CONFIGS, CONFIGS.parent.parent / "configs"):
+        packaged = folder / path.with_suffix(".yaml").name
+        if packaged.is_file() and path.parent.name in ("", "configs"):
+            return packaged
+    raise UserError(f"there is no config file {path}")
+
+
+def _beside(file: Path, path: str | None) -> str | None:
+    """A relative path that is not found from here is looked for beside the config."""
+    if path is None or Path(path).exists() or not (file.parent / path).exists():
+        return path
+    return str(file.parent / path)
+
+
+def _as_config(merged: Any) -> Config:
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def _check(c: Config) -> None:
+    at_least = {
+        "rollout.num_generations": (c.rollout.num_generations, 2),
+        "rollout.max_completion_length": (c.rollout.max_completion_length, 1),
+        "data.max_prompt_length": (c.data.max_prompt_length, 1),
+        "data.train_size": (c.data.train_size, 1),
+        "data.eval_size": (c.data.eval_size, 0),
+        "reference.refresh_every": (c.reference.refresh_every, 1),
+        "train.steps": (c.train.steps, 1),
+        "train.batch_size": (c.train.batch_size, 1),
+        "train.steps_per_generation": (c.train.steps_per_generation, 1),
+        "train.num_iterations": (c.train.num_iterations, 1),
+        "train.micro_batches": (c.train.micro_batches, 1),
+        "optimizer.warmup_steps": (c.optimizer.warmup_steps, 0),
+        "optimizer.learning_rate": (c.optimizer.learning_rate, 0),
+        "eval.every": (c.eval.every, 0),
+        "eval.num_generations": (c.eval.num_generations, 1),
+        "eval.batch_size": (c.eval.batch_size, 1),
+        "checkpoint.every": (c.checkpoint.every, 1),
+        "checkpoint.keep": (c.checkpoint.keep, 1),
+        "log.completions_every": (c.log.completions_every, 1),
+        "run.seed": (c.run.seed, 0),
+    }
+    for key, (value, least) in at_least.items():
+        if not value >= least:
+            raise UserError(f"{key} must be at least {least}, got {value}")
+    if not c.loss.beta > 0:
+        raise UserError(f"loss.beta must be > 0, got {c.loss.beta}; the paper uses 0.01 to 0.5")
+    if not c.train.batch_size % c.train.micro_batches == 0:
+        raise UserError(
+            f"train.batch_size={c.train.batch_size} does not divide into "
+            f"train.micro_batches={c.train.micro_batches}; use a multiple"
+        )
+    if not 0 <= c.reference.decay <= 1:
+        raise UserError(f"reference.decay must be in [0, 1], got {c.reference.decay}")
+    if not c.rollout.temperature > 0:
+        raise UserError(f"rollout.temperature must be > 0 in training, got {c.rollout.temperature}")
+    if c.rewards.weights and len(c.rewards.weights) != len(c.rewards.funcs):
+        raise UserError(
+            f"rewards.weights has {len(c.rewards.weights)} numbers for {len(c.rewards.funcs)} functions"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    """OmegaConf's first sentence and the key it is about, without the lines on its own types."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next(
+        (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), ""
+    )
+    message = lines[0] if lines else type(error).__name__
+    return f"{key}: {message}" if key and key not in message else message

@@ -1,0 +1,238 @@
+"""Rows of data, their prompts as token ids, and the order in which training visits them.
+
+A row is a plain dict: `prompt` (a string or a list of chat messages) and any other columns, which
+the reward functions receive under their own names. The column `answer_prefix` is text put at the
+start of the answer, after the prompt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gvpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Rows whose prompts fit, their token ids (a list per row), the number of rows left out."""
+
+    rows: list[Row]
+    token_ids: list[list[int]]
+    skipped: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.token_ids))
+
+
+def load_rows(path: str | Path) -> list[Row]:
+    """Read the rows of a `.jsonl` or `.parquet` file.
+
+    Raises `UserError`, naming the file and the line (parquet: the row), for whatever is not a row
+    with a usable prompt.
+    """
+    path = Path(path)
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: data files end in .jsonl (one JSON object a line) or .parquet")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    placed_rows = readers[path.suffix](path)
+    if not placed_rows:
+        raise UserError(f"{path}: the file holds no rows")
+    for place, row in placed_rows:
+        _check_row(place, row)
+    return [row for _, row in placed_rows]
+
+
+def repeat_columns(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, list[Any]]:
+    """Columns of the rows, every value k times, as reward functions expect them.
+
+    Every list is n = len(rows) * k long, with None where a row lacks the column. The columns that
+    the caller passes under names of their own (`prompt`, `completion`, `completion_ids`) are left
+    out.
+    """
+    own = ("prompt", "completion", "completion_ids")
+    names = dict.fromkeys(name for row in rows for name in row if name not in own)
+    return {name: [row.get(name) for row in rows for _ in range(k)] for name in names}
+
+
+def encode_prompts(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    chat_template: Literal["auto", "never", "always"] = "auto",
+    template: str | None = None,
+    system_prompt: str | None = None,
+    too_long: Literal["error", "skip"] = "error",
+) -> EncodedPrompts:
+    """Tokenise every row's prompt together with its `answer_prefix`.
+
+    `auto` applies the chat template to message lists and leaves strings as they are, `always` makes
+    a string one user message, `never` takes strings only. `template` (Jinja text) replaces the
+    tokenizer's own. `system_prompt` opens every templated prompt that has no system message of its
+    own. A templated prompt gets no further special tokens.
+
+    Raises `UserError`, naming the row (from 1), where a prompt can't be encoded, or is longer than
+    `max_prompt_length` tokens and `too_long` is `error`, or where no row is left.
+    """
+    kept: list[Row] = []
+    token_ids: list[list[int]] = []
+    for number, row in enumerate(rows, start=1):
+        messages = _messages(number, row["prompt"], chat_template, system_prompt)
+        if messages is None:
+            text, special = row["prompt"], True
+        else:
+            text, special = _apply_template(number, messages, tokenizer, template), False
+        text += row.get("answer_prefix") or ""
+        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        if not ids:
+            raise UserError(f"row {number}: the prompt is empty; remove the row")
+        if len(ids) <= max_prompt_length:
+            kept.append(row)
+            token_ids.append(ids)
+        elif too_long == "error":
+            raise UserError(
+                f"row {number}: the prompt is {len(ids)} tokens long, max_prompt_length is "
+                f"{max_prompt_length}; raise it, or skip prompts that are too long"
+            )
+    if not kept:
+        raise UserError(f"no prompt is left: all {len(rows)} are over {max_prompt_length} tokens")
+    return EncodedPrompts(kept, token_ids, len(rows) - len(kept))
+
+
+def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Row numbers [batch_size] of batch number `step`.
+
+    Epochs follow each other endlessly, each in an order of its own, and are cut into batches. A
+    pure function, so a run resumes from `step` alone. Every epoch holds each row once; a batch may
+    straddle two epochs, and so hold a row twice.
+    """
+    if n_rows < 1 or batch_size < 1 or step < 0 or seed < 0:
+        raise ValueError(
+            "need n_rows and batch_size >= 1, step and seed >= 0; "
+            f"got {n_rows}, {batch_size}, {step}, {seed}"
+        )
+    epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n_rows)
+    indices = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _epoch_order(n_rows, int(epoch), seed)[offsets[here]]
+    return indices
+
+
+def _epoch_order(n_rows: int, epoch: int, seed: int) -> np.ndarray:
+    # Raw bits keep their values across NumPy versions; Generator.permutation doesn't promise to.
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(n_rows)
+    return np.argsort(bits, kind="stable")
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    placed_rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        place = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            placed_rows.append((place, json.loads(line.decode("utf-8-sig"))))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise UserError(f"{place}: not a JSON object on one line: {error}") from None
+    return placed_rows
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise UserError(f'{path}: pyarrow is missing: pip install "gvpo-jax[parquet]"') from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise UserError(f"{path}: can't be read as parquet: {_one_line(error)}") from None
+    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _check_row(place: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row is a JSON object, this is a {type(row).__name__}")
+    if "prompt" not in row:
+        raise UserError(f"{place}: no column 'prompt'; the columns are {', '.join(row) or 'none'}")
+    if not isinstance(row.get("answer_prefix"), str | None):
+        raise UserError(f"{place}: 'answer_prefix' must be text")
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        if not prompt:
+            raise UserError(f"{place}: the prompt is empty")
+        return
+    if not (isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt)):
+        raise UserError(
+            f"{place}: 'prompt' must be text or a list of messages "
+            '{"role": "user", "content": "..."}'
+        )
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(
+            f"{place}: the last message is the assistant's; put the start of its answer into the "
+            "column 'answer_prefix'"
+        )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )
+
+
+def _messages(
+    number: int, prompt: str | list[dict], chat_template: str, system_prompt: str | None
+) -> list[dict] | None:
+    """The messages to put through the chat template; None for a prompt that stays plain text."""
+    if isinstance(prompt, str):
+        if chat_template != "always":
+            if system_prompt is not None:
+                raise UserError(
+                    f"row {number}: a system_prompt needs the chat template, and this prompt is "
+                    "plain text; set chat_template: always"
+                )
+            return None
+        prompt = [{"role": "user", "content": prompt}]
+    elif chat_template == "never":
+        raise UserError(f"row {number}: the prompt is a list of messages; set chat_template: auto")
+    if system_prompt is not None and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system_prompt}, *prompt]
+    return prompt
+
+
+def _apply_template(
+    number: int, messages: list[dict], tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> str:
+    if template is None and not tokenizer.chat_template:
+        raise UserError(
+            f"row {number}: the tokenizer has no chat template; give one, or use plain text "
+            "prompts with chat_template: never"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=template
+        )
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"row {number}: the chat template failed: {_one_line(error)}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

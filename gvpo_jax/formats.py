@@ -1,0 +1,48 @@
+"""Numbers and durations as people read them."""
+
+import math
+
+
+def compact(value: float) -> str:
+    """Three significant digits: 0.0213, 41.8, 12.3k, 4.56M; "n/a" when not finite."""
+    if not math.isfinite(value):
+        return "n/a"
+    size = abs(value)
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if size >= limit * 0.9995:
+            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+    if size >= 999.5:
+        return f"{value:.0f}"
+    if size and size < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal: 0.418 -> 41.8%."""
+    return f"{100 * value:.1f}%" if math.isfinite(value) else "n/a"
+
+
+def percent_tick(value: float) -> str:
+    """A share as an axis label: 0.4 -> 40%."""
+    return f"{100 * value:.3g}%"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points with its sign: 0.184 -> +18.4."""
+    return f"{100 * value:+.1f}".replace("-", "\u2212")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0.84 s, 21.8 s, 12 min, 3 h 05 min or 2 d 4 h; "n/a" when not finite."""
+    if not math.isfinite(seconds):
+        return "n/a"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,75 @@
+"""95% intervals for scores of several samples per question."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.special import stdtrit
+
+_Z = 1.959963984540054  # the 97.5% point of the normal distribution
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% interval; `low` and `high` are NaN where one question cannot give any."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(scores_by_question: Sequence[Sequence[float]]) -> Interval:
+    """Mean score with a 95% interval over questions, of which the given ones are a sample.
+
+    Every question weighs the same. Samples of one question are alike, so counting them as
+    independent would make the interval too narrow. Scores in [0, 1] with mean m get Wilson's
+    interval at the effective number of samples, m (1 - m) / Var(m), held between the numbers of
+    questions and of samples; with one sample per question this is Wilson's interval itself. Other
+    scores get Student's interval over the questions' means. Raises ValueError without any score.
+    """
+    scores = [list(group) for group in scores_by_question if len(group)]
+    if not scores:
+        raise ValueError("an interval needs at least one score")
+    means = [sum(group) / len(group) for group in scores]
+    if any(not 0 <= score <= 1 for group in scores for score in group):
+        return _student(means)
+    return _wilson(sum(means) / len(means), _effective_samples(scores, means))
+
+
+def difference_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
+    """Mean of `after - before`, paired by question, with Student's 95% interval.
+
+    before, after: the questions' mean scores in the same order. Raises ValueError on unequal
+    lengths.
+    """
+    return _student([b - a for a, b in zip(before, after, strict=True)])
+
+
+def _effective_samples(scores: list[list[float]], means: list[float]) -> float:
+    questions, samples = len(scores), sum(map(len, scores))
+    mean = sum(means) / questions
+    spread = sum((m - mean) ** 2 for m in means) / questions
+    if questions == 1 or mean * (1 - mean) == 0:
+        return questions
+    if spread == 0:
+        return samples
+    return min(max(questions * mean * (1 - mean) / spread, questions), samples)
+
+
+def _wilson(mean: float, samples: float) -> Interval:
+    shrink = 1 + _Z**2 / samples
+    middle = (mean + _Z**2 / (2 * samples)) / shrink
+    half = _Z / shrink * math.sqrt(mean * (1 - mean) / samples + _Z**2 / (4 * samples**2))
+    return Interval(mean, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def _student(values: list[float]) -> Interval:
+    count = len(values)
+    if not count:
+        raise ValueError("an interval needs at least one score")
+    mean = sum(values) / count
+    if count == 1:
+        return Interval(mean, math.nan, math.nan)
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    half = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance / count)
+    return Interval(mean, mean - half, mean + half)

@@ -1,0 +1,141 @@
+"""The GVPO objective (arXiv 2504.19599): pure functions of `[..., k]` arrays, nothing but jax.
+
+For the k completions y_i of one prompt x, with rewards R_i and log-ratios
+rho_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), the paper weights each completion by
+
+    w_i = (R_i - mean R) - beta * (rho_i - mean rho)
+
+and minimises -beta * sum_i w_i log pi_theta(y_i|x) / (k-1) with w held constant. Its gradient is that of the
+residuals' sample variance, 1/2 * sum_i w_i^2 / (k-1), whose unique optimum is pi* ~ pi_ref exp(R/beta).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def gvpo_weights(
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    rewards: jax.Array,
+    *,
+    beta: float | jax.Array = 0.1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Weight of every completion: centred reward minus centred implicit reward; zero at the optimum.
+
+    `w_i = (R_i - mean R) - beta * ((l_i - ref_i) - mean(l - ref))`, arXiv 2504.19599, section 3.
+    No gradient flows through the result.
+
+    Args:
+        logps: `[..., k]` log pi_theta(y_i|x) in nats, summed over the completion's tokens, end token included.
+        ref_logps: `[..., k]` the same under the reference policy.
+        rewards: `[..., k]` rewards in any unit; only their differences inside a group matter.
+        beta: strength of the pull towards the reference, in units of reward per nat.
+        where: `[..., k]` booleans, False where there is no valid completion (its numbers may be NaN).
+
+    Returns:
+        `[..., k]` float32 (float64 for float64 input); 0 at invalid completions and in groups with
+        fewer than two valid ones.
+
+    Raises:
+        ValueError: shapes differ, k < 2, or beta <= 0.
+    """
+    return jax.lax.stop_gradient(_residuals(logps, ref_logps, rewards, beta, where)[0])
+
+
+def gvpo_loss(
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    rewards: jax.Array,
+    *,
+    beta: float | jax.Array = 0.1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """The loss to differentiate: `-beta * sum_i w_i * l_i / (k-1)`, averaged over the groups.
+
+    The weights w (see `gvpo_weights`) are constants. With `where`, k is the group's number of valid
+    completions, and a group with fewer than two counts for nothing, also not in the average.
+    The value itself wanders around 0 and says little: plot `gvpo_mse`.
+
+    Args: as for `gvpo_weights`. Gradients flow to `logps` alone.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes differ, k < 2, or beta <= 0.
+    """
+    residuals, per_group, num_groups = _residuals(logps, ref_logps, rewards, beta, where)
+    weights = jax.lax.stop_gradient(residuals)
+    logps = _valid(logps, where).astype(weights.dtype)
+    return -jnp.sum(beta * weights * logps * per_group) / num_groups
+
+
+def gvpo_mse(
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    rewards: jax.Array,
+    *,
+    beta: float | jax.Array = 0.1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """The same objective as a regression: `1/2 * sum_i w_i^2 / (k-1)`, averaged over the groups.
+
+    Its gradient equals that of `gvpo_loss`. Its value can be read: it starts near half the rewards'
+    variance inside the groups and is 0 where beta * log-ratio explains every reward difference.
+
+    Args: as for `gvpo_weights`. Gradients flow to `logps` alone.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes differ, k < 2, or beta <= 0.
+    """
+    ref_logps, rewards = jax.lax.stop_gradient((ref_logps, rewards))
+    residuals, per_group, num_groups = _residuals(logps, ref_logps, rewards, beta, where)
+    return 0.5 * jnp.sum(residuals**2 * per_group) / num_groups
+
+
+def _residuals(logps, ref_logps, rewards, beta, where):
+    """Residuals [..., k], 1/(k-1) of each group [..., 1], and the number of groups that count."""
+    logps, ref_logps, rewards = (jnp.asarray(x) for x in (logps, ref_logps, rewards))
+    _check(logps, ref_logps, rewards, beta, where)
+    dtype = jnp.result_type(logps, ref_logps, rewards, jnp.float32)
+    logps, ref_logps, rewards = (
+        _valid(x, where).astype(dtype) for x in (logps, ref_logps, rewards)
+    )
+    mask = jnp.ones_like(rewards) if where is None else jnp.asarray(where).astype(dtype)
+    count = jnp.sum(mask, axis=-1, keepdims=True)
+    counts = count >= 2
+    # Centring the difference once is centring each: mean(R) - beta * mean(rho) = mean(R - beta * rho).
+    target = rewards - beta * (logps - ref_logps)
+    mean = jnp.sum(target * mask, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    residuals = jnp.where(counts, (target - mean) * mask, 0)
+    per_group = jnp.where(counts, 1 / jnp.maximum(count - 1, 1), 0)
+    return residuals, per_group, jnp.maximum(jnp.sum(counts.astype(dtype)), 1)
+
+
+def _valid(x, where):
+    """Zeros in place of what does not count, so that a NaN there reaches neither value nor gradient."""
+    return jnp.asarray(x) if where is None else jnp.where(jnp.asarray(where).astype(bool), x, 0)
+
+
+def _check(logps, ref_logps, rewards, beta, where):
+    arrays = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards}
+    if where is not None:
+        arrays["where"] = jnp.asarray(where)
+    for name, array in arrays.items():
+        if array.shape != logps.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape} but logps has shape {logps.shape}; "
+                "give every array as [..., k], one number per completion"
+            )
+    if logps.ndim == 0 or logps.shape[-1] < 2:
+        raise ValueError(
+            f"a group needs k >= 2 completions on the last axis, got logps of shape {logps.shape} "
+            f"and rewards of shape {rewards.shape}"
+        )
+    if not isinstance(beta, jax.core.Tracer) and not np.all(np.asarray(beta) > 0):
+        raise ValueError(f"beta must be > 0, got {beta}")

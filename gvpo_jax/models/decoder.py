@@ -1,0 +1,295 @@
+"""The decoder of the Llama, Qwen2/2.5 and Qwen3 families, declared in Flax NNX, used as plain functions.
+
+Parameters are a plain nested dict of arrays; `apply` functions take it first and run under `jax.jit`:
+
+    prefill           prompts [g, p]                       -> last hidden state [g, d], the prompts' keys and values
+    decode            one token of every completion [g, k] -> hidden state [g, k, d], the grown cache
+    completion_hidden prompts [g, p], completions [g, k, t] -> the hidden state that predicts each completion token
+
+Each prompt is computed once, whatever k. Axes as in `gvpo_jax.attention`; b, h: widths and heads.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gvpo_jax.attention import Prefix, attend
+from gvpo_jax.logprobs import completion_mask
+
+Params = dict[str, Any]
+KeysValues = tuple[jax.Array, jax.Array]  # [g, k, n, s, d] each
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's stretching of the slow rotary frequencies to contexts longer than the trained one."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a decoder; the names are those of a transformers config where it has them."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_position_embeddings: int = 32_768
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * jnp.expand_dims(
+            self.scale[...].astype(x.dtype), range(x.ndim - 1)
+        )
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear]):
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
+        self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
+        self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
+        self.o = linear(c.num_heads * c.head_dim, c.hidden_size, use_bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.qk_norm
+
+    def __call__(self, x, rope, mask_gkts, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
+        g, k, t, _ = x.shape
+        queries = self.q(x).reshape(g, k, t, self.heads, self.head_dim)
+        keys = self.k(x).reshape(g, k, t, self.kv_heads, self.head_dim)
+        values = self.v(x).reshape(g, k, t, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = _rotate(queries, rope), _rotate(keys, rope)
+        keys, values = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
+        if cache is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, at, axis=3)
+            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, at, axis=3)
+        out = attend(queries, keys, values, mask_gkts, prefix)
+        return self.o(out.reshape(g, k, t, -1)), (keys, values)
+
+
+class MLP(nnx.Module):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear]):
+        self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
+        self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
+        self.down = linear(c.intermediate_size, c.hidden_size, use_bias=c.mlp_bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear]):
+        self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.attn = Attention(c, linear)
+        self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c, linear)
+
+    def __call__(self, x, rope, mask_gkts, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
+        attended, kv = self.attn(self.input_norm(x), rope, mask_gkts, prefix, cache, at)
+        x = x + attended
+        return x + self.mlp(self.post_norm(x)), kv
+
+
+class Decoder(nnx.Module):
+    """A stack of blocks over one stream of tokens `[g, k, t]`; prompts are a stream with k = 1."""
+
+    def __init__(self, c: DecoderConfig, *, dtype: Any, remat: bool, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(c, linear) for _ in range(c.num_layers)])
+        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_embeddings:
+            self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)
+        self.config, self.remat = c, remat
+
+    def __call__(
+        self,
+        tokens_gkt: jax.Array,
+        positions_gkt: jax.Array,
+        mask_gkts: jax.Array,
+        prefix: list[Prefix] | None = None,
+        cache: list[KeysValues] | None = None,
+        at: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        x = self.embed(tokens_gkt)
+        rope = _rope(self.config, positions_gkt)
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        kvs = []
+        for i, layer in enumerate(self.layers):
+            prefix_i = None if prefix is None else prefix[i]
+            cache_i = None if cache is None else cache[i]
+            x, kv = run(layer, x, rope, mask_gkts, prefix_i, cache_i, at)
+            kvs.append(kv)
+        return self.final_norm(x), kvs
+
+
+@dataclass(frozen=True)
+class Apply:
+    """The model as functions of its parameters: what rollout, scoring and the train step are given.
+
+    Any model that offers these five plugs in; `prefix` and `cache` are pytrees that only it looks into.
+
+    Attributes:
+        prefill: `(params, prompts [G, P], lengths [G]) -> (hidden [G, D], prefix)`.
+        empty_cache: `(groups, k, max_completion_length) -> cache`.
+        decode: `(params, tokens [G, k], lengths [G], prefix, cache, at) -> (hidden [G, k, D], cache)`, where
+            `at` counts the completion tokens that came before.
+        completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) -> [G, k, T, D]`, the hidden
+            states that predict each completion token.
+        head: `params -> [V, D]`, the output embedding.
+    """
+
+    prefill: Callable[..., Any]
+    empty_cache: Callable[..., Any]
+    decode: Callable[..., Any]
+    completion_hidden: Callable[..., jax.Array]
+    head: Callable[[Params], jax.Array]
+
+
+def make_apply(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool = False) -> Apply:
+    """The decoder's functions, computing in `dtype`; `remat` keeps one activation per layer for the backward pass."""
+    graph = _graph(config, dtype, remat)
+    return Apply(
+        prefill=functools.partial(_prefill, graph),
+        empty_cache=functools.partial(_empty_cache, config, dtype),
+        decode=functools.partial(_decode, graph),
+        completion_hidden=functools.partial(_completion_hidden, graph),
+        head=functools.partial(_head, config),
+    )
+
+
+def param_shapes(config: DecoderConfig) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    return nnx.to_pure_dict(nnx.state(_abstract(config, jnp.float32, False)))
+
+
+def init_params(config: DecoderConfig, seed: int) -> Params:
+    """Random parameters, for tests and toy runs."""
+    model = Decoder(config, dtype=jnp.float32, remat=False, rngs=nnx.Rngs(seed))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> jax.Array:
+    """Logits `[b, t, v]` of whole sequences in float32: the plain route that the others are tested against."""
+    model = nnx.merge(_graph(config, jnp.float32, False), params)
+    t = tokens_bt.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(t)[None], tokens_bt.shape)
+    hidden, _ = model(tokens_bt[:, None], positions[:, None], _causal(t))
+    return hidden[:, 0] @ _head(config, params).T
+
+
+def _abstract(config, dtype, remat):
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache
+def _graph(config, dtype, remat):
+    return nnx.split(_abstract(config, dtype, remat))[0]
+
+
+def _prompts(model, prompts_gp, lengths_g):
+    """The prompt stream: its last real hidden state and every layer's keys and values."""
+    p = prompts_gp.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(p)[None], prompts_gp.shape)
+    hidden, kvs = model(prompts_gp[:, None], positions[:, None], _causal(p))
+    last = jnp.take_along_axis(hidden[:, 0], (lengths_g - 1)[:, None, None], axis=1)[:, 0]
+    mask = completion_mask(lengths_g, p)
+    return last, [Prefix(k[:, 0], v[:, 0], mask) for k, v in kvs]
+
+
+def _prefill(graph, params, prompts_gp, lengths_g):
+    return _prompts(nnx.merge(graph, params), prompts_gp, lengths_g)
+
+
+def _empty_cache(config, dtype, groups, k, length):
+    shape = (groups, k, config.num_kv_heads, length, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+
+
+def _decode(graph, params, tokens_gk, lengths_g, prefix, cache, at):
+    model = nnx.merge(graph, params)
+    slots = cache[0][0].shape[3]
+    positions = jnp.broadcast_to((lengths_g + at)[:, None], tokens_gk.shape)
+    mask = (jnp.arange(slots) <= at)[None, None, None]
+    hidden, cache = model(tokens_gk[..., None], positions[..., None], mask, prefix, cache, at)
+    return hidden[:, :, 0], cache
+
+
+def _completion_hidden(graph, params, prompts_gp, lengths_g, completions_gkt):
+    model = nnx.merge(graph, params)
+    g, k, t = completions_gkt.shape
+    last_gd, prefix = _prompts(model, prompts_gp, lengths_g)
+    first = jnp.broadcast_to(last_gd[:, None, None], (g, k, 1, last_gd.shape[-1]))
+    if t == 1:
+        return first
+    inputs = completions_gkt[..., :-1]
+    positions = jnp.broadcast_to(
+        lengths_g[:, None, None] + jnp.arange(t - 1)[None, None], inputs.shape
+    )
+    rest, _ = model(inputs, positions, _causal(t - 1), prefix)
+    return jnp.concatenate([first, rest], axis=2)
+
+
+def _head(config, params):
+    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"].T
+
+
+def _causal(t):
+    return jnp.tril(jnp.ones((t, t), bool))[None, None]
+
+
+def _rope(config, positions_gkt):
+    """cos and sin `[g, k, t, 1, hd/2]` of the rotary angles, in float32."""
+    half = config.head_dim // 2
+    freqs = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is not None:
+        freqs = _stretch(freqs, config.rope_scaling)
+    angles = positions_gkt[..., None, None].astype(jnp.float32) * freqs[None, None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _stretch(freqs, scaling: RopeScaling):
+    """Llama-3 scaling: long waves slowed by `factor`, short ones kept, a linear blend between."""
+    wavelengths = 2 * jnp.pi / freqs
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings / wavelengths
+    blend = jnp.clip((turns - low) / (high - low), 0, 1)
+    return freqs * (blend + (1 - blend) / scaling.factor)
+
+
+def _rotate(x_gkthd, rope):
+    cos, sin = (a.astype(x_gkthd.dtype) for a in rope)
+    a, b = jnp.split(x_gkthd, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -1,0 +1,92 @@
+"""Writing a model folder that transformers loads."""
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.models.families import TensorSpec, hf_leaves
+from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.models.safetensors_io import as_dtype, write_safetensors
+
+
+def export_model(
+    folder: str | Path,
+    loaded: LoadedModel,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Writes safetensors, config and tokenizer in the Hugging Face layout; returns the folder.
+
+    The folder appears whole or not at all; an earlier export there is replaced.
+
+    Args:
+        folder: where the export goes; its parent folders are made.
+        loaded: the model the parameters began as; gives config and tokenizer.
+        params: what is written: NumPy or JAX arrays that this process can read in full.
+        dtype: "float32" or "bfloat16".
+        max_shard_bytes: weights beyond this go into several files with an index.
+
+    Raises UserError for an unknown dtype, parameters that do not fit the config, and a folder
+    that holds something other than an export.
+    """
+    folder = Path(folder)
+    as_dtype(dtype)
+    leaves = hf_leaves(loaded.config, params)
+    if folder.exists() and not _replaceable(folder):
+        raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        tensors = {
+            name: (spec.shape, functools.partial(_to_host, spec, leaf))
+            for name, (spec, leaf) in leaves.items()
+        }
+        write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        _write_settings(new, loaded, dtype)
+        _write_tokenizer(new, loaded.tokenizer)
+        if folder.exists():
+            os.rename(folder, Path(scratch) / "old")
+        os.rename(new, folder)
+    return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _to_host(spec: TensorSpec, leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.T if spec.transposed else array
+
+
+def _write_settings(folder: Path, loaded: LoadedModel, dtype: str) -> None:
+    config = {k: v for k, v in loaded.hf_config.items() if k != "torch_dtype"}  # the older name
+    _write_json(folder / "config.json", config | {"dtype": dtype})
+    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {kind: config[kind] for kind in kinds if config.get(kind) is not None}
+    _write_json(folder / "generation_config.json", loaded.generation_config or ids)
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(str(folder))
+    settings_file = folder / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # the name that transformers before 5 knows too; both read tokenizer.json as it is
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write_json(settings_file, settings)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

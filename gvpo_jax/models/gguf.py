@@ -1,0 +1,180 @@
+"""Reading a .gguf file: config, weights and tokenizer, all from the one file.
+
+llama.cpp keeps Hugging Face's numbers under other names, except that it reorders the rows of a
+Llama's q and k for its own rotary layout. Quantized weights are expanded to float32 with NumPy.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.families import TensorSource
+from gvpo_jax.models.gguf_tokenizer import build_tokenizer
+from gvpo_jax.models.hf_config import config_json, decoder_config
+
+_FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_WHOLE_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """What one .gguf file holds, in Hugging Face's terms; the weights stay on disk until read."""
+
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    tensors: TensorSource
+    tokenizer: PreTrainedTokenizerBase
+
+
+def read_gguf(path: Path) -> GGUFModel:
+    """Config, tensors and tokenizer of a .gguf file.
+
+    Raises UserError for a missing `gguf` package, a broken file, and anything in it that the
+    decoder or the tokenizer does not support.
+    """
+    reader = _open(path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    config = _config(path, metadata, tensors)
+    tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
+    ids = {
+        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+    }
+    source = _source(path, config, tensors)
+    return GGUFModel(config, config_json(config) | ids, source, tokenizer)
+
+
+def _open(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError('reading .gguf files needs: pip install "gvpo-jax[gguf]"') from error
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise UserError(f"{path} is not a whole .gguf file: {error}") from error
+
+
+def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> DecoderConfig:
+    family = metadata.get("general.architecture")
+    if family not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise UserError(f"{path}: architecture {family!r} is not supported, only {known}")
+    _refuse_unsupported(path, family, metadata, tensors)
+
+    def get(key: str) -> Any:
+        return metadata.get(f"{family}.{key}")
+
+    hidden, heads = get("embedding_length"), get("attention.head_count")
+    values = {
+        "architectures": [_FAMILIES[family]],
+        "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())) or None,
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv") or heads,
+        "head_dim": get("attention.key_length") or (hidden // heads if hidden and heads else None),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon") or 1e-6),
+        "rope_theta": _shortest(get("rope.freq_base") or 10000.0),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "attention_bias": family != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in tensors,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in tensors,
+    }
+    try:
+        return decoder_config(values)
+    except UserError as error:
+        raise UserError(str(error).replace("config.json", f"{path} (as config.json)", 1)) from error
+
+
+def _refuse_unsupported(
+    path: Path, family: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    scaling = metadata.get(f"{family}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in tensors:
+        raise UserError(
+            f"{path}: scaled rotary embeddings are not read from .gguf files; "
+            "load the model's safetensors folder instead"
+        )
+    if metadata.get(f"{family}.attention.sliding_window"):
+        raise UserError(f"{path}: sliding window attention is not supported")
+    if metadata.get(f"{family}.expert_count"):
+        raise UserError(f"{path}: mixtures of experts are not supported")
+    rotated = metadata.get(f"{family}.rope.dimension_count")
+    width = metadata.get(f"{family}.attention.key_length")
+    if rotated and width and rotated != width:
+        raise UserError(f"{path}: only {rotated} of {width} head dimensions rotate: not supported")
+
+
+def _source(path: Path, config: DecoderConfig, tensors: Mapping[str, Any]) -> TensorSource:
+    import gguf
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        try:
+            array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{path}: weights of type {kind} cannot be read") from error
+        if config.family == "llama" and ".self_attn.q_proj." in name:
+            array = _unpermute(array, config.num_heads)
+        if config.family == "llama" and ".self_attn.k_proj." in name:
+            array = _unpermute(array, config.num_kv_heads)
+        return np.asarray(array, np.float32)
+
+    # GGUF lists the innermost axis first
+    shapes = {
+        name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()
+    }
+    return TensorSource(str(path), shapes, read)
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """From llama.cpp's order of rows, pairs side by side, to Hugging Face's, halves."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _hf_name(name: str) -> str:
+    """The Hugging Face name; a name that has none stays, to be reported as unexpected."""
+    if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        number, part, kind = layer.groups()
+        return (
+            f"model.layers.{number}.{_LAYER_NAMES[part]}.{kind}" if part in _LAYER_NAMES else name
+        )
+    part, _, kind = name.rpartition(".")
+    return f"{_WHOLE_NAMES[part]}.{kind}" if part in _WHOLE_NAMES else name
+
+
+def _shortest(value: float) -> float:
+    # stored as float32: 9.999999747378752e-06 was written as 1e-05
+    return float(str(np.float32(value)))

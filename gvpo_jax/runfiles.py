@@ -1,0 +1,162 @@
+"""The files of a run folder: their names, how they are written whole, and how they are read back.
+
+runs/NAME/config.yaml          the resolved settings
+runs/NAME/metrics.jsonl        one JSON object a line, each with "step"
+runs/NAME/completions/         step_000010.jsonl: what was sampled, with rewards
+runs/NAME/eval/                before.jsonl, step_000020.jsonl, after.jsonl: held-out answers
+runs/NAME/summary.json         written at the end
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gvpo_jax.errors import UserError
+
+METRICS = "metrics.jsonl"
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out answers of one moment of a run; label: "before", "step 20" or "after"."""
+
+    label: str
+    step: int
+    rows: list[dict[str, Any]]
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """folder/step_000010.jsonl"""
+    return folder / f"step_{step:06d}.jsonl"
+
+
+def step_files(folder: Path) -> dict[int, Path]:
+    """The step_*.jsonl files of a folder by step, in order; empty where there is no folder."""
+    found = ((_STEP_FILE.fullmatch(path.name), path) for path in folder.glob("step_*.jsonl"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: NaN and infinities become null, arrays lists, other objects text."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: through a neighbour that is synced and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A lone surrogate becomes \udc80, which is JSON's own escape for it.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file, [] without one; a last line torn by a crash is left out.
+
+    Raises UserError, naming file and line, where an earlier line is not a JSON object.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    rows = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number != last:
+            raise UserError(f"{path}:{number + 1} is not a JSON object; mend or delete that line")
+    return rows
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The metrics of a run, one dict per step in order; of lines of one step the later one wins."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in read_jsonl(Path(run_dir) / METRICS):
+        if isinstance(row.get("step"), int):
+            steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_evaluations(run_dir: Path, last_step: int) -> list[Evaluation]:
+    """Held-out answers by step; `after` is taken to be at `last_step`."""
+    folder = run_dir / "eval"
+    files = [("before", 0, folder / "before.jsonl")]
+    files += [(f"step {step}", step, path) for step, path in step_files(folder).items()]
+    files += [("after", last_step, folder / "after.jsonl")]
+    found = [Evaluation(label, step, read_jsonl(path)) for label, step, path in files]
+    return sorted((e for e in found if e.rows), key=lambda e: e.step)
+
+
+def read_latest_completions(run_dir: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Step and rows of the newest completions file that has rows; (0, []) without one."""
+    for step, path in reversed(step_files(run_dir / "completions").items()):
+        if rows := read_jsonl(path):
+            return step, rows
+    return 0, []
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """config.yaml as nested dicts; {} without one, its text under one key if it is no mapping."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError:
+        settings = None
+    return settings if isinstance(settings, dict) else {"config.yaml": text}
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json; {} where the run has not finished or the file is torn."""
+    path = run_dir / "summary.json"
+    return (_parse(path.read_bytes()) or {}) if path.exists() else {}
+
+
+def check_run(run_dir: Path) -> None:
+    """Raise UserError where a folder holds no run."""
+    if not run_dir.is_dir():
+        raise UserError(f"there is no folder {run_dir}; give a run's folder, such as runs/NAME")
+    if not (run_dir / "config.yaml").exists() and not (run_dir / METRICS).exists():
+        raise UserError(
+            f"{run_dir} is not a run: it has neither config.yaml nor {METRICS};"
+            " give the folder that training wrote, such as runs/NAME"
+        )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

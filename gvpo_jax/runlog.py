@@ -1,0 +1,159 @@
+"""What a run counts and tells: counters, metrics that never hold up the device, samples, evaluations."""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gvpo_jax.batch import Batch
+from gvpo_jax.config import Config
+from gvpo_jax.metrics import MetricsWriter, Progress
+
+
+@dataclasses.dataclass
+class Counters:
+    """How far a run has come; saved in every checkpoint.
+
+    Attributes:
+        step: updates done.
+        rollouts: rollouts done, which is also the position in the data.
+        num_tokens: prompt and completion tokens trained on.
+        train_seconds: time in rollouts and updates; wall_seconds adds evaluations, over all sessions.
+        accuracy_before, accuracy_after: on the held-out rows.
+    """
+
+    step: int = 0
+    rollouts: int = 0
+    num_tokens: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self, model: str) -> dict[str, Any]:
+        """What summary.json holds; an accuracy that was not measured is left out."""
+        accuracies = {
+            "eval/accuracy_before": self.accuracy_before,
+            "eval/accuracy_after": self.accuracy_after,
+        }
+        return {name: value for name, value in accuracies.items() if value is not None} | {
+            "steps": self.step,
+            "num_tokens": self.num_tokens,
+            "train_seconds": round(self.train_seconds, 1),
+            "wall_seconds": round(self.wall_seconds, 1),
+            "peak_memory_gib": round(_peak_gib(), 2),
+            "model": model,
+        }
+
+
+class RunLog:
+    """Writes a session's metrics, samples and evaluations, and shows them; use as a context manager.
+
+    An update's metrics are fetched when the next update has been sent off, so that the loop never waits for them.
+    """
+
+    def __init__(self, run_dir: Path, counters: Counters, config: Config):
+        fresh = counters.step == 0
+        self.run_dir, self.counters = run_dir, counters
+        self._writer = MetricsWriter(
+            run_dir,
+            tensorboard=config.log.tensorboard,
+            first_step=-1 if fresh else counters.step,
+        )
+        self._progress = Progress(config.train.steps, counters.step)
+        self._every, self._samples = config.log.completions_every, config.log.samples
+        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
+        self._session_start = self._step_start = time.perf_counter()
+        self._wall_before = counters.wall_seconds
+
+    def __enter__(self) -> "RunLog":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self.flush()
+        self._progress.__exit__(*error)
+        self._writer.close()
+
+    def step(self, on_device: Mapping[str, jax.Array], here: Mapping[str, float]) -> None:
+        """Book an update that was just sent off."""
+        self._fetch()
+        now = time.perf_counter()
+        seconds, self._step_start = now - self._step_start, now
+        tokens = int(here["tokens"])
+        c = self.counters
+        c.step, c.num_tokens, c.train_seconds = (
+            c.step + 1,
+            c.num_tokens + tokens,
+            c.train_seconds + seconds,
+        )
+        timing = {
+            "num_tokens": c.num_tokens,
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        rest = {name: value for name, value in here.items() if name != "tokens"}
+        self._pending = (c.step, on_device, rest | timing)
+
+    def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what was sampled for the next update on disk, and show some of it, every so many updates."""
+        if self.counters.step % self._every == 0:
+            self._writer.completions(self.counters.step + 1, records)
+            stride = max(len(records) // max(self._samples, 1), 1)
+            self._progress.samples(records[::stride][: self._samples])
+
+    def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Book an evaluation at the current step; its time does not count as training."""
+        self.flush()
+        self._writer.log(self.counters.step, metrics)
+        self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
+        self._step_start = time.perf_counter()
+
+    def flush(self) -> None:
+        """Wait for the last update, and write its metrics."""
+        self._fetch()
+        self.counters.wall_seconds = self._wall_before + time.perf_counter() - self._session_start
+
+    def _fetch(self) -> None:
+        if self._pending is None:
+            return
+        step, on_device, here = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
+        self._writer.log(step, metrics | here)
+        self._progress.update(step, metrics | here)
+
+
+def reward_metrics(batch: Batch) -> dict[str, float]:
+    """Rewards of a batch, under TRL's names, over its valid completions; `tokens` counts what is trained on.
+
+    `reward_std` is the mean over groups of the standard deviation inside (with k - 1), `frac_reward_zero_std` the share of
+    groups where all rewards are equal.
+    """
+    rewards, valid = np.asarray(batch.rewards, np.float64), np.asarray(batch.valid)
+    stds = [float(r[v].std(ddof=1)) for r, v in zip(rewards, valid, strict=True) if v.sum() >= 2]
+    tokens = (
+        np.where(valid, batch.lengths, 0).sum() + batch.prompt_lengths[valid.any(axis=-1)].sum()
+    )
+    return {
+        "reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
+        "reward_std": float(np.mean(stds)) if stds else float("nan"),
+        "frac_reward_zero_std": float(np.mean(np.array(stds) == 0)) if stds else float("nan"),
+        "tokens": float(tokens),
+    }
+
+
+def _peak_gib() -> float:
+    """The process's peak memory; the system counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

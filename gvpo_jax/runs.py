@@ -1,0 +1,74 @@
+"""Whole runs from a config: data and reward functions are found, the trainer does the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gvpo_jax.config import Config
+from gvpo_jax.data import load_rows
+from gvpo_jax.errors import UserError
+from gvpo_jax.rewards import load_reward_func
+from gvpo_jax.runfolder import claim, write_evaluation
+from gvpo_jax.tasks import TaskSpec, reasoning_gym_rows
+from gvpo_jax.trainer import Trainer
+
+Row = dict[str, Any]
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train as the config says, and return the summary; what is wrong with it shows before any model is loaded."""
+    reward_funcs = _reward_funcs(config)
+    rows, held_out = load_data(config)
+    claim(config)
+    return Trainer(config).train(rows, reward_funcs, eval_dataset=held_out)
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    """Held-out accuracy of a run's last checkpoint or, where there is no run yet, of the model it starts from."""
+    reward_funcs = _reward_funcs(config)
+    _, held_out = load_data(config)
+    if not held_out:
+        raise UserError(
+            "there are no held-out rows: give data.tasks or data.eval_path, and data.eval_size"
+        )
+    trainer = Trainer(config)
+    is_run = (Path(config.run.dir) / "config.yaml").is_file()
+    if is_run:
+        trainer.restore(config.run.dir)
+    metrics, records = trainer.evaluate(held_out, reward_funcs)
+    if is_run:
+        write_evaluation(Path(config.run.dir), "latest", records)
+    return metrics
+
+
+def export(config: Config, folder: Path) -> Path:
+    """Write a run's last checkpoint as a model folder that transformers loads."""
+    trainer = Trainer(config)
+    trainer.restore(config.run.dir)
+    trainer.save_pretrained(folder)
+    return folder
+
+
+def load_data(config: Config) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows, from files or from generated tasks.
+
+    Raises:
+        UserError: neither or both are given, or what reading them raises.
+    """
+    d = config.data
+    if bool(d.path) == bool(d.tasks):
+        raise UserError("give either data.path or data.tasks")
+    if d.path:
+        held_out = load_rows(d.eval_path)[: d.eval_size] if d.eval_path and d.eval_size else []
+        return load_rows(d.path), held_out
+    tasks = [TaskSpec(t.name, t.settings, t.question, t.answer_prefix, t.weight) for t in d.tasks]
+    rows = reasoning_gym_rows(tasks, size=d.train_size, seed=config.run.seed, split="train")
+    if not d.eval_size:
+        return rows, []
+    return rows, reasoning_gym_rows(tasks, size=d.eval_size, seed=d.eval_seed, split="eval")
+
+
+def _reward_funcs(config: Config) -> list[Callable[..., Any]]:
+    if not config.rewards.funcs:
+        raise UserError("rewards.funcs is empty: name at least one, e.g. [my_rewards.py:correct]")
+    return [load_reward_func(spec) for spec in config.rewards.funcs]

@@ -1,0 +1,337 @@
+"""Rows, prompts and their order."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gvpo_jax.data import batch_indices, encode_prompts, load_rows, repeat_columns
+from gvpo_jax.errors import UserError
+from gvpo_jax.tasks import TaskSpec, reasoning_gym_rows
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ADDITION = {
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 2,
+    "max_digits": 2,
+    "operators": ["+"],
+    "allow_parentheses": False,
+    "allow_negation": False,
+}
+TASKS = [
+    TaskSpec("basic_arithmetic", ADDITION, "What is {expression}?", "{expression} ="),
+    TaskSpec(
+        "gcd",
+        {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 20},
+        "What is the greatest common divisor of {numbers}?",
+        "gcd({numbers}) =",
+    ),
+]
+
+
+class Letters:
+    """A tokenizer whose tokens are code points and whose one special token, 0, comes first."""
+
+    def __init__(self, chat_template=None):
+        self.chat_template = chat_template
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [0] * add_special_tokens + [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, chat_template=None):
+        from jinja2 import Environment
+
+        assert not tokenize
+        template = Environment().from_string(chat_template or self.chat_template or "")
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+
+def encode(rows, tokenizer: Any, **options):
+    encoded = encode_prompts(rows, tokenizer, **{"max_prompt_length": 1000, **options})
+    return ["".join(chr(i) if i else "^" for i in ids) for ids in encoded.token_ids]
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# Files
+
+
+def test_jsonl_rows_come_back_in_order_with_every_column(tmp_path):
+    rows = [{"prompt": "a", "solution": 3}, {"prompt": [{"role": "user", "content": "ü"}]}]
+    text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
+    assert load_rows(write(tmp_path / "rows.jsonl", text)) == rows
+
+
+def test_parquet_rows_equal_jsonl_rows(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [{"prompt": "a", "solution": 3}, {"prompt": "b", "solution": 4}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert load_rows(tmp_path / "rows.parquet") == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "a"', "JSON"),
+        (b'{"prompt": "\xff"}', "JSON"),
+        ("[1]", "a list"),
+        ('{"question": "a", "n": 1}', "'prompt'.*question, n"),
+        ('{"prompt": ""}', "empty"),
+        ('{"prompt": 3}', "text or a list"),
+        ('{"prompt": []}', "text or a list"),
+        ('{"prompt": [{"role": "user"}]}', "text or a list"),
+        ('{"prompt": [{"role": "assistant", "content": "x"}]}', "answer_prefix"),
+        ('{"prompt": "a", "answer_prefix": 3}', "answer_prefix"),
+    ],
+)
+def test_bad_line_is_named_with_its_file(tmp_path, line, problem):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path / "rows.jsonl", b'{"prompt": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{problem}") as caught:
+        load_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("empty.jsonl", "\n \n", "no rows"),
+        ("rows.csv", "prompt\n", "end in .jsonl"),
+        ("broken.parquet", "no parquet", "parquet"),
+    ],
+)
+def test_bad_file_is_named(tmp_path, name, text, problem):
+    with pytest.raises(UserError, match=f"{name}.*{problem}"):
+        load_rows(write(tmp_path / name, text))
+    with pytest.raises(UserError, match="no such file"):
+        load_rows(tmp_path / "missing.jsonl")
+
+
+def test_repeat_columns_keeps_the_completions_of_a_row_together():
+    rows = [{"prompt": "p", "solution": 1, "task": "t"}, {"prompt": "q", "solution": 2}]
+    assert repeat_columns(rows, 2) == {"solution": [1, 1, 2, 2], "task": ["t", "t", None, None]}
+
+
+# Prompts
+
+
+def test_plain_text_gets_special_tokens_and_the_answer_prefix():
+    assert encode([{"prompt": "ab", "answer_prefix": " c"}], Letters()) == ["^ab c"]
+
+
+def test_messages_go_through_the_template_once_without_special_tokens():
+    row = {"prompt": [{"role": "user", "content": "Q"}], "answer_prefix": "A ="}
+    assert encode([row], Letters(TEMPLATE)) == ["<user>Q</user><assistant>A ="]
+
+
+def test_auto_leaves_strings_alone_and_always_makes_them_a_user_message():
+    rows = [{"prompt": "Q"}]
+    assert encode(rows, Letters(TEMPLATE), chat_template="auto") == ["^Q"]
+    assert encode(rows, Letters(TEMPLATE), chat_template="always") == ["<user>Q</user><assistant>"]
+    assert encode(rows, Letters(TEMPLATE), chat_template="never") == ["^Q"]
+
+
+def test_a_transformers_tokenizer_is_called_rightly():
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"?": 0, "^": 1, "<user>": 2, "</user>": 3, "<assistant>": 4, "Q": 5, "A": 6}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    core.post_processor = tokenizers.processors.TemplateProcessing("^ $A", None, [("^", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(words)[1:5]})
+    rows = [{"prompt": "Q", "answer_prefix": "A"}]
+
+    encoded = encode_prompts(rows, tokenizer, max_prompt_length=9, chat_template="always")
+    assert encoded.token_ids == [[2, 5, 3, 4, 6]]
+    encoded = encode_prompts(rows, tokenizer, max_prompt_length=9)
+    assert encoded.token_ids == [[1, 5, 6]]
+
+
+def test_a_given_template_replaces_the_tokenizers_own():
+    own = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    for tokenizer in (Letters(TEMPLATE), Letters()):
+        assert encode([{"prompt": "Q"}], tokenizer, chat_template="always", template=own) == ["[Q]"]
+
+
+def test_system_prompt_yields_to_the_rows_own():
+    user = {"role": "user", "content": "Q"}
+    rows = [{"prompt": [user]}, {"prompt": [{"role": "system", "content": "own"}, user]}]
+    assert encode(rows, Letters(TEMPLATE), system_prompt="ours") == [
+        "<system>ours</system><user>Q</user><assistant>",
+        "<system>own</system><user>Q</user><assistant>",
+    ]
+    assert len(rows[0]["prompt"]) == 1  # the caller's rows are untouched
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokenizer", "options", "problem"),
+    [
+        ([{"role": "user", "content": "Q"}], Letters(), {}, "row 1.*no chat template"),
+        ("Q", Letters(), {"chat_template": "always"}, "row 1.*no chat template"),
+        (
+            [{"role": "user", "content": "Q"}],
+            Letters(TEMPLATE),
+            {"chat_template": "never"},
+            "row 1.*list of messages",
+        ),
+        ("Q", Letters(TEMPLATE), {"system_prompt": "S"}, "row 1.*chat_template: always"),
+        (
+            "Q",
+            Letters("{% for %}"),
+            {"chat_template": "always"},
+            "row 1: the chat template failed",
+        ),
+    ],
+)
+def test_prompt_that_cannot_be_templated(prompt, tokenizer, options, problem):
+    with pytest.raises(UserError, match=problem):
+        encode([{"prompt": prompt}], tokenizer, **options)
+
+
+def test_too_long_prompts_raise_or_are_skipped_and_counted():
+    letters: Any = Letters()
+    rows = [{"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab", "answer_prefix": "xx"}]
+    with pytest.raises(UserError, match=r"row 2: the prompt is 5 tokens long.* 4"):
+        encode_prompts(rows, letters, max_prompt_length=4)
+    encoded = encode_prompts(rows, letters, max_prompt_length=4, too_long="skip")
+    assert encoded.rows == rows[:1]
+    assert [len(ids) for ids in encoded.token_ids] == [4]
+    assert encoded.skipped == 2
+    with pytest.raises(UserError, match="no prompt is left: all 3"):
+        encode_prompts(rows, letters, max_prompt_length=3, too_long="skip")
+
+
+# Order
+
+
+@pytest.mark.parametrize(("n_rows", "batch_size"), [(7, 3), (12, 4), (5, 8), (1, 1)])
+def test_every_epoch_visits_each_row_once(n_rows, batch_size):
+    epochs = 6
+    steps = -(-epochs * n_rows // batch_size)
+    visits = np.concatenate([batch_indices(n_rows, batch_size, step, 3) for step in range(steps)])
+    for epoch in range(epochs):
+        assert sorted(visits[epoch * n_rows : (epoch + 1) * n_rows]) == list(range(n_rows))
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    first = batch_indices(50, 50, 0, 0)
+    np.testing.assert_array_equal(first, batch_indices(50, 50, 0, 0))
+    np.testing.assert_array_equal(first[20:30], batch_indices(50, 10, 2, 0))  # any batch size
+    assert not np.array_equal(first, np.arange(50))
+    assert not np.array_equal(first, batch_indices(50, 50, 1, 0))
+    assert not np.array_equal(first, batch_indices(50, 50, 0, 1))
+    # Fixed for ever: a resumed run must see the order that the interrupted one saw.
+    assert batch_indices(8, 8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+def test_impossible_batches_raise():
+    for arguments in ((0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1)):
+        with pytest.raises(ValueError, match="need n_rows"):
+            batch_indices(*arguments)
+
+
+# reasoning-gym
+
+
+def test_rows_say_what_the_templates_say_and_solve_to_the_solution():
+    pytest.importorskip("reasoning_gym")
+    import math
+    import re
+
+    for row in reasoning_gym_rows(TASKS, size=40, seed=0, split="train"):
+        a, b = map(int, re.findall(r"\d+", row["prompt"]))
+        if row["task"] == "gcd":
+            assert row["prompt"] == f"What is the greatest common divisor of {a}, {b}?"
+            assert row["answer_prefix"] == f"gcd({a}, {b}) ="
+            assert row["solution"] == str(math.gcd(a, b))
+        else:
+            assert row["prompt"] == f"What is {a} + {b}?"
+            assert row["answer_prefix"] == f"{a} + {b} ="
+            assert row["solution"] == str(a + b)
+        assert json.loads(row["entry"])["answer"] == row["solution"]
+
+
+def test_default_question_is_the_tasks_own():
+    pytest.importorskip("reasoning_gym")
+    (row,) = reasoning_gym_rows([TaskSpec("gcd")], size=1, seed=0, split="train")
+    assert row["prompt"] == json.loads(row["entry"])["question"]
+    assert row["answer_prefix"] == ""
+
+
+def test_splits_share_no_question_even_with_other_seeds_sizes_and_tasks():
+    pytest.importorskip("reasoning_gym")
+
+    # The two tasks can ask the same questions. 3 + 4 and 4 + 3 are one question here.
+    arithmetic = {**ADDITION, "min_digits": 1, "max_digits": 1}
+    chain = {key: arithmetic[key] for key in ADDITION if key.endswith(("terms", "digits"))}
+    one = TaskSpec("basic_arithmetic", arithmetic, "Add {expression}", "{expression}")
+    other = TaskSpec("chain_sum", chain, "add  {expression}", "{expression}")
+
+    def pairs(split, seed, size):
+        tasks = {0: [one], 1: [other], 2: [one, other]}[seed]
+        rows = reasoning_gym_rows(tasks, size=size, seed=seed, split=split)
+        sums = [row["answer_prefix"] for row in rows if "-" not in row["answer_prefix"]]
+        return [tuple(sorted(text.split(" + "))) for text in sums]
+
+    evals = {pair for seed in (0, 1) for pair in pairs("eval", seed, 12)}
+    trains = {pair for seed in (0, 1, 2) for pair in pairs("train", seed, 30)}
+    assert len(evals) > 5
+    assert len(trains) > 15
+    assert not evals & trains
+
+
+def test_rows_are_deterministic_distinct_and_in_the_shares_asked_for():
+    pytest.importorskip("reasoning_gym")
+    tasks = [TASKS[0], TaskSpec("gcd", TASKS[1].settings, TASKS[1].question, weight=3.0)]
+    rows = reasoning_gym_rows(tasks, size=40, seed=0, split="train")
+    assert rows == reasoning_gym_rows(tasks, size=40, seed=0, split="train")
+    assert rows != reasoning_gym_rows(tasks, size=40, seed=1, split="train")
+    assert Counter(row["task"] for row in rows) == {"basic_arithmetic": 10, "gcd": 30}
+    assert Counter(row["task"] for row in rows[:8]) == {"basic_arithmetic": 2, "gcd": 6}
+    assert len({row["prompt"] for row in rows}) == 40
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        (TaskSpec("gdc"), "did you mean 'gcd'"),
+        (TaskSpec("gcd", {"max": 3}), "'gcd': bad settings.*max"),
+        (TaskSpec("gcd", {"min_value": 0}), "'gcd': bad settings.*positive"),
+        (TaskSpec("gcd", {"seed": 3}), "'seed' can't be a setting"),
+        (TaskSpec("gcd", {}, "{nums}"), "names a field.*numbers"),
+        (TaskSpec("gcd", {}, "{"), "no format string"),
+        (TaskSpec("gcd", {}, "gcd?"), "same for every item"),
+        (TaskSpec("gcd", weight=0.0), "weights must be positive"),
+        (TaskSpec("gcd", {"min_value": 1, "max_value": 3}), "'gcd' has about [0-9] different"),
+        (TaskSpec("rearc"), "can't be scored from saved rows"),
+    ],
+)
+def test_bad_task_is_named(task, problem):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match=problem):
+        reasoning_gym_rows([task], size=50, seed=0, split="train")
+
+
+def test_importing_loads_no_optional_package():
+    code = (
+        "import sys, gvpo_jax.data, gvpo_jax.tasks, gvpo_jax.rewards, gvpo_jax.rewards.numbers, "
+        "gvpo_jax.rewards.debug, gvpo_jax.rewards.math, gvpo_jax.rewards.reasoning_gym\n"
+        "heavy = {'reasoning_gym', 'math_verify', 'sympy', 'pyarrow', 'transformers'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

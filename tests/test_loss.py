@@ -1,0 +1,171 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvpo_jax import gvpo_loss, gvpo_mse, gvpo_weights
+
+BETA = 0.3
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture
+def groups():
+    rng = np.random.default_rng(0)
+    logps = rng.normal(-8, 3, (5, 4))
+    return logps, logps - rng.normal(0, 2, (5, 4)), rng.normal(0, 1, (5, 4))
+
+
+def loop_weights(logps, ref_logps, rewards, beta, where=None):
+    """The definition, one number at a time."""
+    weights = np.zeros(np.shape(rewards))
+    for g in range(len(rewards)):
+        members = [i for i in range(len(rewards[g])) if where is None or where[g][i]]
+        if len(members) < 2:
+            continue
+        mean_reward = sum(rewards[g][i] for i in members) / len(members)
+        mean_ratio = sum(logps[g][i] - ref_logps[g][i] for i in members) / len(members)
+        for i in members:
+            ratio = logps[g][i] - ref_logps[g][i]
+            weights[g][i] = (rewards[g][i] - mean_reward) - beta * (ratio - mean_ratio)
+    return weights
+
+
+def loop_loss(logps, ref_logps, rewards, beta, where=None):
+    weights = loop_weights(logps, ref_logps, rewards, beta, where)
+    losses = []
+    for g in range(len(rewards)):
+        members = [i for i in range(len(rewards[g])) if where is None or where[g][i]]
+        if len(members) >= 2:
+            total = sum(weights[g][i] * logps[g][i] for i in members)
+            losses.append(-beta * total / (len(members) - 1))
+    return sum(losses) / max(len(losses), 1)
+
+
+def test_a_group_computed_by_hand():
+    # R - mean R = (1, -1) / 2, rho = (0.4, 0) so rho - mean = (0.2, -0.2), w = 0.5 - 0.1 * 0.2 = 0.48
+    logps, ref, rewards = jnp.array([-1.0, -2.0]), jnp.array([-1.4, -2.0]), jnp.array([1.0, 0.0])
+    np.testing.assert_allclose(
+        gvpo_weights(logps, ref, rewards, beta=0.1), [0.48, -0.48], atol=1e-12
+    )
+    # -0.1 * (0.48 * -1 + -0.48 * -2) / 1 = -0.048;   1/2 * 2 * 0.48^2 / 1 = 0.2304
+    np.testing.assert_allclose(gvpo_loss(logps, ref, rewards, beta=0.1), -0.048, atol=1e-12)
+    np.testing.assert_allclose(gvpo_mse(logps, ref, rewards, beta=0.1), 0.2304, atol=1e-12)
+
+
+def test_weights_and_loss_equal_a_plain_loop(groups):
+    np.testing.assert_allclose(
+        gvpo_weights(*groups, beta=BETA), loop_weights(*groups, BETA), atol=1e-12
+    )
+    np.testing.assert_allclose(gvpo_loss(*groups, beta=BETA), loop_loss(*groups, BETA), atol=1e-12)
+
+
+def test_mask_equals_a_loop_over_ragged_groups_even_with_nan_behind_it(groups):
+    where = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+    dirty = [np.where(where, x, np.nan) for x in groups]
+    expected = loop_loss(*groups, BETA, where)
+    np.testing.assert_allclose(gvpo_loss(*dirty, beta=BETA, where=where), expected, atol=1e-12)
+    weights = gvpo_weights(*dirty, beta=BETA, where=where)
+    np.testing.assert_allclose(weights, loop_weights(*groups, BETA, where), atol=1e-12)
+    grad = jax.grad(lambda x: gvpo_loss(x, *dirty[1:], beta=BETA, where=where))(
+        jnp.asarray(dirty[0])
+    )
+    counts = where.sum(-1, keepdims=True)
+    by_hand = -BETA * loop_weights(*groups, BETA, where) / np.maximum(counts - 1, 1) / 3
+    np.testing.assert_allclose(grad, by_hand, atol=1e-12)
+
+
+def test_gradient_equals_that_of_the_regression_form(groups):
+    logps, ref, rewards = map(jnp.asarray, groups)
+    surrogate = jax.grad(lambda x: gvpo_loss(x, ref, rewards, beta=BETA))(logps)
+    regression = jax.grad(lambda x: gvpo_mse(x, ref, rewards, beta=BETA))(logps)
+    np.testing.assert_allclose(surrogate, regression, atol=1e-12)
+    steps = np.eye(logps.size).reshape(-1, *logps.shape) * 1e-6
+    up = np.array([gvpo_mse(logps + s, ref, rewards, beta=BETA) for s in steps])
+    down = np.array([gvpo_mse(logps - s, ref, rewards, beta=BETA) for s in steps])
+    np.testing.assert_allclose(surrogate.ravel(), (up - down) / 2e-6, atol=1e-8)
+
+
+def test_value_of_the_regression_form_is_half_the_sample_variance(groups):
+    logps, ref, rewards = groups
+    residual = BETA * (logps - ref) - rewards
+    np.testing.assert_allclose(
+        gvpo_mse(*groups, beta=BETA), 0.5 * residual.var(axis=-1, ddof=1).mean(), atol=1e-12
+    )
+
+
+def test_shifts_inside_a_group_and_permutations_change_nothing(groups):
+    logps, ref, rewards = groups
+    weights = gvpo_weights(*groups, beta=BETA)
+    shifts = np.arange(5.0)[:, None]
+    np.testing.assert_allclose(
+        gvpo_weights(logps + shifts, ref, rewards - 3, beta=BETA), weights, atol=1e-12
+    )
+    order = np.array([2, 0, 3, 1])
+    permuted = [x[:, order] for x in groups]
+    np.testing.assert_allclose(
+        gvpo_weights(*permuted, beta=BETA), np.asarray(weights)[:, order], atol=1e-12
+    )
+    np.testing.assert_allclose(
+        gvpo_loss(*permuted, beta=BETA), gvpo_loss(*groups, beta=BETA), atol=1e-12
+    )
+
+
+def test_residuals_vanish_where_the_policy_is_the_optimum(groups):
+    _, ref, rewards = groups
+    at_optimum = ref + rewards / BETA + 1.7  # log pi* = log pi_ref + R / beta - log Z
+    np.testing.assert_allclose(gvpo_weights(at_optimum, ref, rewards, beta=BETA), 0, atol=1e-12)
+
+
+def test_no_gradient_through_weights_reference_or_rewards(groups):
+    logps, ref, rewards = map(jnp.asarray, groups)
+    for which in (0, 1, 2):
+        grads = jax.grad(lambda *a: gvpo_weights(*a, beta=BETA).sum() ** 2, argnums=which)(
+            logps, ref, rewards
+        )
+        np.testing.assert_array_equal(grads, 0)
+    for loss in (gvpo_loss, gvpo_mse):
+        for which in (1, 2):
+            grads = jax.grad(lambda *a, f=loss: f(*a, beta=BETA), argnums=which)(
+                logps, ref, rewards
+            )
+            np.testing.assert_array_equal(grads, 0)
+
+
+def test_low_precision_inputs_are_computed_in_float32():
+    rng = np.random.default_rng(1)
+    rewards = jnp.asarray(rng.normal(size=(3, 4)), jnp.bfloat16)
+    logps = jnp.asarray(rng.normal(-300, 1, (3, 4)), jnp.bfloat16)
+    for f in (gvpo_loss, gvpo_mse, gvpo_weights):
+        assert f(logps, logps, rewards).dtype == jnp.float32
+    exact = loop_weights(*(np.asarray(x, np.float64) for x in (logps, logps, rewards)), 0.1)
+    np.testing.assert_allclose(gvpo_weights(logps, logps, rewards), exact, atol=1e-6)
+
+
+def test_batches_of_batches_and_jit_and_vmap_agree(groups):
+    stacked = [np.stack([x, 2 * x]) for x in groups]
+    per_batch = [gvpo_loss(*(x[i] for x in stacked), beta=BETA) for i in range(2)]
+    np.testing.assert_allclose(gvpo_loss(*stacked, beta=BETA), np.mean(per_batch), atol=1e-12)
+    mapped = jax.jit(jax.vmap(lambda *a: gvpo_loss(*a, beta=BETA)))(*stacked)
+    np.testing.assert_allclose(mapped, per_batch, atol=1e-12)
+
+
+def test_beta_may_be_traced(groups):
+    value = jax.jit(lambda b: gvpo_loss(*groups, beta=b))(BETA)
+    np.testing.assert_allclose(value, gvpo_loss(*groups, beta=BETA), atol=1e-12)
+
+
+@pytest.mark.parametrize("f", [gvpo_loss, gvpo_weights, gvpo_mse])
+def test_wrong_shapes_small_groups_and_beta_are_refused(f):
+    x = jnp.ones((3, 4))
+    with pytest.raises(ValueError, match=r"rewards has shape \(4, 3\).*\(3, 4\)"):
+        f(x, x, x.T)
+    with pytest.raises(ValueError, match=r"ref_logps has shape \(3,\).*\(3, 4\)"):
+        f(x, x[:, 0], x)
+    with pytest.raises(ValueError, match=r"where has shape \(3,\)"):
+        f(x, x, x, where=jnp.ones(3, bool))
+    with pytest.raises(ValueError, match=r"k >= 2.*\(3, 1\)"):
+        f(x[:, :1], x[:, :1], x[:, :1])
+    for beta in (0, -0.1):
+        with pytest.raises(ValueError, match="beta must be > 0"):
+            f(x, x, x, beta=beta)

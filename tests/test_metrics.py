@@ -1,0 +1,230 @@
+"""metrics.jsonl survives crashes and resumes; the terminal shows lines that are safe and plain."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.formats import compact, duration, percent, points
+from gvpo_jax.metrics import MetricsWriter, Progress, read_metrics
+
+
+def write(run_dir, steps, *, first_step=0):
+    with MetricsWriter(run_dir, tensorboard=False, first_step=first_step) as writer:
+        for step in steps:
+            writer.log(step, {"reward": step / 10, "num_tokens": 100 * step})
+
+
+def lines_of(run_dir):
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def strict(text):
+    """json.loads that refuses NaN and Infinity, which are not JSON."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_each_step_is_one_line_on_disk_before_the_next(tmp_path):
+    with MetricsWriter(tmp_path / "run", tensorboard=False, first_step=0) as writer:
+        writer.log(1, {"reward": 0.5, "num_tokens": 7})
+        assert lines_of(tmp_path / "run") == ['{"step": 1, "reward": 0.5, "num_tokens": 7}']
+        writer.log(2, {"reward": np.float32(0.25), "num_tokens": np.int64(14)})
+    assert strict(lines_of(tmp_path / "run")[1]) == {"step": 2, "reward": 0.25, "num_tokens": 14}
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+        writer.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 1.5})
+    assert strict(lines_of(tmp_path)[0]) == {"step": 1, "a": None, "b": None, "c": None, "d": 1.5}
+
+
+def test_torn_last_line_is_left_out_when_read_and_dropped_when_resumed(tmp_path):
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write('{"step": 3, "reward": 0.3, "note": "é'.encode()[:-1])  # cut inside a letter
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    write(tmp_path, [3], first_step=2)
+    assert [strict(line)["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
+def test_last_line_without_its_line_break_stays_a_line_of_its_own(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.1}')
+    write(tmp_path, [2], first_step=1)
+    assert [strict(line)["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
+    write(tmp_path / "whole", range(1, 7))
+    write(tmp_path / "cut", range(1, 6))  # the last checkpoint was at step 3
+    write(tmp_path / "cut", range(4, 7), first_step=3)
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+
+
+def test_resume_drops_later_completions_and_keeps_earlier_ones(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+        for step in (2, 4, 6):
+            writer.completions(step, [{"prompt": "q", "completion": "a", "reward": 1.0}])
+    MetricsWriter(tmp_path, tensorboard=False, first_step=4).close()
+    assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
+        "step_000002.jsonl",
+        "step_000004.jsonl",
+    ]
+
+
+def test_damage_in_the_middle_is_named_not_skipped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "rew\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 "):
+        read_metrics(tmp_path)
+
+
+def test_lines_of_one_step_are_merged_in_step_order(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+        writer.log(2, {"reward": 0.2})
+        writer.log(1, {"reward": 0.1})
+        writer.log(2, {"eval/accuracy": 0.4})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "reward": 0.1},
+        {"step": 2, "reward": 0.2, "eval/accuracy": 0.4},
+    ]
+
+
+def test_no_metrics_file_is_no_metrics(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_completions_keep_any_text_and_any_column(tmp_path):
+    text = "a\u2028b\n\x00\ud800 é"
+    row = {"prompt": [{"role": "user", "content": text}], "reward": math.nan, "n": np.arange(2)}
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+        writer.completions(10, [row, {"set": {1}}])
+    raw = (tmp_path / "completions" / "step_000010.jsonl").read_bytes().split(b"\n")
+    first, second = strict(raw[0]), strict(raw[1])
+    assert first == {"prompt": [{"role": "user", "content": text}], "reward": None, "n": [0, 1]}
+    assert second == {"set": "{1}"}
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["step_000010.jsonl"]
+
+
+def test_tensorboard_gets_the_values_and_purges_on_resume(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with MetricsWriter(tmp_path, tensorboard=True, first_step=0) as writer:
+        writer.log(1, {"reward": 0.5})
+    with MetricsWriter(tmp_path, tensorboard=True, first_step=1) as writer:
+        writer.log(2, {"reward": 0.75})
+    data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert np.float32(0.5).tobytes() in data
+    assert np.float32(0.75).tobytes() in data
+
+
+def test_missing_tensorboard_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r'pip install "gvpo-jax\[tensorboard\]"'):
+        MetricsWriter(tmp_path, tensorboard=True, first_step=0)
+    MetricsWriter(tmp_path, tensorboard=False, first_step=0).close()
+
+
+def plain_console():
+    return Console(file=io.StringIO(), force_terminal=False, width=40)
+
+
+METRICS = {
+    "reward": 0.41234,
+    "loss": -0.5,
+    "gvpo_mse": 0.0213,
+    "tokens_per_second": 812.3,
+    "step_time": 20.0,
+}
+
+
+def test_without_a_terminal_each_step_is_one_plain_line():
+    console = plain_console()
+    with Progress(60, 0, console=console) as progress:
+        progress.update(1, METRICS)
+        progress.update(2, {**METRICS, "step_time": 30.0, "eval/accuracy": 0.418})
+    assert console.file.getvalue().splitlines() == [  # 59 x 20 s and 58 x 25 s are left
+        "step  1/60  reward 0.412  gvpo_mse 0.021  812 tokens/s  20 s/step  20 min left",
+        "step  2/60  reward 0.412  gvpo_mse 0.021  812 tokens/s  30 s/step  held-out 41.8%"
+        "  24 min left",
+    ]
+
+
+def test_small_and_broken_numbers_stay_readable():
+    console = plain_console()
+    with Progress(2, 0, console=console) as progress:
+        progress.update(1, {"reward": 0.0, "loss": -2.5e-5})
+        progress.update(2, {"reward": math.nan, "loss": math.inf})
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["step 1/2  reward 0.000  loss -2.5e-05", "step 2/2  reward nan  loss inf"]
+
+
+def test_samples_are_one_line_each_and_cannot_steer_the_terminal():
+    console = plain_console()
+    rows = [
+        {"prompt": "What is 1 + 1?", "completion": "[red]2[/red]\n:smile:\x1b[2J", "reward": 1.0},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": "", "reward": None},
+    ]
+    with Progress(2, 0, console=console) as progress:
+        progress.samples(rows)
+        progress.note("saved\nstep 2")
+    assert console.file.getvalue().splitlines() == [
+        "  1.00  …What is 1 + 1? → [red]2[/red]⏎:smile:\\x1b[2J",
+        "  none  …hi → ",
+        "saved⏎step 2",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_that_starts_where_the_run_resumes():
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    with Progress(60, 20, console=console) as progress:
+        progress.update(21, METRICS)
+        progress.note("saved [step 21]")
+    shown = console.file.getvalue()
+    assert "step 20/60" in shown
+    assert "step 21/60" in shown
+    assert "reward 0.412" in shown
+    assert "saved [step 21]" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.02134, "0.0213"),
+        (0.0, "0"),
+        (812.3, "812"),
+        (1234.0, "1234"),
+        (12345.0, "12.3k"),
+        (999_960.0, "1M"),
+        (4.56e6, "4.56M"),
+        (1e-5, "1.0e-05"),
+        (math.nan, "n/a"),
+    ],
+)
+def test_compact(value, text):
+    assert compact(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.84, "0.84 s"),
+        (21.84, "21.8 s"),
+        (99.4, "99.4 s"),
+        (99.6, "2 min"),
+        (3600, "60 min"),
+        (11_100, "3 h 05 min"),
+        (187_200, "2 d 4 h"),
+        (math.inf, "n/a"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_shares():
+    assert percent(0.4184) == "41.8%"
+    assert points(0.184) == "+18.4"
+    assert points(-0.021) == "\u22122.1"

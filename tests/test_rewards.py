@@ -1,0 +1,487 @@
+"""Calling, adding up and bounding reward functions."""
+
+import asyncio
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.rewards import RewardError, load_reward_func, per_sample, score
+from gvpo_jax.rewards.debug import letter_share
+from gvpo_jax.rewards.math import math_verify
+from gvpo_jax.rewards.numbers import exact_number
+from gvpo_jax.rewards.reasoning_gym import (
+    RUNS_ANSWERS,
+    reasoning_gym_reward,
+    reasoning_gym_score,
+)
+from gvpo_jax.rewards.workers import WorkerPool, run_each
+
+NAN = math.nan
+
+
+def run(funcs, weights=None, *, n=3, on_error: Any = "raise", **columns):
+    """score() over n completions "0", "1", ... of one prompt."""
+    return score(
+        funcs,
+        weights,
+        prompts=["p"] * n,
+        completions=[str(i) for i in range(n)],
+        completion_ids=[[i] for i in range(n)],
+        columns=columns,
+        on_error=on_error,
+    )
+
+
+def gives(*values):
+    def constant(**_):
+        return list(values)
+
+    return constant
+
+
+# The call and the sum
+
+
+def test_the_call_is_trls():
+    calls = []
+
+    def reward(prompts, completions, completion_ids, **kwargs):
+        calls.append((prompts, completions, completion_ids, kwargs))
+        return [0.0] * len(completions)
+
+    messages = [[{"role": "assistant", "content": text}] for text in "ab"]
+    score(
+        [reward],
+        prompts=["p", "q"],
+        completions=messages,
+        completion_ids=[[1], [2, 3]],
+        columns={"solution": [7, 8], "task": ["s", "t"]},
+    )
+    columns = {"solution": [7, 8], "task": ["s", "t"]}
+    assert calls == [(["p", "q"], messages, [[1], [2, 3]], columns)]
+
+
+def test_rewards_are_the_weighted_sum_and_are_kept_by_function():
+    def first(**_):
+        return [1, 0, True]
+
+    def second(**_):
+        return np.asarray([0.5, -1.0, 2.0], np.float32)
+
+    scores = run([first, second], [2.0, 0.5])
+    np.testing.assert_array_equal(scores.rewards, [2.25, -0.5, 3.0])
+    assert scores.rewards.dtype == np.float64
+    np.testing.assert_array_equal(scores.by_func["first"], [1, 0, 1])
+    np.testing.assert_array_equal(scores.by_func["second"], [0.5, -1, 2])
+    assert (scores.abstained, scores.failed) == (0, 0)
+    np.testing.assert_array_equal(run([first, second]).rewards, [1.5, -1, 3])
+
+
+def test_functions_of_one_name_are_told_apart():
+    scores = run([gives(1), functools.partial(gives(2)), gives(3)], n=1)
+    assert {name: x.tolist() for name, x in scores.by_func.items()} == {
+        "constant": [1],
+        "constant#2": [2],
+        "constant#3": [3],
+    }
+
+
+def test_abstaining_leaves_the_row_to_the_others():
+    scores = run([gives(None, 1, None), gives(5, 5, None)], [3.0, 1.0])
+    np.testing.assert_array_equal(scores.rewards, [5, 8, NAN])
+    np.testing.assert_array_equal(scores.by_func["constant"], [NAN, 1, NAN])
+    assert (scores.abstained, scores.failed) == (1, 0)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, NAN], [1.0, 2.0, 3.0]])
+def test_weights_must_fit_the_functions(weights):
+    with pytest.raises(UserError, match="a finite weight per reward function: 2"):
+        run([gives(1), gives(2)], weights, n=1)
+
+
+def test_arguments_must_fit_each_other():
+    with pytest.raises(ValueError, match=r"unequal length.*'solution': 2"):
+        run([gives(1, 2, 3)], solution=[1, 2])
+    with pytest.raises(UserError, match=r"column 'completions'.*rename"):
+        run([gives(1, 2, 3)], completions=[1, 2, 3])
+    with pytest.raises(UserError, match="no reward function"):
+        run([])
+
+
+# Async functions
+
+
+def test_async_functions_run_at_the_same_time_and_keep_their_places():
+    started = []
+
+    async def meet(name, value):
+        started.append(name)
+        for _ in range(500):  # each waits until it has seen the other start
+            if len(started) == 2:
+                return [value]
+            await asyncio.sleep(0.01)
+        raise TimeoutError("ran alone")
+
+    async def left(**_):
+        return await meet("left", 1.0)
+
+    class Right:
+        async def __call__(self, **_):
+            return await meet("right", 2.0)
+
+    scores = run([left, gives(10), Right()], n=1)
+    assert [x.item() for x in scores.by_func.values()] == [1, 10, 2]
+    assert scores.rewards.tolist() == [13]
+
+
+def test_score_works_inside_a_running_event_loop():
+    async def reward(**_):
+        return [4.0]
+
+    async def notebook():
+        return run([reward], n=1)
+
+    assert asyncio.run(notebook()).rewards.tolist() == [4]
+
+
+def test_async_failure_is_a_failure():
+    async def broken(**_):
+        raise KeyError("oops")
+
+    with pytest.raises(RewardError, match=r"'broken'.*KeyError.*oops"):
+        run([broken])
+    assert run([broken], on_error="skip").failed == 3
+
+
+# Failures
+
+
+@pytest.mark.parametrize("answer", [[1.0, 2.0], [1.0] * 4, None, 3.0, "abc", iter([1, 2, 3])])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_wrong_length_always_raises(answer, on_error):
+    def short(**_):
+        return answer
+
+    with pytest.raises(RewardError, match=r"'short' must return a list with one entry per.* 3"):
+        run([short], on_error=on_error)
+
+
+def test_exception_names_function_and_row():
+    def picky(prompt, completion):
+        if completion == "1":
+            raise KeyError("no such thing")
+        return 1.0
+
+    with pytest.raises(RewardError, match=r"'picky' failed on row 1: KeyError.*no such thing"):
+        run([per_sample(picky)])
+    scores = run([per_sample(picky), gives(5, 5, 5)], on_error="skip")
+    np.testing.assert_array_equal(scores.rewards, [6, NAN, 6])  # not 5: that sum lacks a term
+    np.testing.assert_array_equal(scores.by_func["picky"], [1, NAN, 1])
+    assert (scores.abstained, scores.failed) == (0, 1)
+
+
+def test_exception_out_of_the_call_fails_all_rows():
+    def broken(**_):
+        return 1 / 0
+
+    with pytest.raises(RewardError, match=r"'broken' failed on.*rows 0 to 2.*ZeroDivisionError"):
+        run([broken])
+    scores = run([broken, gives(1, 1, 1)], on_error="skip")
+    assert np.isnan(scores.rewards).all()
+    assert (scores.abstained, scores.failed) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [NAN, math.inf, -math.inf, np.float32("nan"), pytest.param(10**400, id="huge"), "1", [1]],
+)
+def test_values_that_are_no_finite_number_raise_or_are_skipped(bad):
+    with pytest.raises(RewardError, match="'constant' failed on row 1: it gave"):
+        run([gives(1, bad, None)])
+    scores = run([gives(1, bad, None)], on_error="skip")
+    np.testing.assert_array_equal(scores.rewards, [1, NAN, NAN])
+    assert (scores.abstained, scores.failed) == (1, 1)
+
+
+# Finding functions
+
+
+def test_functions_load_from_modules_and_files(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(**_):\n    return [3.0]\n")
+    assert run([load_reward_func(f"{path}:reward")], n=1).rewards.tolist() == [3]
+    assert load_reward_func("gvpo_jax.rewards.debug:letter_share") is letter_share
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("letter_share", "write module:function"),
+        ("gvpo_jax.rewards.debug:share", "no function 'share' there; functions: letter_share"),
+        ("no_such_module_here:f", "no such module"),
+        ("gvpo_jax.rewards.nothing:f", "importing it failed"),
+        ("nowhere/mine.py:f", "no such file"),
+        ("{broken}:f", "importing it failed: SyntaxError"),
+    ],
+)
+def test_function_that_is_not_there(spec, problem, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:\n")
+    with pytest.raises(UserError, match=problem):
+        load_reward_func(spec.format(broken=broken))
+
+
+# The small rewards
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "reward"),
+    [
+        (" 182", "182", 1.0),
+        (" 182.\nWhat is 3", 182, 1.0),
+        (" 1,820 or so", "1820", 1.0),
+        ("it is -3.50", "-3.5", 1.0),
+        ("3", "-3", 0.0),
+        ("12 182", "182", 0.0),
+        ("1820", "182", 0.0),
+        ("none", "182", 0.0),
+        ([{"role": "assistant", "content": " 7"}], "7", 1.0),
+        ("9007199254740993", "9007199254740992", 0.0),  # equal as floats
+    ],
+)
+def test_exact_number(completion, solution, reward):
+    assert exact_number(["p"], [completion], solution=[solution], task=["t"]) == [reward]
+
+
+@pytest.mark.parametrize("solution", ["seven", "", "nan", None])
+def test_exact_number_fails_on_a_solution_that_is_no_number(solution):
+    with pytest.raises(RewardError, match="'exact_number' failed on row 0: the solution"):
+        run([exact_number], n=1, solution=[solution])
+
+
+def test_letter_share():
+    chats = [[{"role": "assistant", "content": "ab "}]]
+    assert letter_share(["p"] * 4, ["abcd", "aB1é", "", *chats]) == [1.0, 0.25, 0.0, 2 / 3]
+
+
+# Processes
+
+TRICKS = """
+import os, time
+
+def trick(prompt, completion):
+    if completion == "hang":
+        9**9**9**9
+    if completion == "sleep":
+        time.sleep(600)
+    if completion == "die":
+        os._exit(3)
+    if completion == "raise":
+        raise KeyError("oops")
+    if completion == "unpicklable":
+        return lambda: 0
+    if completion == "pid":
+        return os.getpid()
+    if completion == "abstain":
+        return None
+    print("printing must not break the pipe")
+    return float(completion)
+"""
+
+
+@pytest.fixture(scope="module")
+def tricks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "tricks.py"
+    path.write_text(TRICKS)
+    return f"{path}:trick"
+
+
+def test_a_call_that_hangs_is_killed_at_the_deadline_while_the_others_answer(tricks, capfd):
+    pool = WorkerPool(tricks, deadline=1.0, workers=2)
+    try:
+        pool.map([("p", "0"), ("p", "1")])  # start both
+        begin = time.monotonic()
+        answers = ["hang", "1", "sleep", "2", "abstain", "3"]
+        results = pool.map([("p", answer) for answer in answers])
+        assert time.monotonic() - begin < 30
+        assert [results[i] for i in (1, 3, 4, 5)] == [1.0, 2.0, None, 3.0]
+        assert capfd.readouterr().out == ""
+        for i in (0, 2):
+            with pytest.raises(RewardError, match="no answer within 1 s"):
+                raise results[i]
+    finally:
+        pool.close()
+
+
+def test_a_call_that_dies_or_raises_fails_alone_and_the_process_is_kept_or_replaced(tricks):
+    pool = WorkerPool(tricks, deadline=60.0, workers=1)
+    answers = ["pid", "raise", "unpicklable", "pid", "die", "pid", "5"]
+    try:
+        first, raised, unpicklable, second, died, third, last = pool.map(
+            [("p", answer) for answer in answers]
+        )
+        again = pool.map([("p", "pid")])
+    finally:
+        pool.close()
+    assert first == second  # an exception costs no process
+    assert third != second
+    assert again == [third]  # processes outlive a map
+    assert last == 5.0
+    assert re.search("KeyError.*oops", str(raised))
+    assert "pickle" in str(unpicklable)
+    assert "died with status 3" in str(died)
+    assert all(isinstance(x, RewardError) for x in (raised, unpicklable, died))
+    with pytest.raises(ProcessLookupError):
+        os.kill(third, 0)  # close() left nothing running
+
+
+def test_a_function_that_cannot_be_imported_raises_at_once(tmp_path):
+    with pytest.raises(RewardError, match=r"did not start: .*no such file"):
+        WorkerPool(f"{tmp_path}/none.py:f", deadline=60.0).map([()])
+
+
+def test_a_hung_row_is_skipped_by_score(tricks):
+    scores = score(
+        [run_each(tricks, deadline=0.5, workers=1)],
+        prompts=["p"] * 3,
+        completions=["1", "sleep", "2"],
+        completion_ids=[[0]] * 3,
+        columns={"solution": [0] * 3},
+        on_error="skip",
+    )
+    np.testing.assert_array_equal(scores.rewards, [1, NAN, 2])
+    assert scores.failed == 1
+
+
+# reasoning-gym and math-verify
+
+
+def gym_entry(task):
+    gym = pytest.importorskip("reasoning_gym")
+    import json
+
+    entry = gym.create_dataset(task, size=1, seed=5)[0]
+    return json.dumps(entry), entry["answer"]
+
+
+def test_reasoning_gym_gives_full_credit_or_none():
+    entry, answer = gym_entry("gcd")
+    completions = [f" {answer}\n", f"{answer} or so", "no idea", ""]
+    columns = {"task": ["gcd"] * 4, "entry": [entry] * 4}
+    assert reasoning_gym_score(["p"] * 4, completions, **columns) == [1, 0, 0, 0]
+    partial = reasoning_gym_reward(credit="partial", workers=1)
+    scores = partial(["p"] * 4, completions, **columns)
+    assert scores[0] == 1
+    assert 0 < scores[1] < 1
+    assert scores[2:] == [0, 0]
+
+
+@pytest.mark.parametrize("task", ["countdown", "simple_integration", "n_queens", "puzzle24"])
+def test_scorers_that_run_answers_are_denied(task):
+    pytest.importorskip("reasoning_gym")
+    assert task in RUNS_ANSWERS
+    with pytest.raises(UserError, match=f"scorer of {task} runs the answer as Python"):
+        reasoning_gym_score(["p"] * 2, ["x", "y"], task=["gcd", task], entry=["{}", "{}"])
+
+
+def test_every_scorer_that_evaluates_text_is_on_the_list():
+    gym = pytest.importorskip("reasoning_gym")
+    import inspect
+
+    evaluates = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(.*\b(?:answer|user)")
+    found = set()
+    for name, (dataset, _) in gym.factory.DATASETS.items():
+        source = inspect.getsource(sys.modules[dataset.__module__])
+        own = source.replace('eval(entry["answer"])', "")  # the solution, not the answer
+        if evaluates.search(own):
+            found.add(name)
+    assert found == RUNS_ANSWERS
+
+
+def test_allowing_a_task_allows_that_task_only():
+    entry, _ = gym_entry("string_insertion")
+    allowed = reasoning_gym_reward(allow_code=["string_insertion"], workers=1)
+    assert allowed(["p"], ["x"], task=["string_insertion"], entry=[entry]) == [0]
+    with pytest.raises(UserError, match="scorer of countdown"):
+        allowed(["p"], ["x"], task=["countdown"], entry=["{}"])
+    with pytest.raises(UserError, match="'gcd' is no task that runs answers"):
+        reasoning_gym_reward(allow_code=["gcd"])
+
+
+QUESTION = r"What is 3 + 4, or 14/2, or \sqrt{49}? Expand (x+1)^2. Simplify \sqrt{12}."
+ANSWERS = [
+    ("7", "7", 1),
+    ("7", "So the answer is 7.", 1),
+    ("7", "3 + 4 = 7", 1),
+    ("7", r"\boxed{7\text{ cm}}", 1),
+    ("7", "$x = 7$", 1),
+    ("7", "8", 0),
+    ("7", "-7", 0),
+    ("7", "", 0),
+    ("7", "3 + 4", 0),  # the question echoed back
+    ("7", "$3+4$ is what?", 0),
+    ("7", r"The answer is \boxed{3 + 4}", 0),
+    ("7", r"\boxed{5 + 2}", 0),  # not the question, but not worked out
+    ("7", r"\boxed{14/2}", 0),
+    ("7", r"\boxed{\sqrt{49}}", 0),
+    ("1,234", "1234", 1),
+    ("1500", r"\boxed{1.5 \times 10^3}", 1),
+    (r"\frac{1}{2}", "0.5", 1),
+    ("0.5", r"\boxed{\dfrac{1}{2}}", 1),
+    (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}", 0),
+    ("x^2+2x+1", "$x^2 + 2x + 1$", 1),
+    ("x^2+2x+1", "$1 + x^2 + 2x$", 1),
+    ("x^2+2x+1", "$(x+1)^2$", 0),  # the question
+    ("(x+1)^2", "$(x + 1)^2$", 1),  # the question, and the solution
+    (r"2\sqrt{3}", r"\boxed{2\sqrt{3}}", 1),
+    ("Half of 144: #### 72", "72", 1),
+    (r"We get \boxed{72}.", "72", 1),
+    (72, "72", 1),
+]
+
+
+def test_math_verify_compares_final_answers_as_mathematics():
+    pytest.importorskip("math_verify")
+    solutions, completions, _ = zip(*ANSWERS, strict=True)
+    prompts = [QUESTION, [{"role": "user", "content": QUESTION}]] * len(ANSWERS)
+    rewards = math_verify(prompts[: len(ANSWERS)], completions, solution=solutions)
+    wrong = [(case, got) for case, got in zip(ANSWERS, rewards, strict=True) if got != case[2]]
+    assert not wrong
+
+
+def test_math_verify_is_given_the_solution_first():
+    # An interval answers an inequality, an inequality that asks for an interval doesn't.
+    pytest.importorskip("math_verify")
+    interval, inequality = r"$(-\infty, 5)$", "$x < 5$"
+    assert math_verify(["p"] * 2, [interval, inequality], solution=[inequality, interval]) == [1, 0]
+
+
+def test_math_verify_fails_on_a_solution_it_cannot_parse():
+    pytest.importorskip("math_verify")
+    with pytest.raises(RewardError, match=r"'math_verify' failed on row 0: .*the solution ''"):
+        run([math_verify], n=1, solution=[""])
+
+
+@pytest.mark.parametrize(
+    ("func", "package", "extra", "columns"),
+    [
+        (math_verify, "math_verify", "math", {"solution": [1]}),
+        (reasoning_gym_score, "reasoning_gym", "tasks", {"task": ["gcd"], "entry": ["{}"]}),
+    ],
+)
+def test_missing_package_names_the_extra(monkeypatch, func, package, extra, columns):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == package else found(name, *a)
+    )
+    with pytest.raises(UserError, match=rf'pip install "gvpo-jax\[{extra}\]"'):
+        func(["p"], ["1"], **columns)
