@@ -1,8 +1,10 @@
-"""One attention for prefill, decoding, scoring and training: a prefix shared by the group, a suffix of one's own.
+"""One attention for prefill, decoding, scoring and training: a shared prefix and an own suffix.
 
-The k completions of a prompt attend to the prompt's keys and values, computed once, and to their own.
-Both parts share one softmax: each is exponentiated against the common maximum, and the sums are merged.
-Axes: g groups, k completions, t queries, s suffix keys, p prefix keys, n key-value heads, r query heads per n, d.
+The k completions of a prompt attend to the prompt's keys and values, computed once, and to their
+own. Both parts share one softmax: each is exponentiated against the common maximum, and the sums
+are merged.
+Axes: g groups, k completions, t queries, s suffix keys, p prefix keys, n key-value heads, r query
+heads for each n, d.
 """
 
 from typing import NamedTuple
@@ -30,7 +32,7 @@ def attend(
 ) -> jax.Array:
     """Softmax attention over the shared prefix and the own suffix together, `[g, k, t, h, d]`.
 
-    Scores and softmax are float32. Queries' heads are h = n * r: head h reads key-value head h // r.
+    Scores and softmax are float32. Query head h of the n * r reads key-value head h // r.
 
     Args:
         queries_gkthd: `[g, k, t, h, d]`.

@@ -40,7 +40,7 @@ def pad_prompts(
     Args:
         prompts: g lists of token ids.
         longest: length of the longest prompt there will be in the run, where it is known. Then the
-            buckets are that length, its half and its quarter, and the run compiles three widths at most.
+            buckets are that length, its half and its quarter: three widths to compile at most.
 
     Raises:
         ValueError: no prompt, or one without a token.
@@ -79,7 +79,7 @@ def make_batch(
     rewards: np.ndarray,
     longest_prompt: int | None = None,
 ) -> Batch:
-    """A batch without reference log-probs yet (they are 0), its completions cut to the bucket of the longest.
+    """A batch, its reference log-probs still 0, its completions cut to the longest one's bucket.
 
     Args:
         prompts: g lists of token ids.
@@ -103,7 +103,7 @@ def make_batch(
 
 
 def pad_completions(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged groups of ragged completions as `[g, k, t]` token ids and `[g, k]` lengths, 0 where there is none."""
+    """Ragged groups of ragged completions as ids `[g, k, t]` and lengths `[g, k]`; 0: not there."""
     k = max(len(group) for group in groups)
     t = max(len(completion) for group in groups for completion in group)
     completions = np.zeros((len(groups), k, bucket(t)), np.int32)
@@ -116,7 +116,7 @@ def pad_completions(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarr
 
 
 def pad_groups(batch: Batch, groups: int) -> Batch:
-    """Fill up to `groups` groups with copies of the first one marked invalid: they count for nothing."""
+    """Fill up to `groups` groups with invalid copies of the first one: they count for nothing."""
     missing = groups - batch.prompts.shape[0]
     if missing <= 0:
         return batch
@@ -127,7 +127,7 @@ def pad_groups(batch: Batch, groups: int) -> Batch:
 
 
 def split_groups(batch: Batch, parts: int) -> Batch:
-    """`[g, ...] -> [parts, g / parts, ...]`, dealt out in turn: a batch sharded over its groups stays where it is."""
+    """`[g, ...] -> [parts, g / parts, ...]`, dealt out in turn, so that sharded groups stay put."""
 
     def split(x):
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)

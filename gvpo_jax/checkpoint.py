@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax, with what Orbax leaves to its users: checksums, and falling back from a broken step."""
+"""Checkpoints through Orbax, with what it leaves to us: checksums, and skipping broken steps."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The numbered checkpoints of one run folder; use as a context manager, so that the last save is awaited.
+    """The numbered checkpoints of one run folder; a context manager that awaits the last save.
 
     Args:
         folder: made when missing.
@@ -42,7 +42,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
-        """Save a pytree of arrays and JSON values as one atomic step; writing goes on in the background.
+        """Save a pytree of arrays and JSON values as one atomic step, written in the background.
 
         Raises:
             UserError: an earlier save failed, e.g. for a full disk.
@@ -63,8 +63,8 @@ class Checkpoints:
     def restore(self, like: Any) -> Restored | None:
         """The newest whole checkpoint, or None where there is none at all.
 
-        A step that can't be read or whose checksums differ is passed over with a warning, and deleted, so that the
-        run can write it again.
+        A step that can't be read or whose checksums differ is passed over with a warning, and
+        deleted, so that the run can write it again.
 
         Args:
             like: tree of `jax.ShapeDtypeStruct` with shardings, the state as it shall come back.
@@ -147,7 +147,7 @@ def _sums(leaves):
 
 
 def _sum(leaf):
-    """Bits as unsigned integers, each times its odd place number, modulo 2**32: one flipped bit always shows."""
+    """Bits as unsigned integers, times odd numbers, modulo 2**32: one flipped bit always shows."""
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")

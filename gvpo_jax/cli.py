@@ -11,7 +11,7 @@ from gvpo_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for the user's mistakes, 130 when interrupted."""
+    """Run the command line; the exit status is 0, 2 for the user's mistakes, 130 if interrupted."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)

@@ -1,4 +1,4 @@
-"""A run's settings: frozen dataclasses whose comments are the manual, filled from YAML and `key=value`."""
+"""A run's settings: frozen dataclasses whose comments are the manual, from YAML and `key=value`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "debug"  # hub name, folder of safetensors, .gguf file, package://PACKAGE/FILE.gguf, or "debug"
+    # A hub name, a folder of safetensors, a .gguf file, package://PACKAGE/FILE.gguf, or "debug".
+    name: str = "debug"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
-    remat: Literal["none", "layer"] = (
-        "none"  # "layer": recompute each layer in the backward pass, to save memory
-    )
+    # "layer" computes each layer again in the backward pass, to save memory.
+    remat: Literal["none", "layer"] = "none"
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class TaskConfig:
 
     name: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # the task's own options
-    question: str = (
-        ""  # prompt, a format string over the item's metadata; empty: the task's own question
-    )
+    # The prompt, a format string over the item's metadata; empty: the task's own question.
+    question: str = ""
     answer_prefix: str = ""  # text put at the start of the answer
     weight: float = 1.0  # share of the rows
 
@@ -49,17 +48,14 @@ class DataConfig:
     eval_path: str | None = None  # (held-out rows, same columns)
     tasks: list[TaskConfig] = field(default_factory=list)  # ... generated tasks
     train_size: int = 1000  # rows drawn from the tasks
-    eval_size: int = (
-        256  # held-out rows: drawn from the tasks, or the first ones of eval_path; 0: no evaluation
-    )
+    # Held-out rows, drawn from the tasks, or the first ones of eval_path; 0: no evaluation.
+    eval_size: int = 256
     eval_seed: int = 0  # the held-out rows do not follow run.seed, so that runs can be compared
     chat_template: Literal["auto", "never", "always"] = "auto"  # "auto": for lists of messages only
     template: str | None = None  # a Jinja chat template in place of the tokenizer's own
     system_prompt: str | None = None
     max_prompt_length: int = 512  # tokens
-    too_long: Literal["error", "skip"] = (
-        "error"  # what to do with longer prompts; they are never cut
-    )
+    too_long: Literal["error", "skip"] = "error"  # longer prompts are never cut
 
 
 @dataclass(frozen=True)
@@ -77,16 +73,13 @@ class RolloutConfig:
 class RewardConfig:
     funcs: list[str] = field(default_factory=list)  # "module:function" or "path/file.py:function"
     weights: list[float] = field(default_factory=list)  # one per function; empty: all 1
-    on_error: Literal["raise", "skip"] = (
-        "raise"  # "skip": the completion leaves its group, and is counted
-    )
+    on_error: Literal["raise", "skip"] = "raise"  # "skip": leave the completion out, and count it
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    beta: float = (
-        0.1  # pull towards the reference, reward per nat; the paper finds [0.01, 0.5] fine
-    )
+    # Pull towards the reference, in reward per nat; the paper finds 0.01 to 0.5 fine.
+    beta: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -179,8 +172,9 @@ _FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "me
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file with `key=value` overrides on top.
 
-    Data files that are not found from the working directory are looked for beside the config. A path that does not exist but names a config that came with the package (`quickstart`, `configs/quickstart.yaml`) is
-    taken from there.
+    Data files that are not found from the working directory are looked for beside the config. A
+    path that does not exist but names a config that came with the package (`quickstart`,
+    `configs/quickstart.yaml`) is taken from there.
 
     Raises:
         UserError: no such file, no YAML, an unknown key, or a value out of range.
@@ -305,7 +299,8 @@ def _check(c: Config) -> None:
         raise UserError(f"rollout.temperature must be > 0 in training, got {c.rollout.temperature}")
     if c.rewards.weights and len(c.rewards.weights) != len(c.rewards.funcs):
         raise UserError(
-            f"rewards.weights has {len(c.rewards.weights)} numbers for {len(c.rewards.funcs)} functions"
+            f"rewards.weights has {len(c.rewards.weights)} numbers for "
+            f"{len(c.rewards.funcs)} functions"
         )
 
 

@@ -15,8 +15,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Row]]:
     """Accuracy and mean reward over `rows`, overall and by the column `task`, and what was sampled.
 
-    A completion is right when its reward reaches `success_reward`; one without a reward is wrong, and leaves the
-    mean reward out.
+    A completion is right when its reward reaches `success_reward`; one without a reward is wrong,
+    and does not enter the mean reward.
 
     Returns:
         Metrics `eval/accuracy`, `eval/reward`, `eval/accuracy/TASK`, and one record per completion.

@@ -1,10 +1,10 @@
-"""Between flat rows and groups: k completions of one prompt stand side by side on the group axis."""
+"""Between flat rows and groups: k completions of a prompt stand side by side on the group axis."""
 
 import jax
 
 
 def group(x: jax.Array, k: int) -> jax.Array:
-    """Fold flat rows into groups: `[G*k, ...] -> [G, k, ...]`; rows of one prompt must be neighbours.
+    """Fold flat rows into groups: `[G*k, ...] -> [G, k, ...]`; a prompt's rows are neighbours.
 
     Raises:
         ValueError: k < 1, or the number of rows is not a multiple of k.

@@ -9,9 +9,9 @@ def token_logprobs(
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
-    Positions are worked off in chunks of the T axis; a chunk's logits are computed again in the backward pass
-    instead of being kept, so peak memory follows `chunk_tokens` x V and not T x V. The leading axes
-    stay whole, so that a batch sharded over devices stays where it is.
+    Positions are worked off in chunks of the T axis; a chunk's logits are computed again in the
+    backward pass instead of being kept, so peak memory follows `chunk_tokens` x V and not T x V.
+    The leading axes stay whole, so that a batch sharded over devices stays where it is.
 
     Args:
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
@@ -51,7 +51,7 @@ def sequence_logprobs(token_logps: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def completion_mask(lengths: jax.Array, max_length: int) -> jax.Array:
-    """Which positions belong to the completion: `[...] -> [..., T]` booleans, from lengths alone."""
+    """Which positions lie in the completion, from lengths alone: `[...] -> [..., T]` booleans."""
     lengths = jnp.expand_dims(lengths, -1)
     return (
         jax.lax.broadcasted_iota(jnp.int32, (*lengths.shape[:-1], max_length), lengths.ndim - 1)

@@ -5,8 +5,9 @@ rho_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), the paper weights each completi
 
     w_i = (R_i - mean R) - beta * (rho_i - mean rho)
 
-and minimises -beta * sum_i w_i log pi_theta(y_i|x) / (k-1) with w held constant. Its gradient is that of the
-residuals' sample variance, 1/2 * sum_i w_i^2 / (k-1), whose unique optimum is pi* ~ pi_ref exp(R/beta).
+and minimises -beta * sum_i w_i log pi_theta(y_i|x) / (k-1) with w held constant. Its gradient is
+that of half the residuals' sample variance, 1/2 * sum_i w_i^2 / (k-1), whose unique optimum is
+pi* ~ pi_ref exp(R/beta).
 """
 
 import jax
@@ -22,17 +23,18 @@ def gvpo_weights(
     beta: float | jax.Array = 0.1,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Weight of every completion: centred reward minus centred implicit reward; zero at the optimum.
+    """Weight of every completion: centred reward minus centred implicit reward; 0 at the optimum.
 
     `w_i = (R_i - mean R) - beta * ((l_i - ref_i) - mean(l - ref))`, arXiv 2504.19599, section 3.
     No gradient flows through the result.
 
     Args:
-        logps: `[..., k]` log pi_theta(y_i|x) in nats, summed over the completion's tokens, end token included.
+        logps: `[..., k]` log pi_theta(y_i|x) in nats, summed over the completion's tokens, end
+            token included.
         ref_logps: `[..., k]` the same under the reference policy.
         rewards: `[..., k]` rewards in any unit; only their differences inside a group matter.
         beta: strength of the pull towards the reference, in units of reward per nat.
-        where: `[..., k]` booleans, False where there is no valid completion (its numbers may be NaN).
+        where: `[..., k]` booleans, False at what is no valid completion (its numbers may be NaN).
 
     Returns:
         `[..., k]` float32 (float64 for float64 input); 0 at invalid completions and in groups with
@@ -109,7 +111,7 @@ def _residuals(logps, ref_logps, rewards, beta, where):
     mask = jnp.ones_like(rewards) if where is None else jnp.asarray(where).astype(dtype)
     count = jnp.sum(mask, axis=-1, keepdims=True)
     counts = count >= 2
-    # Centring the difference once is centring each: mean(R) - beta * mean(rho) = mean(R - beta * rho).
+    # Centring the difference centres both: mean(R) - beta * mean(rho) = mean(R - beta * rho).
     target = rewards - beta * (logps - ref_logps)
     mean = jnp.sum(target * mask, axis=-1, keepdims=True) / jnp.maximum(count, 1)
     residuals = jnp.where(counts, (target - mean) * mask, 0)
@@ -118,7 +120,7 @@ def _residuals(logps, ref_logps, rewards, beta, where):
 
 
 def _valid(x, where):
-    """Zeros in place of what does not count, so that a NaN there reaches neither value nor gradient."""
+    """Zeros in place of what does not count: a NaN there reaches neither value nor gradient."""
     return jnp.asarray(x) if where is None else jnp.where(jnp.asarray(where).astype(bool), x, 0)
 
 

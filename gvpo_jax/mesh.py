@@ -14,7 +14,7 @@ from gvpo_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 GROUPS = P(("data", "fsdp"))  # batches are cut over their groups
 
-# First match wins; a leaf of another rank (an optimizer's counters, factored moments) is replicated.
+# First match wins; a leaf of another rank (optimizer counters, factored moments) is replicated.
 LAYOUT: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
@@ -33,21 +33,15 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
         UserError: the sizes do not multiply to a number of devices that is there.
     """
     sizes, available = [data, fsdp, tensor], len(jax.devices())
+    asked = dict(zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(
-            f"mesh sizes are positive, with one -1 at most, got {dict(zip(AXES, sizes, strict=True))}"
-        )
+        raise UserError(f"mesh sizes are positive, with one -1 at most, got {asked}")
     given = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         sizes[sizes.index(-1)] = available // given
-    if (
-        math.prod(sizes) == 0
-        or given > available
-        or (-1 in (data, fsdp, tensor) and available % given)
-    ):
-        raise UserError(
-            f"mesh {dict(zip(AXES, (data, fsdp, tensor), strict=True))} does not fit {available} devices"
-        )
+    uneven = -1 in asked.values() and available % given
+    if math.prod(sizes) == 0 or given > available or uneven:
+        raise UserError(f"mesh {asked} does not fit {available} devices")
     devices = jax.devices()[: math.prod(sizes)]
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -90,7 +84,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     for size, axis in zip(shape, spec, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(
-                f"{name} of shape {shape} does not divide over mesh axis {axis}={mesh.shape[axis]}; "
-                f"choose a size that divides {size}"
+                f"{name} of shape {shape} does not divide over mesh axis "
+                f"{axis}={mesh.shape[axis]}; choose a size that divides {size}"
             )
     return spec

@@ -12,7 +12,7 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 def make_schedule(
     name: ScheduleName, *, learning_rate: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Learning rate over updates: a linear warm-up, then constant, or linear or cosine decay to 0 at the end."""
+    """Learning rate over updates: linear warm-up, then constant, or decay to 0 at the end."""
     after = max(total_steps - warmup_steps, 1)
     decay = {
         "constant": lambda: optax.constant_schedule(learning_rate),
@@ -21,7 +21,7 @@ def make_schedule(
     }[name]()
     if warmup_steps == 0:
         return decay
-    # The first update already moves: the ramp reaches the full rate at update `warmup_steps`, not one later.
+    # The first update already moves: the ramp is at the full rate on update number `warmup_steps`.
     ramp = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
     if warmup_steps == 1:
         ramp = optax.constant_schedule(learning_rate)
@@ -38,7 +38,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then the optimizer; weight decay spares norms and biases."""
+    """Clipping of the gradient's global norm, then the optimizer; decay spares norms and biases."""
     optimizer = {
         "adamw": lambda: optax.adamw(
             schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_matrices

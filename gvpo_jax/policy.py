@@ -1,5 +1,6 @@
 """The policy on its mesh: sampling, scoring and updating as compiled functions over one state."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,10 +25,11 @@ class Policy:
     """A model in training and its reference, laid out on a mesh.
 
     Attributes:
-        model: what was loaded; its `params` are handed over to `state` and not kept.
+        model: what was loaded, without its parameters: they are in `state`.
         state: parameters, optimizer state, number of updates.
         reference: the parameters that beta pulls towards.
-        updates: how many the policy has seen; the reference was last refreshed at update `refreshed_at`.
+        updates: how many the policy has seen.
+        refreshed_at: `updates` when the reference was last refreshed.
         start_fingerprint: a number that tells the start weights from others.
     """
 
@@ -38,7 +40,7 @@ class Policy:
         self._check_batch(c.train.batch_size // c.train.micro_batches)
         if model is None:
             model = load_model(c.model.name, place=self._place_param)
-        self.model = model
+        self.model = dataclasses.replace(model, params={})
         self._check_lengths()
         self.stop_ids = tuple(dict.fromkeys((*stop_token_ids(model), *c.rollout.stop_token_ids)))
         apply = make_apply(
@@ -49,7 +51,8 @@ class Policy:
         init = functools.partial(init_state, optimizer=optimizer)
         layout = shardings(self.mesh, jax.eval_shape(init, params))
         self.state: TrainState = jax.jit(init, out_shardings=layout)(params)
-        self.reference = _copy(params)
+        # The state is a copy of the start weights, so these may be the reference as they are; ema writes into its own.
+        self.reference = _copy(params) if c.reference.name == "ema" else params
         self.start_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0
         self._schedule = learning_rate_schedule(c)
@@ -100,7 +103,7 @@ class Policy:
         return Rollout(*(x[:n] for x in rollout))
 
     def with_reference(self, batch: Batch) -> Batch:
-        """The batch with the reference's token log-probs filled in, scored in the update's micro-batches."""
+        """The batch with the reference's token log-probs, scored in the update's micro-batches."""
         parts = []
         size = max(batch.prompts.shape[0] // self._config.train.micro_batches, 1)
         for i in range(0, batch.prompts.shape[0], size):
@@ -110,7 +113,7 @@ class Policy:
         return batch._replace(ref_logps=np.concatenate([jax.device_get(p) for p in parts]))
 
     def pad(self, batch: Batch) -> Batch:
-        """The batch with groups that count for nothing, up to a number that micro-batches and mesh divide."""
+        """The batch filled up with groups that count for nothing, so that it divides evenly."""
         unit = self._config.train.micro_batches * group_shards(self.mesh)
         return pad_groups(batch, -(-batch.prompts.shape[0] // unit) * unit)
 
@@ -135,7 +138,7 @@ class Policy:
         return float(self._schedule(self.updates))
 
     def checkpoint(self) -> dict[str, Any]:
-        """The trees that a checkpoint holds; the initial reference is loaded again instead of saved."""
+        """The trees that a checkpoint holds; the initial reference is loaded again, not saved."""
         trees: dict[str, Any] = {"train": self.state}
         if self._config.reference.name != "initial":
             trees["reference"] = self.reference

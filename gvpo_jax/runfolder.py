@@ -11,12 +11,12 @@ from gvpo_jax.runfiles import write_jsonl, write_text
 
 
 def claim(config: Config) -> Path:
-    """The run folder, made and marked with the config; or found again, if it is a run of the same config.
+    """The run folder, made and marked with the config, or found again with the same config in it.
 
     A run with a constant learning rate may be made longer: `train.steps` may grow.
 
     Raises:
-        UserError: the folder holds something else, or a run of another config; nothing is written then.
+        UserError: the folder holds something else, or a run of another config; nothing is written.
     """
     folder = Path(config.run.dir)
     try:
@@ -33,7 +33,8 @@ def _claim(folder: Path, config: Config) -> Path:
             keys = []
         if keys:
             raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(keys)}); give those, or choose another run.dir"
+                f"{folder} holds a run with other settings ({', '.join(keys)}); "
+                "give those, or choose another run.dir"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a run folder; choose another run.dir")
@@ -47,7 +48,7 @@ def _may_grow(old: Config, new: Config) -> bool:
 
 
 def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The config of an existing run folder, overrides on top, with `run.dir` set to where it lies now.
+    """The config of a run folder, overrides on top, with `run.dir` set to where it lies now.
 
     Raises:
         UserError: the folder is no run.

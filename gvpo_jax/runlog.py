@@ -1,4 +1,4 @@
-"""What a run counts and tells: counters, metrics that never hold up the device, samples, evaluations."""
+"""What a run counts and tells: counters, metrics, samples and evaluations."""
 
 import dataclasses
 import resource
@@ -24,7 +24,8 @@ class Counters:
         step: updates done.
         rollouts: rollouts done, which is also the position in the data.
         num_tokens: prompt and completion tokens trained on.
-        train_seconds: time in rollouts and updates; wall_seconds adds evaluations, over all sessions.
+        train_seconds: time in rollouts and updates, over all sessions.
+        wall_seconds: the same with evaluations and all else.
         accuracy_before, accuracy_after: on the held-out rows.
     """
 
@@ -56,9 +57,10 @@ class Counters:
 
 
 class RunLog:
-    """Writes a session's metrics, samples and evaluations, and shows them; use as a context manager.
+    """Writes and shows a session's metrics, samples and evaluations; use as a context manager.
 
-    An update's metrics are fetched when the next update has been sent off, so that the loop never waits for them.
+    An update's metrics are fetched when the next update has been sent off, so that the loop never
+    waits for them.
     """
 
     def __init__(self, run_dir: Path, counters: Counters, config: Config):
@@ -106,7 +108,7 @@ class RunLog:
         self._pending = (c.step, on_device, rest | timing)
 
     def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what was sampled for the next update on disk, and show some of it, every so many updates."""
+        """Every so many updates, keep what was sampled for the next one on disk, and show some."""
         if self.counters.step % self._every == 0:
             self._writer.completions(self.counters.step + 1, records)
             stride = max(len(records) // max(self._samples, 1), 1)
@@ -135,10 +137,10 @@ class RunLog:
 
 
 def reward_metrics(batch: Batch) -> dict[str, float]:
-    """Rewards of a batch, under TRL's names, over its valid completions; `tokens` counts what is trained on.
+    """Rewards of a batch's valid completions, under TRL's names, and the `tokens` trained on.
 
-    `reward_std` is the mean over groups of the standard deviation inside (with k - 1), `frac_reward_zero_std` the share of
-    groups where all rewards are equal.
+    `reward_std` is the mean over groups of the standard deviation inside (with k - 1),
+    `frac_reward_zero_std` the share of groups where all rewards are equal.
     """
     rewards, valid = np.asarray(batch.rewards, np.float64), np.asarray(batch.valid)
     stds = [float(r[v].std(ddof=1)) for r, v in zip(rewards, valid, strict=True) if v.sum() >= 2]

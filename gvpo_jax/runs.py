@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train as the config says, and return the summary; what is wrong with it shows before any model is loaded."""
+    """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
     reward_funcs = _reward_funcs(config)
     rows, held_out = load_data(config)
     claim(config)
@@ -24,7 +24,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def evaluate(config: Config) -> dict[str, float]:
-    """Held-out accuracy of a run's last checkpoint or, where there is no run yet, of the model it starts from."""
+    """Held-out accuracy of a run's last checkpoint; where there is no run, of its start model."""
     reward_funcs = _reward_funcs(config)
     _, held_out = load_data(config)
     if not held_out:

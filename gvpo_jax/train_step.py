@@ -1,4 +1,4 @@
-"""One update of the policy: score the groups, weigh them, step. Pure functions; the trainer jits them."""
+"""One update of the policy: score the groups, weigh them, step. Pure functions; callers jit."""
 
 import functools
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def score(model: Any, params: Any, prompts, prompt_lengths, completions) -> jax.Array:
-    """Token log-probs of given completions, `[g, k, t]` float32 in nats; past a length they are meaningless.
+    """Token log-probs of given completions, `[g, k, t]` float32 nats, meaningless past a length.
 
     The policy and the reference are scored by this same function, with different parameters.
     """
@@ -45,7 +45,7 @@ def train_step(
     beta: float,
     micro_batches: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One GVPO update on a batch of groups, the loss normalised once by the whole batch's valid groups.
+    """One GVPO update on a batch of groups; its valid groups, counted once, normalise the loss.
 
     Args:
         state: parameters, optimizer state and step; donate it.
@@ -53,7 +53,8 @@ def train_step(
         model: the model as functions, see `gvpo_jax.models.decoder.Apply`.
         optimizer: an Optax transformation.
         beta: see `gvpo_weights`.
-        micro_batches: into how many parts of whole groups the backward pass is cut; the gradient does not depend on it.
+        micro_batches: into how many parts of whole groups the backward pass is cut; the gradient
+            does not depend on it.
 
     Returns:
         The new state, and scalar metrics of the policy before the update.
@@ -81,8 +82,8 @@ def train_step(
 def _loss(model, params, batch: Batch, num_groups, *, beta):
     """This part's share of the batch's loss, and its token log-probs.
 
-    Log-ratios are summed per token difference: the sums of log-probs themselves grow with the length, and their
-    difference would carry their rounding.
+    Log-ratios are summed per token difference: the sums of log-probs themselves grow with the
+    length, and their difference would carry their rounding.
     """
     logps_gkt = score(model, params, batch.prompts, batch.prompt_lengths, batch.completions)
     mask = completion_mask(batch.lengths, logps_gkt.shape[-1])
@@ -106,8 +107,8 @@ def _accumulate(gradient, params, parts: Batch, num_groups):
 def _metrics(logps_gkt, batch: Batch, beta) -> Metrics:
     """Scalars that say how the batch looks under the policy that produced the gradient.
 
-    `kl` is the mean over tokens of exp(r) - r - 1 with r = ref - policy: non-negative, an unbiased estimate of KL(policy
-    || reference) per token for samples of the policy.
+    `kl` is the mean over tokens of exp(r) - r - 1 with r = ref - policy: non-negative, an unbiased
+    estimate of KL(policy || reference) per token for samples of the policy.
     """
     mask = completion_mask(batch.lengths, logps_gkt.shape[-1]) & batch.valid[..., None]
     diff = jnp.where(mask, logps_gkt - batch.ref_logps, 0)

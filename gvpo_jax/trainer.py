@@ -1,4 +1,4 @@
-"""The story of a run: sample groups, score them, update, again and again; from here every room is called."""
+"""The story of a run: sample groups, score them, update, again; from here every room is called."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ _EVAL_SEED = 2**31  # above any run.seed: keeps the keys of evaluation apart fro
 
 
 class Trainer:
-    """GVPO training of one model: by whole runs (`train`), or by single steps on given text (`train_step`).
+    """GVPO training of one model: whole runs (`train`), or steps on given text (`train_step`).
 
     Args:
         config: the settings.
@@ -59,7 +59,8 @@ class Trainer:
     ) -> "Trainer":
         """A trainer of a hub model, a folder of safetensors or a .gguf file.
 
-        Any other setting of the config is given as `section__key`, e.g. `train__steps=200`, `run__dir="runs/mine"`.
+        Any other setting of the config is given as `section__key`, e.g. `train__steps=200` or
+        `run__dir="runs/mine"`.
 
         Raises:
             UserError: as for the class, or for an unknown setting.
@@ -86,8 +87,8 @@ class Trainer:
     ) -> dict[str, float]:
         """One update on given text: k completions, with rewards, of each prompt.
 
-        Groups may differ in size; a reward of None or NaN leaves its completion out. The end token is added to
-        every completion.
+        Groups may differ in size; a reward of None or NaN leaves its completion out. The end token
+        is added to every completion.
 
         Args:
             prompts: G texts, or lists of chat messages.
@@ -98,7 +99,8 @@ class Trainer:
             Metrics of the policy before the update.
 
         Raises:
-            UserError: lists that do not fit together, no group with two rewards, or a text that is too long.
+            UserError: lists that do not fit together, no group with two rewards, or too long a
+                text.
         """
         encoded = self._encode([{"prompt": prompt} for prompt in prompts])
         if self.config.reference.name == "previous":
@@ -112,18 +114,21 @@ class Trainer:
     def train(
         self, dataset: Dataset, reward_funcs: RewardFuncs, *, eval_dataset: Dataset = ()
     ) -> dict[str, Any]:
-        """Train for `config.train.steps` updates in the run folder `config.run.dir`, from where it stopped.
+        """Train for `config.train.steps` updates in `config.run.dir`, going on where it stopped.
 
         Args:
-            dataset: rows with `prompt` (text or chat messages) and any columns that the reward functions want.
-            reward_funcs: called as `f(prompts=, completions=, completion_ids=, **columns)`, see `gvpo_jax.rewards`.
+            dataset: rows with `prompt` (text or chat messages) and any columns that the reward
+                functions want.
+            reward_funcs: called as `f(prompts=, completions=, completion_ids=, **columns)`, see
+                `gvpo_jax.rewards`.
             eval_dataset: held-out rows.
 
         Returns:
-            What summary.json holds; without `eval/accuracy_after` where the run has not come to its end.
+            What summary.json holds; before the run's end without `eval/accuracy_after`.
 
         Raises:
-            UserError: the run folder belongs to another config; and what data and reward functions raise.
+            UserError: the run folder belongs to another config; and what data and reward functions
+                raise.
         """
         c, funcs = self.config, _as_list(reward_funcs)
         prompts = self._encode(dataset)
@@ -154,9 +159,10 @@ class Trainer:
     def evaluate(
         self, dataset: Dataset, reward_funcs: RewardFuncs
     ) -> tuple[dict[str, float], list[Row]]:
-        """Accuracy of the current policy on held-out rows, and every sampled completion with its reward.
+        """The policy's accuracy on held-out rows, and every sampled completion with its reward.
 
-        The same rows get the same random keys every time: two evaluations differ by the policy alone.
+        The same rows get the same random keys every time: two evaluations differ by the policy
+        alone.
         """
         return self._evaluate(self._encode(dataset), _as_list(reward_funcs))
 
@@ -175,7 +181,7 @@ class Trainer:
         return self._texts(rollout)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the current policy as safetensors with config and tokenizer: a model folder for transformers."""
+        """Write the current policy as a model folder that transformers loads."""
         export_model(folder, self.policy.model, self.policy.state.params)
 
     def restore(self, run_dir: Path | str) -> int:
@@ -213,9 +219,8 @@ class Trainer:
         indices = batch_indices(len(prompts.rows), c.train.batch_size, number, c.run.seed)
         rows = [prompts.rows[i] for i in indices]
         ids = [prompts.token_ids[i] for i in indices]
-        visits = number * c.train.batch_size + np.arange(
-            len(ids)
-        )  # the same row gets fresh keys next time
+        # Visits, not rows: the same row gets fresh keys next time.
+        visits = number * c.train.batch_size + np.arange(len(ids))
         rollout = self.policy.generate(
             ids,
             visits,

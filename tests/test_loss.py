@@ -43,7 +43,7 @@ def loop_loss(logps, ref_logps, rewards, beta, where=None):
 
 
 def test_a_group_computed_by_hand():
-    # R - mean R = (1, -1) / 2, rho = (0.4, 0) so rho - mean = (0.2, -0.2), w = 0.5 - 0.1 * 0.2 = 0.48
+    # R - mean R = (1, -1) / 2, rho - mean = (0.4, 0) - 0.2 = (0.2, -0.2), w_1 = 0.5 - 0.1 * 0.2
     logps, ref, rewards = jnp.array([-1.0, -2.0]), jnp.array([-1.4, -2.0]), jnp.array([1.0, 0.0])
     np.testing.assert_allclose(
         gvpo_weights(logps, ref, rewards, beta=0.1), [0.48, -0.48], atol=1e-12

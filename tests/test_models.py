@@ -1,6 +1,7 @@
 """Configs, tensor names, the debug model, and every mistake in a model's name or files."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -232,6 +233,20 @@ def test_failed_export_leaves_the_earlier_one(debug, folder, tmp_path, monkeypat
         export_model(folder, debug, jax.tree.map(np.zeros_like, debug.params))
     jax.tree.map(np.testing.assert_array_equal, load_model(str(folder)).params, debug.params)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_export_that_cannot_be_put_in_place_restores_the_earlier_one(debug, folder, monkeypatch):
+    rename = os.rename
+
+    def fail_on_new(source, target):
+        if source.name == "new":
+            raise PermissionError("not here")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fail_on_new)
+    with pytest.raises(PermissionError, match="not here"):
+        export_model(folder, debug, jax.tree.map(np.zeros_like, debug.params))
+    jax.tree.map(np.testing.assert_array_equal, load_model(str(folder)).params, debug.params)
 
 
 def test_export_in_an_unknown_type(debug, tmp_path):

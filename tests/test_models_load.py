@@ -404,7 +404,7 @@ def test_qwen2_gguf_tokenizer_is_that_of_transformers(tiny, tmp_path):
         extra_special_tokens=specials,
     )
     ours = gguf_tokenizer(tiny, tmp_path, "qwen2")
-    for text in TEXTS:
+    for text in [*TEXTS, "Cafe\u0301", "<|im_start|>see<|endoftext|> the"]:
         assert ours.tokenize(text) == theirs.tokenize(text)
 
 

@@ -1,10 +1,11 @@
-"""The decoder of the Llama, Qwen2/2.5 and Qwen3 families, declared in Flax NNX, used as plain functions.
+"""The decoder of the Llama, Qwen2/2.5 and Qwen3 families: Flax NNX, used as plain functions.
 
-Parameters are a plain nested dict of arrays; `apply` functions take it first and run under `jax.jit`:
+Parameters are a plain nested dict of arrays, the first argument of functions for `jax.jit`:
 
-    prefill           prompts [g, p]                       -> last hidden state [g, d], the prompts' keys and values
-    decode            one token of every completion [g, k] -> hidden state [g, k, d], the grown cache
-    completion_hidden prompts [g, p], completions [g, k, t] -> the hidden state that predicts each completion token
+    prefill            prompts [g, p] -> last hidden state [g, d], the prompts' keys and values
+    decode             one token of every completion [g, k] -> hidden [g, k, d], the grown cache
+    completion_hidden  prompts [g, p], completions [g, k, t] -> [g, k, t, d], the hidden states
+                       that predict the completions' tokens
 
 Each prompt is computed once, whatever k. Axes as in `gvpo_jax.attention`; b, h: widths and heads.
 """
@@ -27,7 +28,7 @@ KeysValues = tuple[jax.Array, jax.Array]  # [g, k, n, s, d] each
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's stretching of the slow rotary frequencies to contexts longer than the trained one."""
+    """Llama-3's stretching of the slow rotary frequencies, for contexts beyond the trained one."""
 
     factor: float
     low_freq_factor: float
@@ -37,7 +38,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and options of a decoder; the names are those of a transformers config where it has them."""
+    """Shape and options of a decoder, under a transformers config's names where it has them."""
 
     family: str
     vocab_size: int
@@ -159,15 +160,15 @@ class Decoder(nnx.Module):
 class Apply:
     """The model as functions of its parameters: what rollout, scoring and the train step are given.
 
-    Any model that offers these five plugs in; `prefix` and `cache` are pytrees that only it looks into.
+    Any model that offers these five plugs in; only it looks into the pytrees `prefix`, `cache`.
 
     Attributes:
         prefill: `(params, prompts [G, P], lengths [G]) -> (hidden [G, D], prefix)`.
         empty_cache: `(groups, k, max_completion_length) -> cache`.
-        decode: `(params, tokens [G, k], lengths [G], prefix, cache, at) -> (hidden [G, k, D], cache)`, where
-            `at` counts the completion tokens that came before.
-        completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) -> [G, k, T, D]`, the hidden
-            states that predict each completion token.
+        decode: `(params, tokens [G, k], lengths [G], prefix, cache, at) -> (hidden [G, k, D],
+            cache)`, where `at` counts the completion tokens that came before.
+        completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) ->
+            [G, k, T, D]`, the hidden states that predict each completion token.
         head: `params -> [V, D]`, the output embedding.
     """
 
@@ -179,7 +180,7 @@ class Apply:
 
 
 def make_apply(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool = False) -> Apply:
-    """The decoder's functions, computing in `dtype`; `remat` keeps one activation per layer for the backward pass."""
+    """The decoder's functions in `dtype`; with `remat` the backward pass computes layers again."""
     graph = _graph(config, dtype, remat)
     return Apply(
         prefill=functools.partial(_prefill, graph),
@@ -202,7 +203,7 @@ def init_params(config: DecoderConfig, seed: int) -> Params:
 
 
 def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> jax.Array:
-    """Logits `[b, t, v]` of whole sequences in float32: the plain route that the others are tested against."""
+    """Float32 logits `[b, t, v]` of whole sequences: the plain route to test the others against."""
     model = nnx.merge(_graph(config, jnp.float32, False), params)
     t = tokens_bt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(t)[None], tokens_bt.shape)

@@ -55,14 +55,23 @@ def export_model(
         write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _write_settings(new, loaded, dtype)
         _write_tokenizer(new, loaded.tokenizer)
-        if folder.exists():
-            os.rename(folder, Path(scratch) / "old")
-        os.rename(new, folder)
+        _put(new, folder, Path(scratch) / "old")
     return folder
 
 
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _put(new: Path, folder: Path, aside: Path) -> None:
+    if folder.exists():
+        os.rename(folder, aside)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, folder)
+        raise
 
 
 def _to_host(spec: TensorSpec, leaf: Any) -> np.ndarray:

@@ -45,11 +45,11 @@ class Rollout(NamedTuple):
     """k completions of each of g prompts, on the host.
 
     Attributes:
-        completions: `[g, k, t]` int32 token ids; what lies past a completion's length is meaningless.
+        completions: `[g, k, t]` int32 token ids, meaningless past a completion's length.
         lengths: `[g, k]` int32 tokens, the sampled stop token included.
         finish: `[g, k]` int32, `FINISH_STOP` or `FINISH_LENGTH`.
-        logps: `[g, k, t]` float32 log-probs in nats under the model itself, that is at temperature 1 and before any
-            truncation; 0 past the length.
+        logps: `[g, k, t]` float32 log-probs in nats under the model itself, that is at temperature
+            1 and before any truncation; 0 past the length.
     """
 
     completions: np.ndarray
@@ -75,6 +75,7 @@ class Engine(Protocol):
     ) -> Rollout:
         """k completions of every prompt.
 
-        A completion depends on `seed`, its prompt's id and its place among the k, not on the batch around it. `longest_prompt` is a hint for padding, see `gvpo_jax.batch.pad_prompts`.
+        A completion depends on `seed`, its prompt's id and its place among the k, not on the batch
+        around it. `longest_prompt` is a hint for padding, see `gvpo_jax.batch.pad_prompts`.
         """
         ...

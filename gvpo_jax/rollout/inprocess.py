@@ -26,15 +26,16 @@ class DecodeState(NamedTuple):
 
 
 class InProcessEngine:
-    """Rollout engine over a model given as functions (`gvpo_jax.models.decoder.Apply`, or anything alike).
+    """Rollout engine over a model given as functions, see `gvpo_jax.models.decoder.Apply`.
 
-    Prompts are padded to the next bucket (powers of two from 16, and halfway between), so a run of mixed lengths compiles
-    a handful of programs.
+    Prompts are padded to the next bucket (powers of two from 16, and halfway between), so a run of
+    mixed lengths compiles a handful of programs.
 
     Args:
         model: the model's functions.
         stop_ids: tokens that end a completion and belong to it.
-        place: how a batch's arrays are put on devices, e.g. a sharding over the groups; default: as they are.
+        place: how a batch's arrays are put on devices, e.g. sharded over the groups; default: as
+            they are.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length):
 
 def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, stop_ids):
     """Draw tokens until every completion has stopped or is full."""
-    g, k, t = state.completions_gkt.shape
+    _, k, t = state.completions_gkt.shape
     row_keys = _row_keys(key, ids_g, k)
     head_vd = model.head(params)
 

@@ -1,4 +1,4 @@
-"""Drawing one token per row from logits: truncation, then the inverse of the cumulative distribution."""
+"""Drawing a token per row from logits: truncation, then the inverse cumulative distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ _BLOCK = 256
 
 
 def draw(logits_bv: jax.Array, uniforms_b: jax.Array, sampling: Sampling) -> jax.Array:
-    """Token ids `[b]` drawn from `softmax(logits / temperature)` after truncation; greedy at temperature 0.
+    """Token ids `[b]` from `softmax(logits / temperature)`, truncated; greedy at temperature 0.
 
-    One uniform number per row picks the token whose stretch of the cumulative distribution it falls in, which is
-    much cheaper than a Gumbel number for every token of the vocabulary.
+    One uniform number per row picks the token whose stretch of the cumulative distribution it falls
+    in, which is much cheaper than a Gumbel number for every token of the vocabulary.
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
@@ -38,7 +38,7 @@ def _truncate(logits, sampling: Sampling):
 
 
 def _inverse_cdf(weights_bv, uniforms_b):
-    """First block, then place in the block: two short cumulative sums in place of one over the vocabulary."""
+    """First the block, then the place in it: two short cumulative sums in place of a long one."""
     b, v = weights_bv.shape
     weights = jnp.pad(weights_bv, ((0, 0), (0, -v % _BLOCK))).reshape(b, -1, _BLOCK)
     ends = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
@@ -48,7 +48,7 @@ def _inverse_cdf(weights_bv, uniforms_b):
     start = jnp.where(block == 0, 0, start)
     inside = jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0]
     place = _first_above(jnp.cumsum(inside, axis=-1), aim - start)
-    # Rounding can carry the aim past the block's own sum: fall back on its last token with any weight.
+    # Rounding can carry the aim past the block's sum: fall back on its last token with any weight.
     last = jnp.max(jnp.where(inside > 0, jnp.arange(_BLOCK)[None], 0), axis=-1, keepdims=True)
     place = jnp.minimum(place, last)
     return (block * _BLOCK + place)[:, 0].astype(jnp.int32)

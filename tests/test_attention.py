@@ -1,0 +1,47 @@
+import jax.numpy as jnp
+import numpy as np
+
+from gvpo_jax.attention import Prefix, attend
+
+RNG = np.random.default_rng(0)
+G, K, T, P, N, R, D = 2, 3, 4, 5, 2, 3, 6
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def plain_attention(queries, keys, values, mask):
+    """One query of one head against a list of keys, in float64."""
+    scores = np.where(mask, keys.astype(np.float64) @ queries / np.sqrt(D), -np.inf)
+    weights = np.exp(scores - scores.max())
+    return (weights / weights.sum()) @ values.astype(np.float64)
+
+
+def test_prefix_and_suffix_share_one_softmax():
+    queries = normal(G, K, T, N * R, D) * 3
+    keys, values = normal(G, K, N, T, D) * 3, normal(G, K, N, T, D)
+    prefix_keys, prefix_values = normal(G, N, P, D) * 3, normal(G, N, P, D)
+    prefix_mask = np.arange(P) < np.array([[5], [2]])
+    causal = np.tril(np.ones((T, T), bool))
+    prefix = Prefix(jnp.asarray(prefix_keys), jnp.asarray(prefix_values), jnp.asarray(prefix_mask))
+    own = (jnp.asarray(x) for x in (queries, keys, values, causal[None, None]))
+    out = attend(*own, prefix)
+    for g, k, t, h in np.ndindex(G, K, T, N * R):
+        n = h // R
+        expected = plain_attention(
+            queries[g, k, t, h],
+            np.concatenate([prefix_keys[g, n], keys[g, k, n]]),
+            np.concatenate([prefix_values[g, n], values[g, k, n]]),
+            np.concatenate([prefix_mask[g], causal[t]]),
+        )
+        np.testing.assert_allclose(out[g, k, t, h], expected, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow_and_masked_keys_do_not_leak():
+    queries, keys = np.full((1, 1, 1, 1, D), 100.0), np.full((1, 1, 1, 2, D), 100.0)
+    values = np.array([[1.0] * D, [np.inf] * D])[None, None, None]
+    mask = np.array([True, False])[None, None, None]
+    values = np.where(np.isinf(values), 1e30, values)
+    out = attend(*(jnp.asarray(x, jnp.float32) for x in (queries, keys, values)), jnp.asarray(mask))
+    np.testing.assert_allclose(out, 1.0)

@@ -1,0 +1,129 @@
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gvpo_jax.checkpoint import Checkpoints, fingerprint
+from gvpo_jax.errors import UserError
+from gvpo_jax.mesh import make_mesh
+
+
+def tree(seed, sharding=None):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "params": {"layers": {0: rng.normal(size=(8, 4)).astype(np.float32), 10: np.arange(3)}},
+        "half": jnp.asarray(rng.normal(size=5), jnp.bfloat16),
+        "count": np.int32(seed),
+    }
+    place = (lambda x: jax.device_put(x, sharding)) if sharding else jnp.asarray
+    return jax.tree.map(place, arrays)
+
+
+def like(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_newest_comes_back_bitwise_with_its_extras(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, tree(step), {"tokens": step * 10, "name": "x"})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(like(tree(0)))
+    assert restored is not None
+    assert (restored.step, restored.extra) == (3, {"tokens": 30, "name": "x"})
+    assert_equal(restored.state, tree(3))
+    assert not (tmp_path / "1").exists()
+
+
+def test_nothing_saved_is_none(tmp_path):
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore(like(tree(0))) is None
+
+
+def test_restoring_onto_another_mesh(tmp_path):
+    mesh = make_mesh(fsdp=-1)
+    cut = NamedSharding(mesh, P("fsdp"))
+    state = {"w": jax.device_put(jnp.arange(32.0).reshape(16, 2), cut)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    whole = {"w": jnp.zeros((16, 2))}
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(like(whole))
+    assert restored is not None
+    np.testing.assert_array_equal(restored.state["w"], np.arange(32.0).reshape(16, 2))
+    assert fingerprint(state) == fingerprint(restored.state)
+
+
+def biggest_file(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def truncate(folder):
+    file = biggest_file(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.unlink()
+
+
+def forge_checksum(folder):
+    """What a flipped bit on disk looks like to the reader: data and checksum disagree."""
+    file = folder / "extra" / "metadata"
+    content = json.loads(file.read_text())
+    content["checksums"]["count"] ^= 4
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, forge_checksum])
+def test_a_broken_step_is_passed_over_and_can_be_written_again(tmp_path, damage, caplog):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree(step), {})
+    damage(tmp_path / "2")
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, keep=3) as checkpoints:
+        restored = checkpoints.restore(like(tree(0)))
+        assert restored is not None
+        assert restored.step == 1
+        assert_equal(restored.state, tree(1))
+        checkpoints.save(2, tree(7), {})
+    assert "checkpoint 2 is broken" in caplog.text
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        again = checkpoints.restore(like(tree(0)))
+    assert again is not None
+    assert_equal(again.state, tree(7))
+
+
+def test_only_broken_steps_are_an_error(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree(1), {})
+    forge_checksum(tmp_path / "1")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no checkpoint in"):
+        checkpoints.restore(like(tree(0)))
+    assert (tmp_path / "1").exists()
+
+
+def test_fingerprints_tell_every_flipped_bit():
+    state = {"a": jnp.arange(7, dtype=jnp.float32), "b": jnp.ones((2, 2), jnp.bfloat16)}
+    seen = {fingerprint(state)}
+    for place in range(7):
+        for bit in range(32):
+            bits = np.arange(7, dtype=np.float32).view(np.uint32)
+            bits[place] ^= np.uint32(1) << np.uint32(bit)
+            seen.add(fingerprint(state | {"a": jnp.asarray(bits).view(jnp.float32)}))
+    assert len(seen) == 1 + 7 * 32
+    swapped = state | {"a": jnp.asarray([1.0, 0, 2, 3, 4, 5, 6])}
+    assert fingerprint(swapped) != fingerprint(state)

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gvpo_jax.batch import make_batch
+from gvpo_jax.config import Config, override
+from gvpo_jax.errors import UserError
+from gvpo_jax.mesh import LAYOUT, group_shards, make_mesh, path_name, shardings
+from gvpo_jax.models import load_model
+from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.policy import Policy
+from gvpo_jax.rollout import Sampling
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+
+
+def policy(data, fsdp, tensor, **settings):
+    sizes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    base = {
+        "rollout__num_generations": 4,
+        "rollout__max_completion_length": 6,
+        "data__max_prompt_length": 32,
+        "optimizer__learning_rate": 1e-2,
+        "optimizer__name": "sgd",
+    }
+    return Policy(override(Config(), **base | sizes | settings), load_model("debug"))
+
+
+def five_updates(policy):
+    """Sample, score by token value, update, five times: losses and what was sampled."""
+    prompts = [[65 + i, 66, 67] for i in range(8)]
+    losses, samples = [], []
+    for step in range(5):
+        rollout = policy.generate(
+            prompts, range(8), num_generations=4, sampling=Sampling(), seed=step
+        )
+        rewards = (rollout.completions[..., 0] % 7) / 7.0
+        batch = make_batch(prompts, rollout.completions, rollout.lengths, rewards)
+        losses.append(float(policy.update(policy.with_reference(batch))["gvpo_mse"]))
+        samples.append(rollout)
+    return losses, samples
+
+
+@pytest.fixture(scope="module")
+def alone():
+    one = policy(1, 1, 1)
+    return one, *five_updates(one)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_any_mesh_gives_the_single_devices_samples_and_trajectory(alone, sizes):
+    one, losses, samples = alone
+    many = policy(*sizes)
+    many_losses, many_samples = five_updates(many)
+    np.testing.assert_allclose(many_losses, losses, atol=1e-6)
+    for a, b in zip(samples, many_samples, strict=True):
+        np.testing.assert_array_equal(a.lengths, b.lengths)
+        np.testing.assert_array_equal(a.completions, b.completions)
+    for a, b in zip(
+        jax.tree.leaves(one.state.params), jax.tree.leaves(many.state.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_parameters_and_moments_are_cut_over_the_mesh():
+    cut = policy(1, 4, 2, optimizer__name="adamw")
+    kernel = cut.state.params["layers"][0]["mlp"]["gate"]["kernel"]
+    assert kernel.sharding.spec == P("fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    moments = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(cut.state.opt_state)
+        if path_name(path).endswith("mu/layers/0/mlp/gate/kernel")
+    ]
+    assert [m.sharding.spec for m in moments] == [P("fsdp", "tensor")]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_every_parameter_matches_a_rule(family):
+    import re
+
+    config = DecoderConfig(
+        family, 64, 16, 32, 1, 4, 2, 4, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True
+    )
+    for path, leaf in jax.tree.leaves_with_path(param_shapes(config)):
+        name = path_name(path)
+        specs = [spec for pattern, spec in LAYOUT if re.search(pattern, name)]
+        assert len(specs) == 1, name
+        assert len(specs[0]) == len(leaf.shape), name
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert group_shards(make_mesh(data=2, fsdp=2, tensor=2)) == 4
+    for sizes in ({"data": 16}, {"data": 3, "fsdp": -1}, {"fsdp": 0}, {"data": -1, "fsdp": -1}):
+        with pytest.raises(UserError, match="mesh"):
+            make_mesh(**sizes)
+    tree = {"layers": {0: {"mlp": {"gate": {"kernel": jnp.zeros((6, 4))}}}}}
+    with pytest.raises(UserError, match=r"gate/kernel.*\(6, 4\).*fsdp=4"):
+        shardings(make_mesh(fsdp=4, tensor=2), tree)
+    with pytest.raises(UserError, match=r"= 6 prompts do not divide over data x fsdp = 8"):
+        policy(1, 8, 1, train__batch_size=6)

@@ -1,0 +1,168 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvpo_jax.batch import pad_prompts
+from gvpo_jax.logprobs import completion_mask
+from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
+from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, InProcessEngine, Sampling
+from gvpo_jax.rollout.sampling import draw
+from gvpo_jax.train_step import score
+
+CONFIG = DecoderConfig("llama", 43, 16, 24, 2, 4, 2, 4, tie_embeddings=True)
+PARAMS = jax.tree.map(lambda x: 2 * x, init_params(CONFIG, 0))  # far from uniform
+APPLY = make_apply(CONFIG)
+STOPS = (5, 6)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(7, 43, n).tolist() for n in (9, 2, 5)]
+
+
+def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS):
+    return InProcessEngine(APPLY, stops).generate(
+        PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
+        sampling=sampling or Sampling(), seed=seed,
+    )  # fmt: skip
+
+
+def test_stop_token_belongs_to_the_completion_and_full_ones_are_called_so():
+    rollout = generate(PROMPTS, [0, 1, 2])
+    assert {FINISH_STOP, FINISH_LENGTH} == set(rollout.finish.ravel())
+    for g, i in np.ndindex(3, 4):
+        tokens = rollout.completions[g, i, : rollout.lengths[g, i]]
+        assert not set(tokens[:-1]) & set(STOPS)
+        if rollout.finish[g, i] == FINISH_STOP:
+            assert tokens[-1] in STOPS
+        else:
+            assert len(tokens) == 24
+            assert tokens[-1] not in STOPS
+
+
+def test_log_probs_are_those_of_scoring_whatever_the_temperature():
+    rollout = generate(PROMPTS, [0, 1, 2], sampling=Sampling(temperature=0.7, top_p=0.9))
+    prompts, lengths = pad_prompts(PROMPTS)
+    scored = jax.jit(functools.partial(score, APPLY))(PARAMS, prompts, lengths, rollout.completions)
+    mask = completion_mask(rollout.lengths, 24)
+    np.testing.assert_allclose(rollout.logps, np.where(mask, scored, 0), atol=5e-5)
+
+
+def test_greedy_equals_argmax_of_the_plain_forward_pass():
+    rollout = generate(PROMPTS, [0, 1, 2], k=2, t=8, sampling=Sampling(temperature=0), stops=())
+    forward = jax.jit(lambda tokens: full_logits(CONFIG, PARAMS, tokens))
+    for prompt, completions in zip(PROMPTS, rollout.completions, strict=True):
+        tokens = list(prompt)
+        for _ in range(8):
+            padded = np.array([tokens + [0] * (20 - len(tokens))])
+            tokens.append(int(forward(padded)[0, len(tokens) - 1].argmax()))
+        assert completions.tolist() == [tokens[len(prompt) :]] * 2
+
+
+def test_a_sample_does_not_depend_on_the_batch_around_it():
+    together = generate(PROMPTS, [10, 11, 12])
+    alone = generate([PROMPTS[2], PROMPTS[0]], [12, 10], k=2)
+    for here, there in ((0, 2), (1, 0)):
+        for i in range(2):
+            length = together.lengths[there, i]
+            assert alone.lengths[here, i] == length
+            np.testing.assert_array_equal(
+                alone.completions[here, i, :length], together.completions[there, i, :length]
+            )
+
+
+def test_seed_prompt_id_and_place_in_the_group_all_change_the_sample():
+    base = generate(PROMPTS[:1] * 2, [0, 1], t=24, stops=())
+    rows = base.completions.reshape(8, 24).tolist()
+    assert len({tuple(row) for row in rows}) == 8
+    again, other = (
+        generate(PROMPTS[:1] * 2, [0, 1], t=24, stops=(), seed=seed).completions for seed in (1, 2)
+    )
+    np.testing.assert_array_equal(again, base.completions)
+    assert (other != base.completions).any(axis=-1).all()
+
+
+def test_decoding_ends_when_all_have_stopped():
+    everything = tuple(range(43))
+    rollout = generate(PROMPTS, [0, 1, 2], t=10_000, stops=everything)
+    assert (rollout.lengths == 1).all()
+
+
+def test_sampled_tokens_follow_the_models_distribution():
+    k, id_count = 64, 64
+    rollout = generate([PROMPTS[0]] * id_count, range(id_count), k=k, t=1, stops=())
+    probs = np.asarray(jax.nn.softmax(full_logits(CONFIG, PARAMS, np.array([PROMPTS[0]]))[0, -1]))
+    assert chi_squared(rollout.completions.ravel(), probs) < 2
+
+
+def chi_squared(tokens, probs):
+    """Chi-squared per degree of freedom, rare tokens pooled."""
+    n, counts = len(tokens), np.bincount(tokens, minlength=len(probs))
+    common = n * probs >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = n * np.append(probs[common], probs[~common].sum())
+    used = expected > 0
+    return float(((observed - expected)[used] ** 2 / expected[used]).sum() / max(used.sum() - 1, 1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("vocab", [7, 256, 1000])
+def test_one_uniform_per_row_draws_from_the_softmax(vocab, temperature):
+    n, logits = 50_000, RNG.normal(0, 2, vocab).astype(np.float32)
+    uniforms = jax.random.uniform(jax.random.key(vocab), (n,))
+    rows = jnp.broadcast_to(jnp.asarray(logits)[None], (n, vocab))
+    tokens = np.asarray(draw(rows, uniforms, Sampling(temperature=temperature)))
+    probs = np.exp(logits.astype(np.float64) / temperature)
+    assert chi_squared(tokens, probs / probs.sum()) < 1.5
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_never_draw_a_token_of_probability_zero(u):
+    logits = jnp.asarray(RNG.normal(0, 5, (64, 700)), jnp.float32).at[:, ::3].set(-jnp.inf)
+    tokens = draw(logits, jnp.full(64, u), Sampling())
+    assert np.isfinite(np.asarray(logits)[np.arange(64), tokens]).all()
+
+
+def allowed(logits, sampling):
+    """The tokens that truncation leaves, by the definitions, on sorted probabilities."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled)
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    probs = np.exp(scaled[order] - scaled[order].max())
+    probs /= probs.sum()
+    if sampling.top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(probs), sampling.top_p)) + 1
+        order, probs = order[:keep], probs[:keep]
+    return set(order[probs >= sampling.min_p * probs.max()].tolist())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(top_k=5), Sampling(top_p=0.7), Sampling(min_p=0.2), Sampling(0.8, 20, 0.9, 0.05)],
+)
+def test_truncation_leaves_exactly_the_tokens_of_the_definition(sampling):
+    logits = RNG.normal(0, 1.5, 60).astype(np.float32)
+    n = 20_000
+    uniforms = jax.random.uniform(jax.random.key(3), (n,))
+    tokens = draw(jnp.broadcast_to(jnp.asarray(logits)[None], (n, 60)), uniforms, sampling)
+    assert set(np.asarray(tokens).tolist()) == allowed(logits, sampling)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": -0.1}, {"top_k": -1}]
+)
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_only_plain_sampling_keeps_the_support():
+    assert not Sampling(temperature=1.5).cuts_support
+    for cut in (
+        Sampling(temperature=0),
+        Sampling(top_k=3),
+        Sampling(top_p=0.9),
+        Sampling(min_p=0.1),
+    ):
+        assert cut.cuts_support

@@ -1,0 +1,119 @@
+"""The shared-prefix route against the plain one that repeats the prompt k times."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvpo_jax.logprobs import completion_mask, token_logprobs
+from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, init_params, make_apply
+
+G, K, P, T = 3, 4, 7, 6
+SHAPE = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2}
+CONFIGS = {
+    "llama": DecoderConfig(
+        "llama",
+        **SHAPE,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        tie_embeddings=True,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+    ),
+    "qwen2": DecoderConfig(
+        "qwen2", **SHAPE, num_heads=3, num_kv_heads=1, head_dim=8, qkv_bias=True
+    ),
+    "qwen3": DecoderConfig(
+        "qwen3", **SHAPE, num_heads=4, num_kv_heads=4, head_dim=10, qk_norm=True
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def case(request):
+    config = CONFIGS[request.param]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype), init_params(config, 0)
+    )
+    prompt_lengths = np.array([7, 1, 4])
+    lengths = np.array([[6, 1, 3, 2], [1, 1, 6, 4], [5, 6, 2, 6]])
+    # What lies past a length is noise: it must not matter.
+    prompts, completions = rng.integers(0, 61, (G, P)), rng.integers(0, 61, (G, K, T))
+    return config, params, prompts, prompt_lengths, completions, lengths
+
+
+def repeated_logprobs(config, params, prompts, prompt_lengths, completions, lengths):
+    """The prompt repeated k times, every sequence on its own row, padded behind its end."""
+    rows = np.zeros((G, K, P + T), np.int32)
+    places = np.zeros((G, K, T), np.int32)
+    for g, i in np.ndindex(G, K):
+        p, t = prompt_lengths[g], lengths[g, i]
+        rows[g, i, :p], rows[g, i, p : p + t] = prompts[g, :p], completions[g, i, :t]
+        places[g, i] = np.minimum(np.arange(T) + p - 1, P + T - 1)
+    logits = full_logits(config, params, rows.reshape(G * K, -1)).reshape(G, K, P + T, -1)
+    logps = jax.nn.log_softmax(jnp.take_along_axis(logits, places[..., None], axis=2))
+    picked = jnp.take_along_axis(logps, completions[..., None], axis=-1)[..., 0]
+    return jnp.where(np.arange(T)[None, None] < lengths[..., None], picked, 0)
+
+
+def shared_logprobs(config, params, prompts, prompt_lengths, completions, lengths, **options):
+    apply = make_apply(config, **options)
+    hidden = apply.completion_hidden(params, prompts, prompt_lengths, completions)
+    logps = token_logprobs(hidden, apply.head(params), completions, chunk_tokens=24)
+    return jnp.where(completion_mask(lengths, T), logps, 0)
+
+
+def test_log_probs_equal_those_of_repeated_prompts(case):
+    config, params, *rest = case
+    shared, plain = (
+        jax.jit(lambda p, route=route: route(config, p, *rest))(params)
+        for route in (shared_logprobs, repeated_logprobs)
+    )
+    np.testing.assert_allclose(shared, plain, atol=1e-5)
+
+
+def test_gradients_equal_those_of_repeated_prompts(case):
+    config, params, *rest = case
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(G, K, T)), jnp.float32) / T
+
+    def gradient(route, **options):
+        value = lambda p: jnp.sum(cotangent * route(config, p, *rest, **options))  # noqa: E731
+        return jax.jit(jax.grad(value))(params)
+
+    plain = gradient(repeated_logprobs)
+    for options in ({}, {"remat": True}):
+        shared = gradient(shared_logprobs, **options)
+        for (path, a), b in zip(
+            jax.tree.leaves_with_path(plain), jax.tree.leaves(shared), strict=True
+        ):
+            np.testing.assert_allclose(b, a, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_decoding_gives_the_hidden_states_of_scoring(case):
+    config, params, prompts, prompt_lengths, completions, _ = case
+    apply = make_apply(config)
+    scored = jax.jit(apply.completion_hidden)(params, prompts, prompt_lengths, completions)
+    last, prefix = jax.jit(apply.prefill)(params, prompts, prompt_lengths)
+    decode = jax.jit(apply.decode)
+    cache = apply.empty_cache(G, K, T)
+    hidden = [jnp.broadcast_to(last[:, None], (G, K, last.shape[-1]))]
+    for at in range(T - 1):
+        state, cache = decode(
+            params, completions[:, :, at], prompt_lengths, prefix, cache, jnp.asarray(at)
+        )
+        hidden.append(state)
+    np.testing.assert_allclose(jnp.stack(hidden, axis=2), scored, atol=1e-5)
+
+
+def test_a_prompt_costs_the_same_for_any_k():
+    """FLOPs of a long prompt with one-token completions, as XLA counts them."""
+    config = CONFIGS["qwen2"]
+    apply, params = make_apply(config), init_params(config, 0)
+
+    def flops(k):
+        shapes = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 128), (2,), (2, k, 2))]
+        compiled = jax.jit(apply.completion_hidden).lower(params, *shapes).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(8) < 1.25 * flops(1)

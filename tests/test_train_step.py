@@ -1,0 +1,189 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gvpo_jax.batch import Batch, bucket, make_batch, pad_completions, pad_groups, pad_prompts
+from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
+from gvpo_jax.train_step import init_state, score, train_step
+
+CONFIG = DecoderConfig("qwen2", 37, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
+APPLY, PARAMS = make_apply(CONFIG), init_params(CONFIG, 0)
+REFERENCE = init_params(CONFIG, 1)
+BETA = 0.2
+
+
+def random_batch(groups=4, k=3, *, missing=()):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 37, rng.integers(2, 9)).tolist() for _ in range(groups)]
+    lengths = rng.integers(1, 7, (groups, k))
+    rewards = rng.normal(size=(groups, k))
+    for place in missing:
+        rewards[place] = np.nan
+    batch = make_batch(prompts, rng.integers(0, 37, (groups, k, 6)), lengths, rewards)
+    refs = jax.jit(functools.partial(score, APPLY))(
+        REFERENCE, batch.prompts, batch.prompt_lengths, batch.completions
+    )
+    return batch._replace(ref_logps=np.asarray(refs))
+
+
+def gradient(batch, micro_batches=1):
+    """The gradient that a step took, read off a step of plain descent with rate 1."""
+    optimizer = optax.sgd(1.0)
+    step = functools.partial(
+        train_step, model=APPLY, optimizer=optimizer, beta=BETA, micro_batches=micro_batches
+    )
+    state, metrics = jax.jit(step)(init_state(PARAMS, optimizer), batch)
+    return jax.tree.map(jnp.subtract, PARAMS, state.params), metrics
+
+
+def plain_loss(params, batch: Batch):
+    """1/2 sum of squared residuals / (k - 1), over repeated prompts, group by group."""
+    losses = []
+    for g in range(len(batch.prompts)):
+        members = np.flatnonzero(batch.valid[g])
+        if len(members) < 2:
+            continue
+        prompt = batch.prompts[g, : batch.prompt_lengths[g]]
+        residuals = []
+        for i in members:
+            completion = batch.completions[g, i, : batch.lengths[g, i]]
+            policy, reference = (
+                sequence_logprob(p, prompt, completion) for p in (params, REFERENCE)
+            )
+            residuals.append(BETA * (policy - reference) - batch.rewards[g, i])
+        residuals = jnp.stack(residuals)
+        losses.append(0.5 * jnp.sum((residuals - residuals.mean()) ** 2) / (len(members) - 1))
+    return sum(losses) / len(losses)
+
+
+def sequence_logprob(params, prompt, completion):
+    tokens = np.zeros((1, 24), np.int32)
+    tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
+    logps = jax.nn.log_softmax(full_logits(CONFIG, params, tokens)[0])
+    return logps[np.arange(len(completion)) + len(prompt) - 1, completion].sum()
+
+
+def assert_trees_close(a, b, atol):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+MISSING = [(0, 1), (2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("missing", [[], MISSING], ids=["whole", "ragged"])
+def test_gradient_is_that_of_the_regression_over_repeated_prompts(missing):
+    batch = random_batch(missing=missing)
+    grads, metrics = gradient(batch)
+    assert_trees_close(grads, expected_grad(batch), 1e-5)
+    np.testing.assert_allclose(metrics["gvpo_mse"], plain_loss(PARAMS, batch), atol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-4)
+
+
+def expected_grad(batch):
+    return jax.jit(jax.grad(lambda p: plain_loss(p, batch)))(PARAMS)
+
+
+@pytest.mark.parametrize("missing", [[], MISSING], ids=["whole", "ragged"])
+def test_micro_batches_change_neither_gradient_nor_metrics(missing):
+    batch = random_batch(missing=missing)
+    whole, metrics = gradient(batch)
+    for parts in (2, 4):
+        split, split_metrics = gradient(batch, parts)
+        assert_trees_close(split, whole, 1e-6)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(split_metrics[name], value, atol=1e-5, err_msg=name)
+
+
+def test_groups_filled_up_count_for_nothing():
+    batch = random_batch(groups=3)
+    whole, metrics = gradient(batch)
+    filled, filled_metrics = gradient(pad_groups(batch, 4))
+    assert_trees_close(filled, whole, 1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(filled_metrics[name], value, atol=1e-5, err_msg=name)
+
+
+def test_what_lies_past_a_length_does_not_matter():
+    batch = random_batch(missing=MISSING)
+    grads, metrics = gradient(batch)
+    rng = np.random.default_rng(9)
+    past_t = np.arange(6) >= batch.lengths[..., None]
+    past_p = np.arange(batch.prompts.shape[1]) >= batch.prompt_lengths[:, None]
+    noisy = batch._replace(
+        completions=np.where(past_t, rng.integers(0, 37, past_t.shape), batch.completions),
+        prompts=np.where(past_p, rng.integers(0, 37, past_p.shape), batch.prompts),
+        ref_logps=np.where(past_t, np.nan, batch.ref_logps),
+        rewards=np.where(batch.valid, batch.rewards, np.nan),
+    )
+    noisy_grads, noisy_metrics = gradient(noisy)
+    assert_trees_close(noisy_grads, grads, 1e-6)
+    np.testing.assert_allclose(noisy_metrics["kl"], metrics["kl"], atol=1e-6)
+
+
+def test_metrics_equal_numpy():
+    batch = random_batch(missing=MISSING)
+    _, metrics = gradient(batch)
+    logps = np.asarray(
+        jax.jit(functools.partial(score, APPLY))(
+            PARAMS, batch.prompts, batch.prompt_lengths, batch.completions
+        )
+    )
+    diffs = [
+        (logps - batch.ref_logps)[g, i, : batch.lengths[g, i]]
+        for g, i in zip(*np.nonzero(batch.valid), strict=True)
+    ]
+    tokens = np.concatenate(diffs)
+    np.testing.assert_allclose(metrics["kl"], np.mean(np.exp(-tokens) + tokens - 1), rtol=1e-4)
+    np.testing.assert_allclose(metrics["log_ratio"], np.mean([d.sum() for d in diffs]), rtol=1e-4)
+
+
+def test_a_batch_without_any_group_to_compare_moves_nothing():
+    batch = random_batch(groups=2)
+    batch = batch._replace(valid=np.array([[True, False, False], [False, False, False]]))
+    grads, metrics = gradient(batch)
+    assert optax.global_norm(grads) == 0
+    assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_training_pulls_the_policy_to_the_optimum():
+    """Two completions of a token: the log-ratios' difference becomes the rewards' over beta."""
+    completions = np.array([[[3], [8], [11]]])
+    rewards = np.array([[0.5, 0.0, -0.2]])
+    batch = make_batch([[1, 2]], completions, np.ones((1, 3), int), rewards)
+    scores = jax.jit(functools.partial(score, APPLY))
+    args = batch.prompts, batch.prompt_lengths, batch.completions
+    refs = np.asarray(scores(REFERENCE, *args))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 300))
+    step = jax.jit(functools.partial(train_step, model=APPLY, optimizer=optimizer, beta=BETA))
+    state = init_state(REFERENCE, optimizer)
+    for _ in range(300):
+        state, metrics = step(state, batch._replace(ref_logps=refs))
+    log_ratio = (np.asarray(scores(state.params, *args)) - refs)[0, :, 0]
+    target = rewards[0] / BETA
+    np.testing.assert_allclose(log_ratio - log_ratio.mean(), target - target.mean(), atol=1e-3)
+    assert metrics["gvpo_mse"] < 1e-6
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="4 groups do not divide into 3"):
+        gradient(random_batch(), 3)
+
+
+def test_padding_of_prompts_and_completions():
+    prompts, lengths = pad_prompts([[1, 2, 3], [4]])
+    assert prompts.shape == (2, 16)
+    assert lengths.tolist() == [3, 1]
+    assert prompts[0, :3].tolist() == [1, 2, 3]
+    assert [bucket(n) for n in (1, 16, 17, 25, 33, 50)] == [16, 16, 24, 32, 48, 64]
+    widths = {pad_prompts([[1] * n], longest=37)[0].shape[1] for n in range(1, 38)}
+    assert widths == {16, 24, 40}
+    tokens, counts = pad_completions([[[1, 2], [3]], [[4, 5, 6]]])
+    assert counts.tolist() == [[2, 1], [3, 0]]
+    assert tokens[1, 0, :3].tolist() == [4, 5, 6]
+    with pytest.raises(ValueError, match="at least one token"):
+        pad_prompts([[1], []])

@@ -1,0 +1,249 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gvpo_jax.config import Config, load_config, override
+from gvpo_jax.errors import UserError
+from gvpo_jax.models import load_model
+from gvpo_jax.rewards.debug import letter_share
+from gvpo_jax.runfiles import read_metrics
+from gvpo_jax.trainer import Trainer
+
+ROWS = [{"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar", "fir", "oak")]
+CLOCKS = {"step_time", "tokens_per_second"}
+
+
+def config(run_dir, **settings):
+    base = {
+        "run__dir": str(run_dir),
+        "rollout__num_generations": 4,
+        "rollout__max_completion_length": 6,
+        "data__max_prompt_length": 32,
+        "optimizer__learning_rate": 3e-3,
+        "train__steps": 4,
+        "train__batch_size": 2,
+        "eval__batch_size": 4,
+        "eval__success_reward": 0.5,
+        "mesh__fsdp": 1,
+        "log__completions_every": 1,
+    }
+    return override(Config(), **base | settings)
+
+
+def train(run_dir, **settings):
+    trainer = Trainer(config(run_dir, **settings), load_model("debug"))
+    summary = trainer.train(ROWS, letter_share, eval_dataset=ROWS[:2])
+    return trainer, summary
+
+
+def assert_same_run(a: Path, b: Path, trainer_a: Trainer, trainer_b: Trainer):
+    """Parameters and optimizer bitwise equal, and every number and text on disk that is not a clock."""
+    for x, y in zip(
+        jax.tree.leaves(trainer_a.policy.checkpoint()),
+        jax.tree.leaves(trainer_b.policy.checkpoint()),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+    logs = [
+        [{k: v for k, v in line.items() if k not in CLOCKS} for line in read_metrics(run)]
+        for run in (a, b)
+    ]
+    assert logs[0] == logs[1]
+    for folder in ("completions", "eval"):
+        files = sorted(path.name for path in (a / folder).iterdir())
+        assert files == sorted(path.name for path in (b / folder).iterdir())
+        for name in files:
+            assert (a / folder / name).read_bytes() == (b / folder / name).read_bytes(), name
+
+
+VARIANTS = {
+    "initial": {},
+    "previous": {"reference__name": "previous", "reference__refresh_every": 2},
+    "ema": {"reference__name": "ema", "reference__decay": 0.5},
+    "reuse": {"train__steps_per_generation": 2, "train__num_iterations": 2, "train__steps": 8},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, variant):
+    settings = VARIANTS[variant]
+    steps = settings.get("train__steps", 4)
+    whole, summary = train(tmp_path / "whole", **settings)
+    assert summary["steps"] == steps
+    half, half_summary = train(tmp_path / "parts", train__stop_at=steps // 2, **settings)
+    assert half_summary["steps"] == steps // 2
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    resumed, _ = train(tmp_path / "parts", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", whole, resumed)
+    final = jax.tree.leaves(resumed.policy.state.params)
+    middle = jax.tree.leaves(half.policy.state.params)
+    assert any((a != b).any() for a, b in zip(final, middle, strict=True))
+
+
+def test_a_run_leaves_what_the_readme_says(tmp_path):
+    run = tmp_path / "run"
+    _, summary = train(run, eval__every=2)
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "summary.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert {"eval/accuracy_before", "eval/accuracy_after", "steps", "wall_seconds", "model"} <= set(summary)
+    assert sorted(p.name for p in (run / "eval").iterdir()) == [
+        "after.jsonl", "before.jsonl", "step_000002.jsonl",
+    ]  # fmt: skip
+    logged = {line["step"]: line for line in read_metrics(run)}
+    assert sorted(logged) == [0, 1, 2, 3, 4]
+    names = {
+        "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
+        "kl", "grad_norm", "learning_rate", "num_tokens", "step_time", "loss", "gvpo_mse",
+    }  # fmt: skip
+    assert names <= set(logged[1])
+    rows = [json.loads(line) for line in (run / "completions" / "step_000001.jsonl").open()]
+    assert len(rows) == 2 * 4
+    assert np.mean([row["reward"] for row in rows]) == pytest.approx(logged[1]["reward"])
+    assert logged[1]["kl"] == pytest.approx(0, abs=1e-9)
+    assert logged[1]["gvpo_mse"] > 0
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path):
+    _, summary = train(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    _, again = train(tmp_path)
+    assert again["eval/accuracy_after"] == summary["eval/accuracy_after"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_references_move_as_they_say(tmp_path):
+    trainers = {name: train(tmp_path / name, **VARIANTS[name])[0] for name in ("initial", "previous", "ema")}
+    start = load_model("debug").params["final_norm"]["scale"]
+    scale = {name: t.policy.reference["final_norm"]["scale"] for name, t in trainers.items()}
+    np.testing.assert_array_equal(scale["initial"], start)
+    assert trainers["previous"].policy.refreshed_at == 2
+    assert (scale["previous"] != start).any()
+    assert (scale["previous"] != trainers["previous"].policy.state.params["final_norm"]["scale"]).any()
+    assert (scale["ema"] != start).any()
+
+
+def test_steps_on_text_raise_the_probability_of_what_was_rewarded(tmp_path):
+    trainer = Trainer(config(tmp_path), load_model("debug"))
+    prompts, completions = ["Say: ", "Tell: "], [["yes", "no", "maybe"], ["good", "bad"]]
+    rewards = [[1.0, 0.0, None], [1.0, 0.0]]
+    first = trainer.train_step(prompts, completions, rewards)
+    for _ in range(20):
+        last = trainer.train_step(prompts, completions, rewards)
+    assert last["gvpo_mse"] < first["gvpo_mse"] / 2
+    assert first["reward"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "rewards", "message"),
+    [
+        (["a"], [["x", "y"]], [[1.0]], "group 1 has 2 completions but 1 rewards"),
+        (["a", "b"], [["x", "y"]], [[1.0, 0.0]], "2 prompts"),
+        (["a"], [["x", "y"]], [[1.0, None]], "no group has two"),
+        (["a"], [["x", "y" * 50]], [[1.0, 0.0]], "51 tokens"),
+        (["a"], [["x", "y"]], [[1.0, float("inf")]], "infinite"),
+        (["a" * 50], [["x", "y"]], [[1.0, 0.0]], "max_prompt_length"),
+    ],
+)  # fmt: skip
+def test_steps_on_text_refuse_what_does_not_fit(tmp_path, prompts, completions, rewards, message):
+    trainer = Trainer(config(tmp_path), load_model("debug"))
+    before = jax.device_get(trainer.policy.state.params)
+    with pytest.raises(UserError, match=message):
+        trainer.train_step(prompts, completions, rewards)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.policy.state.params))
+
+
+def test_rewards_may_abstain_and_then_their_completions_leave_the_group(tmp_path):
+    def some(prompts, completions, **_):
+        return [None if i % 4 == 0 else float(len(text)) for i, text in enumerate(completions)]
+
+    trainer = Trainer(config(tmp_path, train__steps=1), load_model("debug"))
+    trainer.train(ROWS, some)
+    line = read_metrics(tmp_path)[-1]
+    assert line["rewards/abstained"] == 2
+    rows = [json.loads(row) for row in (tmp_path / "completions" / "step_000001.jsonl").open()]
+    assert [row["reward"] is None for row in rows] == [True, False, False, False] * 2
+
+
+def test_reward_functions_get_trls_call(tmp_path):
+    calls = []
+
+    def spy(prompts, completions, completion_ids, word, **columns):
+        calls.append((prompts, completions, completion_ids, word, columns))
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": [{"role": "user", "content": f"Spell {w}"}], "word": w} for w in ("ash", "oak")]
+    Trainer(config(tmp_path, train__steps=1), load_model("debug")).train(rows, spy)
+    prompts, completions, ids, word, _ = calls[0]
+    assert len(prompts) == len(completions) == len(ids) == len(word) == 8
+    assert prompts[0] == prompts[3] != prompts[4]
+    assert word[:4] == [prompts[0][0]["content"].removeprefix("Spell ")] * 4
+    assert completions[0][0]["role"] == "assistant"
+    assert all(1 <= len(row) <= 6 for row in ids)
+
+
+def test_an_export_loads_in_transformers_with_the_trained_weights(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer, _ = train(tmp_path / "run")
+    trainer.save_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    trained = trainer.policy.state.params["layers"][1]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(model.model.layers[1].mlp.up_proj.weight.detach().numpy(), trained.T)
+    reloaded = load_model(str(tmp_path / "out"))
+    assert (trained != load_model("debug").params["layers"][1]["mlp"]["up"]["kernel"]).any()
+    np.testing.assert_array_equal(reloaded.params["layers"][1]["mlp"]["up"]["kernel"], trained)
+
+
+def test_another_models_run_is_not_resumed(tmp_path):
+    train(tmp_path, train__stop_at=2)
+    other = load_model("debug")
+    other.params["final_norm"]["scale"] = other.params["final_norm"]["scale"] + 1
+    with pytest.raises(UserError, match="not the model that this run started from"):
+        Trainer(config(tmp_path), other).train(ROWS, letter_share, eval_dataset=ROWS[:2])
+
+
+def test_prompts_and_completions_must_fit_the_model():
+    with pytest.raises(UserError, match="was made for"):
+        Trainer(override(Config(), data__max_prompt_length=1_000_000))
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path):
+    """kill -9 in the middle, twice; the third start ends like a run that was never killed."""
+    arguments = [
+        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=60", "checkpoint.every=5",
+        "eval.every=0", "data.eval_size=0", "log.completions_every=5", "mesh.fsdp=1",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*arguments, f"run.dir={whole}"], check=True, capture_output=True)
+    for goal in (12, 34):
+        process = subprocess.Popen(
+            [*arguments, f"run.dir={parts}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while _last_step(parts) < goal and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+    subprocess.run([*arguments, f"run.dir={parts}"], check=True, capture_output=True)
+    trainers = []
+    for run in (whole, parts):
+        trainer = Trainer(load_config(run / "config.yaml"))
+        assert trainer.restore(run) == 60
+        trainers.append(trainer)
+    (parts / "eval").mkdir(exist_ok=True)
+    (whole / "eval").mkdir(exist_ok=True)
+    assert_same_run(whole, parts, *trainers)
+
+
+def _last_step(run: Path) -> int:
+    lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    return lines[-1]["step"] if lines else 0
