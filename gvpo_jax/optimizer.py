@@ -43,13 +43,16 @@ def make_optimizer(
         "adamw": lambda: optax.adamw(
             schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_matrices
         ),
-        "adafactor": lambda: optax.adafactor(
-            schedule,
-            multiply_by_parameter_scale=False,
-            weight_decay_rate=weight_decay or None,
-            weight_decay_mask=_matrices,
+        # Optax's adafactor would decay by the whole rate at every update, whatever the learning rate.
+        "adafactor": lambda: optax.chain(
+            optax.adafactor(multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(-weight_decay, _matrices),
+            optax.scale_by_schedule(schedule),
         ),
-        "sgd": lambda: optax.sgd(schedule, momentum=b1 or None),
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(weight_decay, _matrices),
+            optax.sgd(schedule, momentum=b1 or None),
+        ),
     }[name]()
     if max_grad_norm is None:
         return optimizer

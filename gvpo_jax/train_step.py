@@ -75,7 +75,7 @@ def train_step(
         batch = Batch(*(x.reshape(groups, *x.shape[2:]) for x in parts))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = _metrics(logps, batch, beta) | {"grad_norm": optax.global_norm(grads)}
+    metrics = _metrics(logps, batch, beta) | {"grad_norm": optax.tree.norm(grads)}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

@@ -118,12 +118,12 @@ def test_only_broken_steps_are_an_error(tmp_path):
 
 def test_fingerprints_tell_every_flipped_bit():
     state = {"a": jnp.arange(7, dtype=jnp.float32), "b": jnp.ones((2, 2), jnp.bfloat16)}
-    seen = {fingerprint(state)}
+    original = fingerprint(state)
     for place in range(7):
         for bit in range(32):
             bits = np.arange(7, dtype=np.float32).view(np.uint32)
             bits[place] ^= np.uint32(1) << np.uint32(bit)
-            seen.add(fingerprint(state | {"a": jnp.asarray(bits).view(jnp.float32)}))
-    assert len(seen) == 1 + 7 * 32
+            flipped = state | {"a": jnp.asarray(bits).view(jnp.float32)}
+            assert fingerprint(flipped) != original
     swapped = state | {"a": jnp.asarray([1.0, 0, 2, 3, 4, 5, 6])}
-    assert fingerprint(swapped) != fingerprint(state)
+    assert fingerprint(swapped) != original
