@@ -147,13 +147,18 @@ def _sums(leaves):
 
 
 def _sum(leaf):
-    """Bits as unsigned integers, times odd numbers, modulo 2**32: one flipped bit always shows."""
+    """Sum of every element's bits, scrambled with its place by a bijection: one flipped bit always shows.
+
+    The scrambling is MurmurHash3's finalizer, which is public domain arithmetic on 32 bits.
+    """
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
-    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1).astype(jnp.uint32)
-    places = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-    return jnp.sum(bits * places, dtype=jnp.uint32)
+    x = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from gvpo_jax import __version__
 from gvpo_jax.errors import UserError
@@ -12,8 +13,8 @@ from gvpo_jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 2 for the user's mistakes, 130 if interrupted."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
     except UserError as error:
         print(f"gvpo-jax: error: {error}", file=sys.stderr)
@@ -27,10 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gvpo-jax", description="GVPO post-training of language models in JAX."
-    )
+    parser = _Parser(prog="gvpo-jax", description="GVPO post-training of language models in JAX.")
     parser.add_argument("--version", action="version", version=f"gvpo-jax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train, or go on with a run")

@@ -1,6 +1,7 @@
 """A run's settings: frozen dataclasses whose comments are the manual, from YAML and `key=value`."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from gvpo_jax.errors import UserError
 
@@ -165,6 +166,8 @@ class Config:
         _check(self)
 
 
+_MAX = sys.float_info.max
+
 # A resumed run may change these: they touch neither what was computed nor what will be.
 _FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "mesh")
 
@@ -180,19 +183,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, no YAML, an unknown key, or a value out of range.
     """
     file = _find(Path(path))
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(
-                f"'{override}' is not an override: write key=value, e.g. train.steps=10"
-            )
+    given = [_parse_override(override) for override in overrides]
     try:
         schema = OmegaConf.structured(Config)
-        merged = OmegaConf.merge(
-            schema, OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))
-        )
+        merged = OmegaConf.merge(schema, OmegaConf.load(file), *given)
         config = _as_config(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise UserError(f"{path} is not a readable YAML config:{line} {error.problem}") from None
     except (YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path} is not a readable YAML config: {_one_line(error)}") from None
     data = dataclasses.replace(
@@ -240,11 +240,20 @@ def _find(path: Path) -> Path:
         return path
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a config file")
+    name = path.name if path.suffix else f"{path.name}.yaml"
     for folder in (CONFIGS, CONFIGS.parent.parent / "configs"):
-        packaged = folder / path.with_suffix(".yaml").name
-        if packaged.is_file() and path.parent.name in ("", "configs"):
-            return packaged
+        if path.parent in (Path(), Path("configs")) and (folder / name).is_file():
+            return folder / name
     raise UserError(f"there is no config file {path}")
+
+
+def _parse_override(override: str) -> Any:
+    try:
+        if "=" in override:
+            return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, YAMLError):
+        pass
+    raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=10")
 
 
 def _beside(file: Path, path: str | None) -> str | None:
@@ -261,47 +270,64 @@ def _as_config(merged: Any) -> Config:
 
 
 def _check(c: Config) -> None:
-    at_least = {
-        "rollout.num_generations": (c.rollout.num_generations, 2),
-        "rollout.max_completion_length": (c.rollout.max_completion_length, 1),
-        "data.max_prompt_length": (c.data.max_prompt_length, 1),
-        "data.train_size": (c.data.train_size, 1),
-        "data.eval_size": (c.data.eval_size, 0),
-        "reference.refresh_every": (c.reference.refresh_every, 1),
-        "train.steps": (c.train.steps, 1),
-        "train.batch_size": (c.train.batch_size, 1),
-        "train.steps_per_generation": (c.train.steps_per_generation, 1),
-        "train.num_iterations": (c.train.num_iterations, 1),
-        "train.micro_batches": (c.train.micro_batches, 1),
-        "optimizer.warmup_steps": (c.optimizer.warmup_steps, 0),
-        "optimizer.learning_rate": (c.optimizer.learning_rate, 0),
-        "eval.every": (c.eval.every, 0),
-        "eval.num_generations": (c.eval.num_generations, 1),
-        "eval.batch_size": (c.eval.batch_size, 1),
-        "checkpoint.every": (c.checkpoint.every, 1),
-        "checkpoint.keep": (c.checkpoint.keep, 1),
-        "log.completions_every": (c.log.completions_every, 1),
-        "run.seed": (c.run.seed, 0),
-    }
-    for key, (value, least) in at_least.items():
-        if not value >= least:
-            raise UserError(f"{key} must be at least {least}, got {value}")
-    if not c.loss.beta > 0:
+    for key, (value, least, most) in _ranges(c).items():
+        if value is not None and not least <= value <= most:
+            limits = f"at least {least}" if most == _MAX else f"between {least} and {most}"
+            raise UserError(f"{key} must be {limits}, got {value}")
+    if not 0 < c.loss.beta <= _MAX:
         raise UserError(f"loss.beta must be > 0, got {c.loss.beta}; the paper uses 0.01 to 0.5")
     if not c.train.batch_size % c.train.micro_batches == 0:
         raise UserError(
             f"train.batch_size={c.train.batch_size} does not divide into "
             f"train.micro_batches={c.train.micro_batches}; use a multiple"
         )
-    if not 0 <= c.reference.decay <= 1:
-        raise UserError(f"reference.decay must be in [0, 1], got {c.reference.decay}")
-    if not c.rollout.temperature > 0:
+    if not 0 < c.rollout.temperature <= _MAX:
         raise UserError(f"rollout.temperature must be > 0 in training, got {c.rollout.temperature}")
+    if not c.rollout.top_p > 0:
+        raise UserError(f"rollout.top_p must be > 0, got {c.rollout.top_p}; 1 keeps every token")
     if c.rewards.weights and len(c.rewards.weights) != len(c.rewards.funcs):
         raise UserError(
             f"rewards.weights has {len(c.rewards.weights)} numbers for "
             f"{len(c.rewards.funcs)} functions"
         )
+
+
+def _ranges(c: Config) -> dict[str, tuple[float | None, float, float]]:
+    """Value, least and most of every key that has such limits; NaN and infinities lie outside."""
+    return {
+        "run.seed": (c.run.seed, 0, 2**31 - 1),
+        "data.train_size": (c.data.train_size, 1, _MAX),
+        "data.eval_size": (c.data.eval_size, 0, _MAX),
+        "data.max_prompt_length": (c.data.max_prompt_length, 1, _MAX),
+        "rollout.num_generations": (c.rollout.num_generations, 2, _MAX),
+        "rollout.max_completion_length": (c.rollout.max_completion_length, 1, _MAX),
+        "rollout.top_k": (c.rollout.top_k, 0, _MAX),
+        "rollout.top_p": (c.rollout.top_p, 0, 1),
+        "rollout.min_p": (c.rollout.min_p, 0, 1),
+        "reference.refresh_every": (c.reference.refresh_every, 1, _MAX),
+        "reference.decay": (c.reference.decay, 0, 1),
+        "optimizer.learning_rate": (c.optimizer.learning_rate, 0, _MAX),
+        "optimizer.warmup_steps": (c.optimizer.warmup_steps, 0, _MAX),
+        "optimizer.b1": (c.optimizer.b1, 0, 1),
+        "optimizer.b2": (c.optimizer.b2, 0, 1),
+        "optimizer.eps": (c.optimizer.eps, 0, _MAX),
+        "optimizer.weight_decay": (c.optimizer.weight_decay, 0, _MAX),
+        "optimizer.max_grad_norm": (c.optimizer.max_grad_norm, 0, _MAX),
+        "train.steps": (c.train.steps, 1, _MAX),
+        "train.batch_size": (c.train.batch_size, 1, _MAX),
+        "train.steps_per_generation": (c.train.steps_per_generation, 1, _MAX),
+        "train.num_iterations": (c.train.num_iterations, 1, _MAX),
+        "train.micro_batches": (c.train.micro_batches, 1, _MAX),
+        "train.stop_at": (c.train.stop_at, 1, _MAX),
+        "eval.every": (c.eval.every, 0, _MAX),
+        "eval.num_generations": (c.eval.num_generations, 1, _MAX),
+        "eval.temperature": (c.eval.temperature, 0, _MAX),
+        "eval.batch_size": (c.eval.batch_size, 1, _MAX),
+        "checkpoint.every": (c.checkpoint.every, 1, _MAX),
+        "checkpoint.keep": (c.checkpoint.keep, 1, _MAX),
+        "log.completions_every": (c.log.completions_every, 1, _MAX),
+        "log.samples": (c.log.samples, 0, _MAX),
+    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -320,4 +346,6 @@ def _one_line(error: Exception) -> str:
         (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), ""
     )
     message = lines[0] if lines else type(error).__name__
+    if "is not a ListConfig" in message:
+        message = "needs a list, e.g. [a, b]"
     return f"{key}: {message}" if key and key not in message else message

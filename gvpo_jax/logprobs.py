@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def token_logprobs(
@@ -44,13 +45,13 @@ def token_logprobs(
     return jnp.moveaxis(logps, 0, -2).reshape(targets.shape)[..., :t]
 
 
-def sequence_logprobs(token_logps: jax.Array, lengths: jax.Array) -> jax.Array:
+def sequence_logprobs(token_logps: jax.Array, lengths: ArrayLike) -> jax.Array:
     """Sum of the first `lengths` token log-probs: `[..., T], [...] -> [...]`, float32, in nats."""
     mask = completion_mask(lengths, token_logps.shape[-1])
     return jnp.sum(jnp.where(mask, token_logps.astype(jnp.float32), 0), axis=-1)
 
 
-def completion_mask(lengths: jax.Array, max_length: int) -> jax.Array:
+def completion_mask(lengths: ArrayLike, max_length: int) -> jax.Array:
     """Which positions lie in the completion, from lengths alone: `[...] -> [..., T]` booleans."""
     lengths = jnp.expand_dims(lengths, -1)
     return (

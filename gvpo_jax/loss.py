@@ -13,15 +13,17 @@ pi* ~ pi_ref exp(R/beta).
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
 
 def gvpo_weights(
-    logps: jax.Array,
-    ref_logps: jax.Array,
-    rewards: jax.Array,
+    logps: ArrayLike,
+    ref_logps: ArrayLike,
+    rewards: ArrayLike,
     *,
-    beta: float | jax.Array = 0.1,
-    where: jax.Array | None = None,
+    beta: ArrayLike = 0.1,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """Weight of every completion: centred reward minus centred implicit reward; 0 at the optimum.
 
@@ -47,12 +49,12 @@ def gvpo_weights(
 
 
 def gvpo_loss(
-    logps: jax.Array,
-    ref_logps: jax.Array,
-    rewards: jax.Array,
+    logps: ArrayLike,
+    ref_logps: ArrayLike,
+    rewards: ArrayLike,
     *,
-    beta: float | jax.Array = 0.1,
-    where: jax.Array | None = None,
+    beta: ArrayLike = 0.1,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """The loss to differentiate: `-beta * sum_i w_i * l_i / (k-1)`, averaged over the groups.
 
@@ -75,12 +77,12 @@ def gvpo_loss(
 
 
 def gvpo_mse(
-    logps: jax.Array,
-    ref_logps: jax.Array,
-    rewards: jax.Array,
+    logps: ArrayLike,
+    ref_logps: ArrayLike,
+    rewards: ArrayLike,
     *,
-    beta: float | jax.Array = 0.1,
-    where: jax.Array | None = None,
+    beta: ArrayLike = 0.1,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """The same objective as a regression: `1/2 * sum_i w_i^2 / (k-1)`, averaged over the groups.
 
@@ -139,5 +141,5 @@ def _check(logps, ref_logps, rewards, beta, where):
             f"a group needs k >= 2 completions on the last axis, got logps of shape {logps.shape} "
             f"and rewards of shape {rewards.shape}"
         )
-    if not isinstance(beta, jax.core.Tracer) and not np.all(np.asarray(beta) > 0):
+    if not isinstance(beta, Tracer) and not np.all(np.asarray(beta) > 0):
         raise ValueError(f"beta must be > 0, got {beta}")

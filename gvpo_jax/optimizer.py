@@ -43,7 +43,7 @@ def make_optimizer(
         "adamw": lambda: optax.adamw(
             schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_matrices
         ),
-        # Optax's adafactor would decay by the whole rate at every update, whatever the learning rate.
+        # Optax's own adafactor decays by the same rate at every update, whatever the schedule says.
         "adafactor": lambda: optax.chain(
             optax.adafactor(multiply_by_parameter_scale=False),
             optax.add_decayed_weights(-weight_decay, _matrices),

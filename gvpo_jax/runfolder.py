@@ -16,31 +16,45 @@ def claim(config: Config) -> Path:
     A run with a constant learning rate may be made longer: `train.steps` may grow.
 
     Raises:
-        UserError: the folder holds something else, or a run of another config; nothing is written.
+        UserError: as for `check_claim`; nothing is written then.
+    """
+    folder = check_claim(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    return folder
+
+
+def check_claim(config: Config) -> Path:
+    """The run folder, nothing written yet.
+
+    Raises:
+        UserError: the folder holds something else, or a run of another config.
     """
     folder = Path(config.run.dir)
     try:
-        return _claim(folder, config)
+        if (folder / "config.yaml").is_file():
+            _check_same(folder, load_config(folder / "config.yaml"), config)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not a run folder; choose another run.dir")
     except OSError as error:
-        raise UserError(f"can't use run.dir={folder}: {error.strerror or error}") from None
-
-
-def _claim(folder: Path, config: Config) -> Path:
-    path = folder / "config.yaml"
-    if path.is_file():
-        keys = difference(load_config(path), config)
-        if keys == ["train.steps"] and _may_grow(load_config(path), config):
-            keys = []
-        if keys:
-            raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(keys)}); "
-                "give those, or choose another run.dir"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a run folder; choose another run.dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_yaml(config))
+        raise _unusable(folder, error) from None
     return folder
+
+
+def _check_same(folder: Path, old: Config, new: Config) -> None:
+    keys = difference(old, new)
+    if keys and not (keys == ["train.steps"] and _may_grow(old, new)):
+        raise UserError(
+            f"{folder} holds a run with other settings ({', '.join(keys)}); "
+            "give those, or choose another run.dir"
+        )
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"can't use run.dir={folder}: {error.strerror or error}")
 
 
 def _may_grow(old: Config, new: Config) -> bool:

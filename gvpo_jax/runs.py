@@ -8,7 +8,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.data import load_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.rewards import load_reward_func
-from gvpo_jax.runfolder import claim, write_evaluation
+from gvpo_jax.runfolder import check_claim, write_evaluation
 from gvpo_jax.tasks import TaskSpec, reasoning_gym_rows
 from gvpo_jax.trainer import Trainer
 
@@ -19,7 +19,7 @@ def train(config: Config) -> dict[str, Any]:
     """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
     reward_funcs = _reward_funcs(config)
     rows, held_out = load_data(config)
-    claim(config)
+    check_claim(config)
     return Trainer(config).train(rows, reward_funcs, eval_dataset=held_out)
 
 

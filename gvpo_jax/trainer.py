@@ -18,6 +18,7 @@ from gvpo_jax.report import write_report
 from gvpo_jax.rewards import Scores, score
 from gvpo_jax.rollout import FINISH_LENGTH, Rollout, Sampling
 from gvpo_jax.runfolder import claim, write_evaluation, write_summary
+from gvpo_jax.runfiles import read_summary
 from gvpo_jax.runlog import Counters, RunLog, reward_metrics
 
 Row = dict[str, Any]
@@ -136,6 +137,8 @@ class Trainer:
         run_dir = claim(c)
         with Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep) as checkpoints:
             counters = self._resume(checkpoints)
+            if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
+                return summary
             with RunLog(run_dir, counters, c) as log:
                 if counters.step == 0 and held_out:
                     counters.accuracy_before = self._evaluate_into(log, "before", held_out, funcs)
@@ -219,11 +222,10 @@ class Trainer:
         indices = batch_indices(len(prompts.rows), c.train.batch_size, number, c.run.seed)
         rows = [prompts.rows[i] for i in indices]
         ids = [prompts.token_ids[i] for i in indices]
-        # Visits, not rows: the same row gets fresh keys next time.
-        visits = number * c.train.batch_size + np.arange(len(ids))
+        first = number * c.train.batch_size  # visits, not rows: a row's next one gets fresh keys
         rollout = self.policy.generate(
             ids,
-            visits,
+            range(first, first + len(ids)),
             num_generations=c.rollout.num_generations,
             sampling=self._sampling(),
             seed=c.run.seed,

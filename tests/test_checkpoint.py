@@ -116,7 +116,7 @@ def test_only_broken_steps_are_an_error(tmp_path):
     assert (tmp_path / "1").exists()
 
 
-def test_fingerprints_tell_every_flipped_bit():
+def test_fingerprints_tell_flipped_bits_shifts_and_swaps():
     state = {"a": jnp.arange(7, dtype=jnp.float32), "b": jnp.ones((2, 2), jnp.bfloat16)}
     original = fingerprint(state)
     for place in range(7):
@@ -125,5 +125,7 @@ def test_fingerprints_tell_every_flipped_bit():
             bits[place] ^= np.uint32(1) << np.uint32(bit)
             flipped = state | {"a": jnp.asarray(bits).view(jnp.float32)}
             assert fingerprint(flipped) != original
+    shifted = {"a": jnp.ones(64)}, {"a": jnp.ones(64) * 2}
+    assert fingerprint(shifted[0]) != fingerprint(shifted[1])
     swapped = state | {"a": jnp.asarray([1.0, 0, 2, 3, 4, 5, 6])}
     assert fingerprint(swapped) != original

@@ -12,7 +12,7 @@ from gvpo_jax.config import Config, load_config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
 from gvpo_jax.rewards.debug import letter_share
-from gvpo_jax.runfiles import read_metrics
+from gvpo_jax.runfiles import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
 
 ROWS = [{"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar", "fir", "oak")]
@@ -103,7 +103,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
         "kl", "grad_norm", "learning_rate", "num_tokens", "step_time", "loss", "gvpo_mse",
     }  # fmt: skip
     assert names <= set(logged[1])
-    rows = [json.loads(line) for line in (run / "completions" / "step_000001.jsonl").open()]
+    rows = read_jsonl(run / "completions" / "step_000001.jsonl")
     assert len(rows) == 2 * 4
     assert np.mean([row["reward"] for row in rows]) == pytest.approx(logged[1]["reward"])
     assert logged[1]["kl"] == pytest.approx(0, abs=1e-9)
@@ -114,7 +114,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
     _, summary = train(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     _, again = train(tmp_path)
-    assert again["eval/accuracy_after"] == summary["eval/accuracy_after"]
+    assert again == summary
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -167,7 +167,7 @@ def test_rewards_may_abstain_and_then_their_completions_leave_the_group(tmp_path
     trainer.train(ROWS, some)
     line = read_metrics(tmp_path)[-1]
     assert line["rewards/abstained"] == 2
-    rows = [json.loads(row) for row in (tmp_path / "completions" / "step_000001.jsonl").open()]
+    rows = read_jsonl(tmp_path / "completions" / "step_000001.jsonl")
     assert [row["reward"] is None for row in rows] == [True, False, False, False] * 2
 
 

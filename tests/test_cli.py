@@ -1,0 +1,252 @@
+"""The command line: a short run with all its commands, and one line for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gvpo_jax.cli import main
+from gvpo_jax.config import load_config
+from gvpo_jax.models import export_model, load_model
+from gvpo_jax.runfolder import claim
+
+DEBUG = str(Path(__file__).parent.parent / "configs" / "debug.yaml")
+SHORT = ["train.steps=2", "train.batch_size=2", "data.eval_size=2", "eval.every=0", "mesh.fsdp=1"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The debug model as a model folder."""
+    model = load_model("debug")
+    return export_model(tmp_path_factory.mktemp("exported") / "model", model, model.params)
+
+
+@pytest.fixture
+def model_folder(exported, tmp_path):
+    """A model folder of the test's own, to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "model"))
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """Call with arguments: one line on stderr, status 2, no file touched; gives the line."""
+
+    def refused(*arguments: object) -> str:
+        before = contents(tmp_path)
+        status = main([str(argument) for argument in arguments])
+        err = capfd.readouterr().err
+        assert status == 2, err
+        assert err.startswith("gvpo-jax: error: "), err
+        assert err.endswith("\n"), err
+        assert err.count("\n") == 1, err
+        assert contents(tmp_path) == before
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def train(refused, tmp_path):
+    """A refused `train` on the debug config with overrides; no run folder must come of it."""
+
+    def train(*overrides: str) -> str:
+        line = refused("train", DEBUG, f"run.dir={tmp_path / 'run'}", *overrides)
+        assert not (tmp_path / "run").exists()
+        return line
+
+    return train
+
+
+def edit_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
+    out = capfd.readouterr().out
+    assert '"eval/accuracy_after"' in out
+    assert f"report: {run / 'report.html'}" in out
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    line = refused("train", DEBUG, f"run.dir={run}", *SHORT, "loss.beta=0.2")
+    assert f"{run} holds a run with other settings (loss.beta)" in line
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").is_file()
+    capfd.readouterr()
+    assert main(["eval", str(run)]) == 0
+    assert 0 <= json.loads(capfd.readouterr().out)["eval/accuracy"] <= 1
+    assert main(["export", str(run)]) == 0
+    trained = load_file(run / "export" / "model.safetensors")
+    assert any(np.any(trained[name] != x) for name, x in _start().items())
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "note.txt").write_text("mine")
+    assert "notes is not an earlier export" in refused("export", run, other)
+
+
+def _start():
+    from gvpo_jax.models.families import hf_leaves
+
+    model = load_model("debug")
+    leaves = hf_leaves(model.config, model.params)
+    return {name: x.T if spec.transposed else x for name, (spec, x) in leaves.items()}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("los.beta=1", "Key 'los' not in 'Config'. Did you mean"),
+        ("loss.bata=1", "loss.bata: Key 'bata' not in 'LossConfig'. Did you mean: 'beta'?"),
+        ("loss.beta=0", "loss.beta must be > 0, got 0.0"),
+        ("rollout.num_generations=1", "rollout.num_generations must be at least 2, got 1"),
+        ("rollout.top_p=0", "rollout.top_p must be > 0"),
+        ("loss.beta", "'loss.beta' is not an override: write key=value"),
+        ("--loss.beta=1", "unrecognized arguments: --loss.beta=1"),
+        ("train.batch_size=3", "use a multiple of 8"),  # conftest.py sets up eight devices
+        ("mesh.fsdp=16", "does not fit 8 devices"),
+        ("data.max_prompt_length=9999", "debug was made for 2048"),
+        ("data.max_prompt_length=5", "row 1: the prompt is 22 tokens long"),
+        ("rewards.funcs=[]", "rewards.funcs is empty"),
+        ("rewards.funcs=[no_such_module:f]", "there is no such module"),
+        ("rewards.funcs=[no_such_file.py:f]", "no_such_file.py: there is no such file"),
+        ("rewards.funcs=[gvpo_jax.rewards.debug:no]", "no function 'no' there"),
+        ("rewards.funcs=[letter_share]", "write module:function or path/to/file.py:function"),
+        ("data.path=null", "give either data.path or data.tasks"),
+        ("data.path=gone.jsonl", "gone.jsonl: there is no such file"),
+    ],
+)
+def test_a_wrong_setting(train, override, message):
+    assert message in train(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        ("", "", "the file holds no rows"),
+        ("\n\n", "", "the file holds no rows"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', ":2", "not a JSON object on one line"),
+        ('{"prompt": "a"}\n\n["b"]\n', ":3", "a row is a JSON object, this is a list"),
+        ('{"question": "a"}\n', ":1", "no column 'prompt'; the columns are question"),
+        ('{"prompt": ""}\n', ":1", "the prompt is empty"),
+        ('{"prompt": [{"role": "user"}]}\n', ":1", "'prompt' must be text or a list of messages"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.path", "data.eval_path"])
+def test_a_broken_data_file_is_named_with_its_line(train, tmp_path, text, place, message, key):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    assert f"error: {file}{place}: {message}" in train(f"{key}={file}")
+
+
+def test_a_reward_file_that_cant_be_imported(train, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import json\n\nraise RuntimeError('two\\nlines')\n")
+    line = train(f"rewards.funcs=['{file}:f']")
+    assert "importing it failed: RuntimeError: two lines" in line
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_missing_config(refused, tmp_path, command):
+    assert "there is no config file" in refused(command, tmp_path / "gone.yaml")
+
+
+def test_a_broken_config_names_its_line(refused, tmp_path):
+    (tmp_path / "c.yaml").write_text("loss:\n  beta: 0.1\n  bata: [\n")
+    assert "c.yaml is not a readable YAML config: line 4:" in refused("train", tmp_path / "c.yaml")
+
+
+def test_a_missing_model_folder(train, tmp_path):
+    line = train(f"model.name={tmp_path / 'gone'}")
+    assert "gone is neither a model folder nor a .gguf file" in line
+
+
+def test_a_folder_that_is_no_model(train, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "model holds no config.json" in train(f"model.name={tmp_path / 'model'}")
+
+
+def test_a_hub_name_that_cant_be_downloaded(train):
+    line = train("model.name=no-such-org/no-such-model")
+    assert "could not be downloaded from the Hugging Face hub" in line
+
+
+def test_an_unknown_architecture(train, model_folder):
+    edit_json(model_folder / "config.json", architectures=["MambaForCausalLM"])
+    line = train(f"model.name={model_folder}")
+    assert "config.json: architecture ['MambaForCausalLM'] is not supported; use one of" in line
+
+
+def test_a_missing_tensor(train, model_folder):
+    weights = model_folder / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights)
+    line = train(f"model.name={model_folder}")
+    assert f"{model_folder} lacks tensor model.layers.1.mlp.up_proj.weight" in line
+
+
+def test_a_torn_weight_file(train, model_folder):
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    line = train(f"model.name={model_folder}")
+    assert "model.safetensors is not a whole safetensors file" in line
+
+
+def test_a_chat_without_a_template(train, model_folder):
+    (model_folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((model_folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    line = train(f"model.name={model_folder}", "data.chat_template=always")
+    assert "the tokenizer has no chat template" in line
+
+
+def test_a_folder_of_something_else(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    line = refused("train", DEBUG, f"run.dir={tmp_path / 'mine'}")
+    assert "mine exists and is not a run folder; choose another run.dir" in line
+
+
+def test_a_run_of_another_config(refused, tmp_path):
+    folder = claim(load_config(DEBUG, [f"run.dir={tmp_path / 'run'}"]))
+    line = refused("train", DEBUG, f"run.dir={folder}", "loss.beta=0.2", "run.seed=3")
+    assert "(run.seed, loss.beta); give those, or choose another run.dir" in line
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "report", "export"])
+def test_a_folder_that_is_no_run(refused, tmp_path, command):
+    (tmp_path / "note.txt").write_text("mine")
+    assert f"{tmp_path} is not a run" in refused(command, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["eval", "report", "export"])
+def test_a_run_that_does_not_exist(refused, tmp_path, command):
+    assert str(tmp_path / "gone") in refused(command, tmp_path / "gone")
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian", DEBUG], ["train"]])
+def test_no_such_command(refused, arguments):
+    assert "see gvpo-jax" in refused(*arguments)
+
+
+@pytest.mark.parametrize("overrides", [["loss.bata=1"], ["model.name=./gone"]])
+def test_the_same_from_a_shell(tmp_path, overrides):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "gvpo_jax", "train", DEBUG, f"run.dir={run}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("gvpo-jax: error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+    assert not run.exists()

@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import pytest
+
+from gvpo_jax.config import Config, load_config, override
+from gvpo_jax.errors import UserError
+from gvpo_jax.runfolder import check_claim, claim, open_run
+
+
+@pytest.fixture
+def config(tmp_path):
+    return override(Config(), run__dir=str(tmp_path / "runs" / "one"), train__steps=4)
+
+
+def contents(folder):
+    """Every path below a folder with its bytes and time of writing; None for folders."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refused(config, match):
+    """Neither `claim` nor `check_claim` takes the folder, and nothing in or around it changes."""
+    around = Path(config.run.dir).parent
+    before = contents(around)
+    for function in (claim, check_claim):
+        with pytest.raises(UserError, match=match) as error:
+            function(config)
+        assert "\n" not in str(error.value)
+    assert contents(around) == before
+
+
+def test_a_new_folder_is_made_and_marked(config, tmp_path):
+    assert check_claim(config) == tmp_path / "runs" / "one"
+    assert not (tmp_path / "runs").exists()
+    folder = claim(config)
+    assert folder == tmp_path / "runs" / "one"
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert load_config(folder / "config.yaml") == config
+
+
+def test_an_empty_folder_will_do(config, tmp_path):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    assert (claim(config) / "config.yaml").is_file()
+
+
+def test_the_same_config_finds_its_run_again(config):
+    folder = claim(config)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert claim(config) == folder
+    assert claim(override(config, train__stop_at=2, checkpoint__every=1, log__samples=0)) == folder
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_another_config_is_refused_and_nothing_is_touched(config):
+    folder = claim(config)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "1").write_bytes(b"weights")
+    refused(override(config, loss__beta=0.2), r"other settings \(loss.beta\); give those, or")
+    refused(override(config, loss__beta=0.2, run__seed=1), r"\(run.seed, loss.beta\)")
+
+
+def test_a_folder_of_something_else_is_refused(config, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    refused(config, "exists and is not a run folder; choose another run.dir")
+
+
+def test_a_file_in_the_way_is_refused(config, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").write_text("years of work")
+    refused(config, "exists and is not a run folder")
+    below = override(config, run__dir=str(tmp_path / "runs" / "one" / "below"))
+    with pytest.raises(UserError, match=r"can't use run.dir=.*below: "):
+        claim(below)
+    assert (tmp_path / "runs" / "one").read_text() == "years of work"
+
+
+def test_a_run_whose_settings_are_broken_is_refused(config):
+    folder = claim(config)
+    (folder / "config.yaml").write_text("loss: {bata: 1}\n")
+    refused(config, "config.yaml: loss.bata: .*Did you mean: 'beta'")
+
+
+def test_steps_may_grow_where_the_learning_rate_is_constant(config):
+    folder = claim(config)
+    longer = override(config, train__steps=6)
+    claim(longer)
+    assert load_config(folder / "config.yaml").train.steps == 6
+    refused(config, r"\(train.steps\)")  # 6 updates can't become 4
+    refused(override(longer, train__steps=8, loss__beta=0.2), r"\(loss.beta, train.steps\)")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_steps_may_not_grow_where_the_schedule_counts_them(config, schedule):
+    decaying = override(config, optimizer__schedule=schedule)
+    claim(decaying)
+    refused(override(decaying, train__steps=6), r"\(train.steps\)")
+
+
+def test_open_run_gives_the_config_where_the_folder_lies_now(config, tmp_path):
+    moved = claim(config).rename(tmp_path / "moved")
+    opened = open_run(moved)
+    assert opened == override(config, run__dir=str(moved))
+    assert open_run(moved, ["loss.beta=0.3", "run.dir=elsewhere"]).loss.beta == 0.3
+    assert open_run(moved, ["run.dir=elsewhere"]).run.dir == str(moved)
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
+        open_run(tmp_path)
+    with pytest.raises(UserError, match="is not a run folder"):
+        open_run(tmp_path / "nowhere")
