@@ -57,11 +57,17 @@ def attend(
     peak = jax.lax.stop_gradient(peak)
     own = jnp.exp(own - peak)
     total = jnp.sum(own, axis=-1)
-    out = jnp.einsum("gknrts,gknsd->gktnrd", own.astype(values_gknsd.dtype), values_gknsd)
+    out = _mix("gknrts,gknsd->gktnrd", own, values_gknsd)
     if prefix is not None:
         shared = jnp.exp(shared - peak)
         total = total + jnp.sum(shared, axis=-1)
-        weights = shared.astype(prefix.values.dtype)
-        out = out + jnp.einsum("gknrtp,gnpd->gktnrd", weights, prefix.values)
+        out = out + _mix("gknrtp,gnpd->gktnrd", shared, prefix.values)
     total_gktnr1 = jnp.moveaxis(total, -1, 2)[..., None]
     return (out / total_gktnr1).astype(queries_gkthd.dtype).reshape(g, k, t, h, d)
+
+
+def _mix(spec, weights, values):
+    """Values weighed in their own precision, summed in float32."""
+    return jnp.einsum(
+        spec, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )

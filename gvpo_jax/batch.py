@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gvpo_jax.errors import UserError
+
 Array = jax.Array | np.ndarray
 
 
@@ -102,17 +104,49 @@ def make_batch(
     )
 
 
-def pad_completions(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged groups of ragged completions as ids `[g, k, t]` and lengths `[g, k]`; 0: not there."""
-    k = max(len(group) for group in groups)
-    t = max(len(completion) for group in groups for completion in group)
-    completions = np.zeros((len(groups), k, bucket(t)), np.int32)
+def batch_of_groups(
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sequence[int]]],
+    rewards: Sequence[Sequence[float | None]],
+    *,
+    max_completion_length: int,
+) -> Batch:
+    """A batch of ragged groups: per prompt, completions' token ids and rewards (None or NaN: none).
+
+    Raises:
+        UserError: lists that do not fit together, too long a completion, an infinite reward, or no
+            group with two rewards.
+    """
+    if not len(prompts) == len(groups) == len(rewards):
+        raise UserError(
+            f"got {len(groups)} groups of completions and {len(rewards)} of rewards for "
+            f"{len(prompts)} prompts; give one of each per prompt"
+        )
+    for number, (group, values) in enumerate(zip(groups, rewards, strict=True), start=1):
+        if len(group) != len(values):
+            raise UserError(
+                f"group {number} has {len(group)} completions but {len(values)} rewards"
+            )
+        longest = max(map(len, group), default=0)
+        if longest > max_completion_length:
+            raise UserError(
+                f"group {number} has a completion of {longest} tokens; "
+                f"raise max_completion_length, now {max_completion_length}"
+            )
+    k = max(map(len, groups), default=0)
+    t = max((len(completion) for group in groups for completion in group), default=0)
+    tokens = np.zeros((len(groups), k, bucket(t)), np.int32)
     lengths = np.zeros((len(groups), k), np.int32)
-    for g, group in enumerate(groups):
-        for i, completion in enumerate(group):
-            completions[g, i, : len(completion)] = completion
-            lengths[g, i] = len(completion)
-    return completions, lengths
+    table = np.full((len(groups), k), np.nan)
+    for g, i in ((g, i) for g, group in enumerate(groups) for i in range(len(group))):
+        tokens[g, i, : len(groups[g][i])] = groups[g][i]
+        lengths[g, i], value = len(groups[g][i]), rewards[g][i]
+        table[g, i] = np.nan if value is None else value
+    if np.isinf(table).any():
+        raise UserError("a reward is infinite; give finite numbers, or None to leave one out")
+    if not ((~np.isnan(table) & (lengths > 0)).sum(axis=-1) >= 2).any():
+        raise UserError("no group has two completions with a reward; GVPO compares at least two")
+    return make_batch(prompts, tokens, lengths, table)
 
 
 def pad_groups(batch: Batch, groups: int) -> Batch:

@@ -147,9 +147,9 @@ def _sums(leaves):
 
 
 def _sum(leaf):
-    """Sum of every element's bits, scrambled with its place by a bijection: one flipped bit always shows.
+    """Sum of all elements' bits, scrambled with their places: a flipped bit always shows.
 
-    The scrambling is MurmurHash3's finalizer, which is public domain arithmetic on 32 bits.
+    The scrambling, a bijection for every place, is the 32-bit finalizer of MurmurHash3.
     """
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)

@@ -23,8 +23,6 @@ def make_schedule(
         return decay
     # The first update already moves: the ramp is at the full rate on update number `warmup_steps`.
     ramp = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
-    if warmup_steps == 1:
-        ramp = optax.constant_schedule(learning_rate)
     return optax.join_schedules([ramp, decay], [warmup_steps])
 
 

@@ -51,7 +51,7 @@ class Policy:
         init = functools.partial(init_state, optimizer=optimizer)
         layout = shardings(self.mesh, jax.eval_shape(init, params))
         self.state: TrainState = jax.jit(init, out_shardings=layout)(params)
-        # The state is a copy of the start weights, so these may be the reference as they are; ema writes into its own.
+        # The state holds a copy, so these may be the reference itself; ema writes into its own.
         self.reference = _copy(params) if c.reference.name == "ema" else params
         self.start_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0

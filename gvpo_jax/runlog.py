@@ -121,6 +121,10 @@ class RunLog:
         self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
         self._step_start = time.perf_counter()
 
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._progress.note(text)
+
     def flush(self) -> None:
         """Wait for the last update, and write its metrics."""
         self._fetch()

@@ -4,28 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gvpo_jax.batch import Batch, make_batch, pad_completions
+from gvpo_jax.batch import batch_of_groups
 from gvpo_jax.checkpoint import Checkpoints
 from gvpo_jax.config import Config, override
-from gvpo_jax.data import EncodedPrompts, batch_indices, encode_prompts, repeat_columns
+from gvpo_jax.data import EncodedPrompts, encode_prompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.evaluate import evaluate
 from gvpo_jax.models import LoadedModel, export_model
 from gvpo_jax.policy import Policy
 from gvpo_jax.report import write_report
-from gvpo_jax.rewards import Scores, score
-from gvpo_jax.rollout import FINISH_LENGTH, Rollout, Sampling
-from gvpo_jax.runfolder import claim, write_evaluation, write_summary
 from gvpo_jax.runfiles import read_summary
+from gvpo_jax.runfolder import claim, write_evaluation, write_summary
 from gvpo_jax.runlog import Counters, RunLog, reward_metrics
+from gvpo_jax.sampler import Sampler, completion_texts, training_sampling
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
 RewardFuncs = RewardFunc | Sequence[RewardFunc]
 Dataset = Sequence[Mapping[str, Any]]
-_EVAL_SEED = 2**31  # above any run.seed: keeps the keys of evaluation apart from those of training
 
 
 class Trainer:
@@ -106,9 +101,12 @@ class Trainer:
         encoded = self._encode([{"prompt": prompt} for prompt in prompts])
         if self.config.reference.name == "previous":
             self.policy.refresh_reference_if_due()
-        batch = self.policy.with_reference(
-            self.policy.pad(self._text_batch(encoded, completions, rewards))
-        )
+        if encoded.skipped:
+            raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
+        groups = [[self._completion_ids(text) for text in group] for group in completions]
+        limit = self.config.rollout.max_completion_length
+        batch = batch_of_groups(encoded.token_ids, groups, rewards, max_completion_length=limit)
+        batch = self.policy.with_reference(self.policy.pad(batch))
         metrics = self.policy.update(batch)
         return {name: float(value) for name, value in metrics.items()} | reward_metrics(batch)
 
@@ -131,7 +129,8 @@ class Trainer:
             UserError: the run folder belongs to another config; and what data and reward functions
                 raise.
         """
-        c, funcs = self.config, _as_list(reward_funcs)
+        c = self.config
+        sampler = Sampler(self.policy, c, _as_list(reward_funcs))
         prompts = self._encode(dataset)
         held_out = self._encode(eval_dataset) if eval_dataset else None
         run_dir = claim(c)
@@ -140,19 +139,21 @@ class Trainer:
             if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                 return summary
             with RunLog(run_dir, counters, c) as log:
+                for note in self._cautions(prompts):
+                    log.note(note)
                 if counters.step == 0 and held_out:
-                    counters.accuracy_before = self._evaluate_into(log, "before", held_out, funcs)
+                    counters.accuracy_before = self._evaluate_into(log, "before", sampler, held_out)
                 while counters.step < min(c.train.steps, c.train.stop_at or c.train.steps):
                     last = counters.step
-                    self._round(log, counters, prompts, funcs)
+                    self._round(log, sampler, prompts)
                     ended = counters.step >= c.train.steps
                     if held_out and _crossed(last, counters.step, c.eval.every) and not ended:
-                        self._evaluate_into(log, f"step_{counters.step:06d}", held_out, funcs)
+                        self._evaluate_into(log, f"step_{counters.step:06d}", sampler, held_out)
                     if _crossed(last, counters.step, c.checkpoint.every):
                         self._save(checkpoints, log)
                 self._save(checkpoints, log)
                 if counters.step >= c.train.steps and held_out and counters.accuracy_after is None:
-                    counters.accuracy_after = self._evaluate_into(log, "after", held_out, funcs)
+                    counters.accuracy_after = self._evaluate_into(log, "after", sampler, held_out)
         summary = counters.summary(self.policy.model.name)
         if counters.step >= c.train.steps:
             write_summary(run_dir, summary)
@@ -167,7 +168,8 @@ class Trainer:
         The same rows get the same random keys every time: two evaluations differ by the policy
         alone.
         """
-        return self._evaluate(self._encode(dataset), _as_list(reward_funcs))
+        sampler = Sampler(self.policy, self.config, _as_list(reward_funcs))
+        return sampler.evaluate(self._encode(dataset))
 
     def generate(
         self, prompts: Sequence[Any], *, num_generations: int = 1, seed: int = 0
@@ -178,10 +180,10 @@ class Trainer:
             encoded.token_ids,
             range(len(prompts)),
             num_generations=num_generations,
-            sampling=self._sampling(),
+            sampling=training_sampling(self.config),
             seed=seed,
         )
-        return self._texts(rollout)
+        return completion_texts(self.tokenizer, rollout)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads."""
@@ -199,16 +201,16 @@ class Trainer:
             raise UserError(f"{run_dir} has no checkpoint yet")
         return step
 
-    def _round(self, log: RunLog, counters: Counters, prompts: EncodedPrompts, funcs) -> None:
+    def _round(self, log: RunLog, sampler: Sampler, prompts: EncodedPrompts) -> None:
         """One rollout and its updates."""
-        c = self.config
+        c, counters = self.config, log.counters
         if c.reference.name == "previous":
             self.policy.refresh_reference_if_due()
         first = counters.rollouts * c.train.steps_per_generation
         counters.rollouts += 1
         batches = []
         for number in range(first, first + c.train.steps_per_generation):
-            batch, metrics, records = self._sample(number, prompts, funcs)
+            batch, metrics, records = sampler.batch(number, prompts)
             batches.append((self.policy.with_reference(batch), metrics))
             log.completions(records)
         for batch, metrics in batches * c.train.num_iterations:
@@ -216,70 +218,10 @@ class Trainer:
                 rate = self.policy.learning_rate()
                 log.step(self.policy.update(batch), metrics | {"learning_rate": rate})
 
-    def _sample(self, number: int, prompts: EncodedPrompts, funcs):
-        """Batch `number` of the run: sampled, scored, without reference log-probs yet."""
-        c = self.config
-        indices = batch_indices(len(prompts.rows), c.train.batch_size, number, c.run.seed)
-        rows = [prompts.rows[i] for i in indices]
-        ids = [prompts.token_ids[i] for i in indices]
-        first = number * c.train.batch_size  # visits, not rows: a row's next one gets fresh keys
-        rollout = self.policy.generate(
-            ids,
-            range(first, first + len(ids)),
-            num_generations=c.rollout.num_generations,
-            sampling=self._sampling(),
-            seed=c.run.seed,
-            longest_prompt=prompts.longest,
-        )
-        texts = self._texts(rollout)
-        scores = self._score(rows, rollout, texts, funcs)
-        rewards = scores.rewards.reshape(rollout.lengths.shape)
-        batch = make_batch(ids, rollout.completions, rollout.lengths, rewards, prompts.longest)
-        return batch, _rollout_metrics(batch, rollout, scores), _records(rows, texts, rewards)
-
-    def _score(self, rows: Sequence[Row], rollout: Rollout, texts, funcs) -> Scores:
-        """Rewards of n = G * k completions, through TRL's call."""
-        k = rollout.lengths.shape[1]
-        completions = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for row, group in zip(rows, texts, strict=True)
-            for text in group
-        ]
-        return score(
-            funcs,
-            self.config.rewards.weights or None,
-            prompts=[row["prompt"] for row in rows for _ in range(k)],
-            completions=completions,
-            completion_ids=_token_ids(rollout),
-            columns=repeat_columns(rows, k),
-            on_error=self.config.rewards.on_error,
-        )
-
-    def _evaluate(self, held_out: EncodedPrompts, funcs) -> tuple[dict[str, float], list[Row]]:
-        e = self.config.eval
-
-        def sample_and_score(indices):
-            rollout = self.policy.generate(
-                [held_out.token_ids[i] for i in indices],
-                indices,
-                num_generations=e.num_generations,
-                sampling=Sampling(temperature=e.temperature),
-                seed=_EVAL_SEED,
-                longest_prompt=held_out.longest,
-            )
-            texts = self._texts(rollout)
-            scores = self._score([held_out.rows[i] for i in indices], rollout, texts, funcs)
-            return scores.rewards.reshape(rollout.lengths.shape), texts
-
-        return evaluate(
-            held_out.rows,
-            sample_and_score,
-            batch_size=e.batch_size,
-            success_reward=e.success_reward,
-        )
-
-    def _evaluate_into(self, log: RunLog, name: str, held_out: EncodedPrompts, funcs) -> float:
-        metrics, records = self._evaluate(held_out, funcs)
+    def _evaluate_into(
+        self, log: RunLog, name: str, sampler: Sampler, held_out: EncodedPrompts
+    ) -> float:
+        metrics, records = sampler.evaluate(held_out)
         write_evaluation(log.run_dir, name, records)
         log.evaluation(name, metrics)
         return metrics["eval/accuracy"]
@@ -295,6 +237,17 @@ class Trainer:
             )
         self.policy.load_checkpoint(restored.state, restored.extra["refreshed_at"])
         return Counters(**restored.extra["counters"])
+
+    def _cautions(self, prompts: EncodedPrompts) -> list[str]:
+        notes = []
+        if prompts.skipped:
+            notes.append(f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens")
+        if training_sampling(self.config).cuts_support:
+            notes.append(
+                "top_k, top_p and min_p keep some tokens from ever being sampled: GVPO's optimum "
+                "is then not reached, because the samples do not cover the reference"
+            )
+        return notes
 
     def _save(self, checkpoints: Checkpoints, log: RunLog) -> None:
         log.flush()
@@ -317,52 +270,6 @@ class Trainer:
             too_long=d.too_long,
         )
 
-    def _sampling(self) -> Sampling:
-        r = self.config.rollout
-        return Sampling(temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p)
-
-    def _texts(self, rollout: Rollout) -> list[list[str]]:
-        """The completions as text, g lists of k, without special tokens."""
-        g, k = rollout.lengths.shape
-        texts = self.tokenizer.batch_decode(_token_ids(rollout), skip_special_tokens=True)
-        return [texts[i * k : (i + 1) * k] for i in range(g)]
-
-    def _text_batch(self, encoded: EncodedPrompts, completions, rewards) -> Batch:
-        """Tokenised groups of given texts, the end token added, ragged groups filled up."""
-        if encoded.skipped or not len(encoded.rows) == len(completions) == len(rewards):
-            raise UserError(
-                f"got {len(completions)} groups of completions and {len(rewards)} of rewards for "
-                f"{len(encoded.rows)} prompts that fit; give one of each per prompt"
-            )
-        limit = self.config.rollout.max_completion_length
-        groups = []
-        for number, (texts, values) in enumerate(zip(completions, rewards, strict=True), start=1):
-            if len(texts) != len(values):
-                raise UserError(
-                    f"group {number} has {len(texts)} completions but {len(values)} rewards"
-                )
-            ids = [self._completion_ids(text) for text in texts]
-            if max(map(len, ids), default=0) > limit:
-                raise UserError(
-                    f"group {number} has a completion of {max(map(len, ids))} tokens; "
-                    f"raise max_completion_length, now {limit}"
-                )
-            groups.append(ids)
-        tokens, lengths = pad_completions(groups)
-        table = np.full(lengths.shape, np.nan)
-        for row, values in zip(table, rewards, strict=True):
-            row[: len(values)] = [np.nan if v is None else v for v in values]
-        if np.isinf(table).any():
-            raise UserError(
-                "a reward is infinite; give finite numbers, or None to leave a completion out"
-            )
-        batch = make_batch(encoded.token_ids, tokens, lengths, table)
-        if not (batch.valid.sum(axis=-1) >= 2).any():
-            raise UserError(
-                "no group has two completions with a reward; GVPO compares at least two"
-            )
-        return batch
-
     def _completion_ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return [*ids, *self.policy.stop_ids[:1]]
@@ -375,31 +282,3 @@ def _crossed(last: int, step: int, every: int) -> bool:
 
 def _as_list(reward_funcs: RewardFuncs) -> list[RewardFunc]:
     return [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-
-
-def _token_ids(rollout: Rollout) -> list[list[int]]:
-    pairs = zip(rollout.completions, rollout.lengths, strict=True)
-    return [row[:n].tolist() for group, ns in pairs for row, n in zip(group, ns, strict=True)]
-
-
-def _rollout_metrics(batch: Batch, rollout: Rollout, scores: Scores) -> dict[str, float]:
-    return reward_metrics(batch) | {
-        "completions/mean_length": float(rollout.lengths.mean()),
-        "completions/clipped_ratio": float((rollout.finish == FINISH_LENGTH).mean()),
-        "rewards/abstained": float(scores.abstained),
-        "rewards/failed": float(scores.failed),
-        **{f"rewards/{name}": _mean(values) for name, values in scores.by_func.items()},
-    }
-
-
-def _mean(values: np.ndarray) -> float:
-    given = values[~np.isnan(values)]
-    return float(given.mean()) if given.size else float("nan")
-
-
-def _records(rows: Sequence[Row], texts, rewards: np.ndarray) -> list[Row]:
-    return [
-        {**row, "completion": text, "reward": None if np.isnan(reward) else float(reward)}
-        for row, group, values in zip(rows, texts, rewards, strict=True)
-        for text, reward in zip(group, values, strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""Eight CPU devices, no silent rank promotion, float64 where a test asks for it, each program compiled once."""
+"""Eight CPU devices, no silent rank promotion, every program compiled once."""
 
 import os
 import tempfile
@@ -14,15 +14,10 @@ _cache = tempfile.TemporaryDirectory(prefix="gvpo-jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import jax
-import pytest
+import jax  # noqa: E402  (reads the lines above)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-_cache = tempfile.TemporaryDirectory(
-    prefix="gvpo-jax-tests-"
-)  # many trainers, few different programs
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture

@@ -175,9 +175,13 @@ def test_a_folder_that_is_no_model(train, tmp_path):
     assert "model holds no config.json" in train(f"model.name={tmp_path / 'model'}")
 
 
-def test_a_hub_name_that_cant_be_downloaded(train):
+def test_a_hub_name_that_cant_be_downloaded(train, monkeypatch):
+    def download(*_, **__):
+        raise RuntimeError("no net\ntry again")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     line = train("model.name=no-such-org/no-such-model")
-    assert "could not be downloaded from the Hugging Face hub" in line
+    assert "could not be downloaded from the Hugging Face hub: no net\n" in line
 
 
 def test_an_unknown_architecture(train, model_folder):
@@ -220,8 +224,9 @@ def test_a_folder_of_something_else(refused, tmp_path):
 
 def test_a_run_of_another_config(refused, tmp_path):
     folder = claim(load_config(DEBUG, [f"run.dir={tmp_path / 'run'}"]))
-    line = refused("train", DEBUG, f"run.dir={folder}", "loss.beta=0.2", "run.seed=3")
-    assert "(run.seed, loss.beta); give those, or choose another run.dir" in line
+    settings = [f"run.dir={folder}", "loss.beta=0.2", "model.name=./gone"]
+    line = refused("train", DEBUG, *settings)  # before any model is loaded
+    assert "(model.name, loss.beta); give those, or choose another run.dir" in line
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "report", "export"])

@@ -28,7 +28,7 @@ HOUSE = {
         "evaluate",
         "report svg curves report_page report_answers",
     ],
-    "story": ["policy", "trainer", "runlog", "runfolder", "runs", "cli", "__main__"],
+    "story": ["policy", "sampler", "trainer", "runlog", "runfolder", "runs", "cli", "__main__"],
 }
 CORRIDORS = ("core", "ground", "story")
 FLOORS = list(HOUSE)

@@ -30,8 +30,10 @@ def cosine(fraction):
         ("linear", 0, 4, [2, 1.5, 1, 0.5, 0, 0]),
         ("linear", 2, 6, [1, 2, 2, 1.5, 1, 0.5, 0, 0]),
         ("linear", 1, 3, [2, 2, 1, 0]),
+        ("linear", 3, 2, [2 / 3, 4 / 3]),
         ("cosine", 0, 4, [2, cosine(1 / 4), 1, cosine(3 / 4), 0, 0]),
         ("cosine", 2, 5, [1, 2, 2, cosine(1 / 3), cosine(2 / 3), 0]),
+        ("cosine", 4, 4, [0.5, 1, 1.5, 2]),
     ],
 )
 def test_learning_rate_of_every_update(name, warmup, total, expected):

@@ -90,6 +90,15 @@ def test_gradients_equal_those_of_repeated_prompts(case):
             np.testing.assert_allclose(b, a, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def test_bfloat16_stays_near_float32(case):
+    config, params, *rest = case
+    coarse = jax.jit(lambda p: shared_logprobs(config, p, *rest, dtype=jnp.bfloat16))(params)
+    exact = jax.jit(lambda p: shared_logprobs(config, p, *rest))(params)
+    assert coarse.dtype == jnp.float32
+    error = np.abs(np.asarray(coarse - exact))
+    assert 0 < error.max() < 0.1
+
+
 def test_decoding_gives_the_hidden_states_of_scoring(case):
     config, params, prompts, prompt_lengths, completions, _ = case
     apply = make_apply(config)

@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from gvpo_jax.batch import Batch, bucket, make_batch, pad_completions, pad_groups, pad_prompts
+from gvpo_jax.batch import (
+    Batch,
+    batch_of_groups,
+    bucket,
+    make_batch,
+    pad_groups,
+    pad_prompts,
+)
 from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
 from gvpo_jax.train_step import init_state, score, train_step
 
@@ -79,13 +86,14 @@ MISSING = [(0, 1), (2, 0), (2, 1)]
 def test_gradient_is_that_of_the_regression_over_repeated_prompts(missing):
     batch = random_batch(missing=missing)
     grads, metrics = gradient(batch)
-    assert_trees_close(grads, expected_grad(batch), 1e-5)
-    np.testing.assert_allclose(metrics["gvpo_mse"], plain_loss(PARAMS, batch), atol=1e-5)
+    value, expected = expected_value_and_grad(batch)
+    assert_trees_close(grads, expected, 1e-5)
+    np.testing.assert_allclose(metrics["gvpo_mse"], value, atol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
 
 
-def expected_grad(batch):
-    return jax.jit(jax.grad(lambda p: plain_loss(p, batch)))(PARAMS)
+def expected_value_and_grad(batch):
+    return jax.jit(jax.value_and_grad(lambda p: plain_loss(p, batch)))(PARAMS)
 
 
 @pytest.mark.parametrize("missing", [[], MISSING], ids=["whole", "ragged"])
@@ -182,8 +190,14 @@ def test_padding_of_prompts_and_completions():
     assert [bucket(n) for n in (1, 16, 17, 25, 33, 50)] == [16, 16, 24, 32, 48, 64]
     widths = {pad_prompts([[1] * n], longest=37)[0].shape[1] for n in range(1, 38)}
     assert widths == {16, 24, 40}
-    tokens, counts = pad_completions([[[1, 2], [3]], [[4, 5, 6]]])
-    assert counts.tolist() == [[2, 1], [3, 0]]
-    assert tokens[1, 0, :3].tolist() == [4, 5, 6]
     with pytest.raises(ValueError, match="at least one token"):
         pad_prompts([[1], []])
+
+
+def test_ragged_groups_are_filled_up_with_nothing():
+    groups, rewards = [[[1, 2], [3]], [[4, 5, 6], [], [7]]], [[0.5, None], [1.0, 2.0, 3.0]]
+    batch = batch_of_groups([[1], [2]], groups, rewards, max_completion_length=3)
+    assert batch.lengths.tolist() == [[2, 1, 0], [3, 0, 1]]
+    assert batch.valid.tolist() == [[True, False, False], [True, False, True]]
+    assert batch.completions[1, 0, :3].tolist() == [4, 5, 6]
+    assert batch.rewards[1].tolist() == [1.0, 0.0, 3.0]

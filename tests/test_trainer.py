@@ -15,7 +15,9 @@ from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.runfiles import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
 
-ROWS = [{"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar", "fir", "oak")]
+ROWS = [
+    {"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar", "fir", "oak")
+]
 CLOCKS = {"step_time", "tokens_per_second"}
 
 
@@ -43,7 +45,7 @@ def train(run_dir, **settings):
 
 
 def assert_same_run(a: Path, b: Path, trainer_a: Trainer, trainer_b: Trainer):
-    """Parameters and optimizer bitwise equal, and every number and text on disk that is not a clock."""
+    """Bitwise equal states, and equal numbers and texts on disk, clocks apart."""
     for x, y in zip(
         jax.tree.leaves(trainer_a.policy.checkpoint()),
         jax.tree.leaves(trainer_b.policy.checkpoint()),
@@ -92,15 +94,18 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     for name in ("config.yaml", "metrics.jsonl", "report.html", "summary.json"):
         assert (run / name).stat().st_size > 0, name
     assert json.loads((run / "summary.json").read_text()) == summary
-    assert {"eval/accuracy_before", "eval/accuracy_after", "steps", "wall_seconds", "model"} <= set(summary)
+    assert {"eval/accuracy_before", "eval/accuracy_after", "steps", "wall_seconds", "model"} <= set(
+        summary
+    )
     assert sorted(p.name for p in (run / "eval").iterdir()) == [
         "after.jsonl", "before.jsonl", "step_000002.jsonl",
     ]  # fmt: skip
     logged = {line["step"]: line for line in read_metrics(run)}
     assert sorted(logged) == [0, 1, 2, 3, 4]
     names = {
-        "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
-        "kl", "grad_norm", "learning_rate", "num_tokens", "step_time", "loss", "gvpo_mse",
+        "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
+        "completions/clipped_ratio", "kl", "grad_norm", "learning_rate", "num_tokens",
+        "step_time", "loss", "gvpo_mse",
     }  # fmt: skip
     assert names <= set(logged[1])
     rows = read_jsonl(run / "completions" / "step_000001.jsonl")
@@ -119,13 +124,17 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 
 def test_references_move_as_they_say(tmp_path):
-    trainers = {name: train(tmp_path / name, **VARIANTS[name])[0] for name in ("initial", "previous", "ema")}
+    trainers = {
+        name: train(tmp_path / name, **VARIANTS[name])[0] for name in ("initial", "previous", "ema")
+    }
     start = load_model("debug").params["final_norm"]["scale"]
     scale = {name: t.policy.reference["final_norm"]["scale"] for name, t in trainers.items()}
     np.testing.assert_array_equal(scale["initial"], start)
     assert trainers["previous"].policy.refreshed_at == 2
     assert (scale["previous"] != start).any()
-    assert (scale["previous"] != trainers["previous"].policy.state.params["final_norm"]["scale"]).any()
+    assert (
+        scale["previous"] != trainers["previous"].policy.state.params["final_norm"]["scale"]
+    ).any()
     assert (scale["ema"] != start).any()
 
 
@@ -178,7 +187,9 @@ def test_reward_functions_get_trls_call(tmp_path):
         calls.append((prompts, completions, completion_ids, word, columns))
         return [0.0] * len(prompts)
 
-    rows = [{"prompt": [{"role": "user", "content": f"Spell {w}"}], "word": w} for w in ("ash", "oak")]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Spell {w}"}], "word": w} for w in ("ash", "oak")
+    ]
     Trainer(config(tmp_path, train__steps=1), load_model("debug")).train(rows, spy)
     prompts, completions, ids, word, _ = calls[0]
     assert len(prompts) == len(completions) == len(ids) == len(word) == 8
@@ -195,7 +206,9 @@ def test_an_export_loads_in_transformers_with_the_trained_weights(tmp_path):
     trainer.save_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     trained = trainer.policy.state.params["layers"][1]["mlp"]["up"]["kernel"]
-    np.testing.assert_array_equal(model.model.layers[1].mlp.up_proj.weight.detach().numpy(), trained.T)
+    np.testing.assert_array_equal(
+        model.model.layers[1].mlp.up_proj.weight.detach().numpy(), trained.T
+    )
     reloaded = load_model(str(tmp_path / "out"))
     assert (trained != load_model("debug").params["layers"][1]["mlp"]["up"]["kernel"]).any()
     np.testing.assert_array_equal(reloaded.params["layers"][1]["mlp"]["up"]["kernel"], trained)

@@ -54,7 +54,9 @@ def main() -> None:
         options.out.write_text(json.dumps(machine, indent=2) + "\n")
 
 
-def measure(config: DecoderConfig, name: str, *, g: int, k: int, p: int, t: int, rounds: int) -> dict:
+def measure(
+    config: DecoderConfig, name: str, *, g: int, k: int, p: int, t: int, rounds: int
+) -> dict:
     params = init_params(config, 0)
     batch = random_batch(config.vocab_size, g, k, p, t)
     steps, memory = {}, {}
