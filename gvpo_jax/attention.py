@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gvpo_jax.precision import einsum_f32
+
 _MASKED = -1e30  # finite, so that a row without a single key gives 0 and not NaN
 
 
@@ -43,31 +45,21 @@ def attend(
     g, k, t, h, d = queries_gkthd.shape
     n = keys_gknsd.shape[2]
     queries = (queries_gkthd * d**-0.5).reshape(g, k, t, n, h // n, d)
-    own = jnp.einsum(
-        "gktnrd,gknsd->gknrts", queries, keys_gknsd, preferred_element_type=jnp.float32
-    )
+    own = einsum_f32("gktnrd,gknsd->gknrts", queries, keys_gknsd)
     own = jnp.where(mask_gkts[:, :, None, None], own, _MASKED)
     peak = jnp.max(own, axis=-1, keepdims=True)
     if prefix is not None:
-        shared = jnp.einsum(
-            "gktnrd,gnpd->gknrtp", queries, prefix.keys, preferred_element_type=jnp.float32
-        )
+        shared = einsum_f32("gktnrd,gnpd->gknrtp", queries, prefix.keys)
         shared = jnp.where(prefix.mask[:, None, None, None, None], shared, _MASKED)
         peak = jnp.maximum(peak, jnp.max(shared, axis=-1, keepdims=True))
     peak = jax.lax.stop_gradient(peak)
     own = jnp.exp(own - peak)
     total = jnp.sum(own, axis=-1)
-    out = _mix("gknrts,gknsd->gktnrd", own, values_gknsd)
+    out = einsum_f32("gknrts,gknsd->gktnrd", own.astype(values_gknsd.dtype), values_gknsd)
     if prefix is not None:
         shared = jnp.exp(shared - peak)
         total = total + jnp.sum(shared, axis=-1)
-        out = out + _mix("gknrtp,gnpd->gktnrd", shared, prefix.values)
+        weights = shared.astype(prefix.values.dtype)
+        out = out + einsum_f32("gknrtp,gnpd->gktnrd", weights, prefix.values)
     total_gktnr1 = jnp.moveaxis(total, -1, 2)[..., None]
     return (out / total_gktnr1).astype(queries_gkthd.dtype).reshape(g, k, t, h, d)
-
-
-def _mix(spec, weights, values):
-    """Values weighed in their own precision, summed in float32."""
-    return jnp.einsum(
-        spec, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-    )

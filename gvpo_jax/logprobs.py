@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from gvpo_jax.precision import einsum_f32
+
 
 def token_logprobs(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_tokens: int = 1024
@@ -61,7 +63,7 @@ def completion_mask(lengths: ArrayLike, max_length: int) -> jax.Array:
 
 
 def _chunk_logprobs(hidden, head, targets):
-    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    logits = einsum_f32("...d,vd->...v", hidden, head.astype(hidden.dtype))
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 

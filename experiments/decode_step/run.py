@@ -1,10 +1,11 @@
-"""Milliseconds per decode step of the in-process engine, at SmolLM2-135M's shape with random weights.
+"""Milliseconds per decode step of the in-process engine, random weights in SmolLM2-135M's shape.
 
     python experiments/decode_step/run.py              # batch 32 = 4 prompts x 8 completions
     python experiments/decode_step/run.py --small      # a tiny model: what CI runs
 
-A step is the difference between a long and a short generation of the same prompts, divided by the difference in tokens: what
-prefill and the host cost cancels. Beside it the same for plain PyTorch, by transformers' generate, where torch is there.
+A step is the difference between a long and a short generation of the same prompts, divided by the
+difference in tokens: what prefill and the host cost cancels. Beside it the same for plain PyTorch,
+by transformers' generate, where torch is there.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Training step with the prompt computed once per group, beside the same step with the prompt repeated k times.
+"""Training step with the prompt computed once per group, beside the step that repeats it k times.
 
     python experiments/shared_prefix/run.py            # the full size, some minutes on 2 cores
     python experiments/shared_prefix/run.py --small    # seconds: what CI runs
 
-Both compute value and gradient of the GVPO loss of the same random model on the same batch, in one process, warm,
-in turns. The gradients are compared; then times (median of the rounds) and XLA's temporary memory are printed and saved.
+Both compute value and gradient of the GVPO loss of the same random model on the same batch, in one
+process, warm, in turns. The gradients are compared; then times (median of the rounds) and XLA's
+temporary memory are printed and saved.
 """
 
 import argparse
@@ -45,8 +46,10 @@ def main() -> None:
     rows = [measure(config, name, rounds=options.rounds, **shape) for name, shape in shapes.items()]
     for row in rows:
         print(
-            "{name}: {speedup:.2f} times faster (ideal {ideal:.2f}), {memory_ratio:.2f} times less memory, "
-            "gradients differ by {gradient_difference:.1e}".format(**row)
+            "{name}: {speedup:.2f} times faster (ideal {ideal:.2f}), "
+            "{memory_ratio:.2f} times less memory, gradients differ by {gradient_difference:.1e}".format(
+                **row
+            )
         )
     if options.out:
         machine = {"machine": platform.processor() or platform.machine(), "jax": jax.__version__}

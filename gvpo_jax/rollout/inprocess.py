@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvpo_jax.batch import pad_prompts
+from gvpo_jax.precision import einsum_f32
 from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, Sampling
 from gvpo_jax.rollout.sampling import draw
 
@@ -129,7 +130,7 @@ def _draw_token(s: DecodeState, head_vd, row_keys, sampling, stop_ids):
     """Draw position `at` of every completion from the hidden states, and book it."""
     g, k, _ = s.completions_gkt.shape
     hidden_bd = s.hidden_gkd.reshape(g * k, -1)
-    logits = jnp.einsum("bd,vd->bv", hidden_bd, head_vd, preferred_element_type=jnp.float32)
+    logits = einsum_f32("bd,vd->bv", hidden_bd, head_vd.astype(hidden_bd.dtype))
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, s.at)))(row_keys)
     tokens_b = draw(logits, uniforms, sampling)
     picked = jnp.take_along_axis(logits, tokens_b[:, None], axis=-1)[:, 0]
