@@ -7,6 +7,7 @@ start of the answer, after the prompt.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,11 @@ class EncodedPrompts:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.token_ids))
+
+    def fingerprint(self) -> str:
+        """A short text that tells these rows, in this order and tokenisation, from others."""
+        content = json.dumps([self.rows, self.token_ids], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_rows(path: str | Path) -> list[Row]:

@@ -135,7 +135,7 @@ class Trainer:
         held_out = self._encode(eval_dataset) if eval_dataset else None
         run_dir = claim(c)
         with Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep) as checkpoints:
-            counters = self._resume(checkpoints)
+            counters = self._resume(checkpoints, prompts.fingerprint())
             if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                 return summary
             with RunLog(run_dir, counters, c) as log:
@@ -150,8 +150,8 @@ class Trainer:
                     if held_out and _crossed(last, counters.step, c.eval.every) and not ended:
                         self._evaluate_into(log, f"step_{counters.step:06d}", sampler, held_out)
                     if _crossed(last, counters.step, c.checkpoint.every):
-                        self._save(checkpoints, log)
-                self._save(checkpoints, log)
+                        self._save(checkpoints, log, prompts)
+                self._save(checkpoints, log, prompts)
                 if counters.step >= c.train.steps and held_out and counters.accuracy_after is None:
                     counters.accuracy_after = self._evaluate_into(log, "after", sampler, held_out)
         summary = counters.summary(self.policy.model.name)
@@ -226,7 +226,7 @@ class Trainer:
         log.evaluation(name, metrics)
         return metrics["eval/accuracy"]
 
-    def _resume(self, checkpoints: Checkpoints) -> Counters:
+    def _resume(self, checkpoints: Checkpoints, data: str | None = None) -> Counters:
         restored = checkpoints.restore(self.policy.checkpoint_like())
         if restored is None:
             return Counters()
@@ -234,6 +234,11 @@ class Trainer:
             raise UserError(
                 f"{self.policy.model.name} is not the model that this run started from; "
                 "bring it back, or choose another run.dir"
+            )
+        if data not in (None, restored.extra["data_fingerprint"]):
+            raise UserError(
+                "the training rows are not those that this run started with; "
+                "bring them back, or choose another run.dir"
             )
         self.policy.load_checkpoint(restored.state, restored.extra["refreshed_at"])
         return Counters(**restored.extra["counters"])
@@ -249,12 +254,13 @@ class Trainer:
             )
         return notes
 
-    def _save(self, checkpoints: Checkpoints, log: RunLog) -> None:
+    def _save(self, checkpoints: Checkpoints, log: RunLog, prompts: EncodedPrompts) -> None:
         log.flush()
         extra = {
             "counters": log.counters.as_dict(),
             "refreshed_at": self.policy.refreshed_at,
             "start_fingerprint": self.policy.start_fingerprint,
+            "data_fingerprint": prompts.fingerprint(),
         }
         checkpoints.save(log.counters.step, self.policy.checkpoint(), extra)
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 # Floors from the ground up; a line is a room. A module may import the rooms of lower floors and its
 # own room's; CORRIDORS are floors whose rooms also import each other.
 HOUSE = {
-    "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs"],
+    "core": ["gvpo_jax", "loss", "groups", "attention", "logprobs", "precision"],
     "ground": ["errors", "config", "mesh", "batch", "runfiles", "formats", "intervals"],
     "models": ["models"],
     "stages": [

@@ -222,6 +222,12 @@ def test_another_models_run_is_not_resumed(tmp_path):
         Trainer(config(tmp_path), other).train(ROWS, letter_share, eval_dataset=ROWS[:2])
 
 
+def test_a_run_on_other_rows_is_not_resumed(tmp_path):
+    train(tmp_path, train__stop_at=2)
+    with pytest.raises(UserError, match="training rows are not those"):
+        Trainer(config(tmp_path), load_model("debug")).train(ROWS[1:], letter_share)
+
+
 def test_prompts_and_completions_must_fit_the_model():
     with pytest.raises(UserError, match="was made for"):
         Trainer(override(Config(), data__max_prompt_length=1_000_000))

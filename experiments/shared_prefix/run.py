@@ -46,10 +46,9 @@ def main() -> None:
     rows = [measure(config, name, rounds=options.rounds, **shape) for name, shape in shapes.items()]
     for row in rows:
         print(
-            "{name}: {speedup:.2f} times faster (ideal {ideal:.2f}), "
-            "{memory_ratio:.2f} times less memory, gradients differ by {gradient_difference:.1e}".format(
-                **row
-            )
+            f"{row['name']}: {row['speedup']:.2f} times faster (ideal {row['ideal']:.2f}), "
+            f"{row['memory_ratio']:.2f} times less memory, "
+            f"gradients differ by {row['gradient_difference']:.1e}"
         )
     if options.out:
         machine = {"machine": platform.processor() or platform.machine(), "jax": jax.__version__}
