@@ -34,12 +34,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, *, keep: int = 2):
         self._folder = Path(folder).absolute()
+        self._broken: set[int] = set()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def latest_step(self) -> int | None:
-        """The newest step on disk, whole or not."""
-        return self._manager.latest_step()
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Save a pytree of arrays and JSON values as one atomic step, written in the background.
@@ -47,6 +44,9 @@ class Checkpoints:
         Raises:
             UserError: an earlier save failed, e.g. for a full disk.
         """
+        if step in self._broken:
+            self._manager.delete(step)
+            self._broken.discard(step)
         if step in self._manager.all_steps():
             return
         extra = extra | {"checksums": _checksums(state)}
@@ -54,7 +54,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
         )
         try:
-            self._manager.save(step, args=args)
+            # Forced: Orbax would silently skip a step older than a broken one that is still there.
+            self._manager.save(step, args=args, force=True)
         except OSError as error:
             raise UserError(
                 f"could not write checkpoint {step} to {self._folder}: {error}"
@@ -63,8 +64,8 @@ class Checkpoints:
     def restore(self, like: Any) -> Restored | None:
         """The newest whole checkpoint, or None where there is none at all.
 
-        A step that can't be read or whose checksums differ is passed over with a warning, and
-        deleted, so that the run can write it again.
+        A step that can't be read or whose checksums differ is passed over with a warning. It stays
+        on disk until the run saves that step again.
 
         Args:
             like: tree of `jax.ShapeDtypeStruct` with shardings, the state as it shall come back.
@@ -73,7 +74,6 @@ class Checkpoints:
             UserError: there are checkpoints, but none is whole.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        broken = []
         for step in steps:
             try:
                 restored = self._read(step, like)
@@ -81,10 +81,8 @@ class Checkpoints:
                 _log.warning(
                     "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
                 )
-                broken.append(step)
+                self._broken.add(step)
                 continue
-            for bad in broken:
-                self._manager.delete(bad)
             return restored
         if steps:
             raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")

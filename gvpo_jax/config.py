@@ -257,10 +257,11 @@ def _parse_override(override: str) -> Any:
 
 
 def _beside(file: Path, path: str | None) -> str | None:
-    """A relative path that is not found from here is looked for beside the config."""
-    if path is None or Path(path).exists() or not (file.parent / path).exists():
-        return path
-    return str(file.parent / path)
+    """A relative path, looked for from here and then beside the config, made absolute."""
+    if path is None:
+        return None
+    places = (Path(path), file.parent / path)
+    return next((str(place.absolute()) for place in places if place.exists()), path)
 
 
 def _as_config(merged: Any) -> Config:

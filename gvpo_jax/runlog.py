@@ -72,6 +72,7 @@ class RunLog:
             first_step=-1 if fresh else counters.step,
         )
         self._progress = Progress(config.train.steps, counters.step)
+        self._round = config.train.steps_per_generation * config.train.num_iterations
         self._every, self._samples = config.log.completions_every, config.log.samples
         self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
         self._session_start = self._step_start = time.perf_counter()
@@ -109,7 +110,7 @@ class RunLog:
 
     def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Every so many updates, keep what was sampled for the next one on disk, and show some."""
-        if self.counters.step % self._every == 0:
+        if crossed(self.counters.step - self._round, self.counters.step, self._every):
             self._writer.completions(self.counters.step + 1, records)
             stride = max(len(records) // max(self._samples, 1), 1)
             self._progress.samples(records[::stride][: self._samples])
@@ -138,6 +139,11 @@ class RunLog:
         metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
         self._writer.log(step, metrics | here)
         self._progress.update(step, metrics | here)
+
+
+def crossed(last: int, step: int, every: int) -> bool:
+    """Whether a multiple of `every` was reached after step `last`; 0: never."""
+    return bool(every) and step // every > last // every
 
 
 def reward_metrics(batch: Batch) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -61,7 +62,9 @@ def train_step(
 
     Raises:
         ValueError: the groups do not divide into the micro-batches.
+        AssertionError: the batch's arrays do not have the shapes that `Batch` says.
     """
+    _check_shapes(batch)
     groups = batch.prompts.shape[0]
     if groups % micro_batches:
         raise ValueError(f"{groups} groups do not divide into {micro_batches} micro-batches")
@@ -77,6 +80,14 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = _metrics(logps, batch, beta) | {"grad_norm": optax.tree.norm(grads)}
     return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def _check_shapes(batch: Batch) -> None:
+    chex.assert_rank([batch.prompts, batch.completions, batch.rewards], [2, 3, 2])
+    chex.assert_equal_shape([batch.lengths, batch.rewards, batch.valid])
+    chex.assert_equal_shape([batch.completions, batch.ref_logps])
+    chex.assert_equal_shape_prefix([batch.completions, batch.rewards], 2)
+    chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
 def _loss(model, params, batch: Batch, num_groups, *, beta):

@@ -14,7 +14,7 @@ from gvpo_jax.policy import Policy
 from gvpo_jax.report import write_report
 from gvpo_jax.runfiles import read_summary
 from gvpo_jax.runfolder import claim, write_evaluation, write_summary
-from gvpo_jax.runlog import Counters, RunLog, reward_metrics
+from gvpo_jax.runlog import Counters, RunLog, crossed, reward_metrics
 from gvpo_jax.sampler import Sampler, completion_texts, training_sampling
 
 Row = dict[str, Any]
@@ -147,9 +147,9 @@ class Trainer:
                     last = counters.step
                     self._round(log, sampler, prompts)
                     ended = counters.step >= c.train.steps
-                    if held_out and _crossed(last, counters.step, c.eval.every) and not ended:
+                    if held_out and crossed(last, counters.step, c.eval.every) and not ended:
                         self._evaluate_into(log, f"step_{counters.step:06d}", sampler, held_out)
-                    if _crossed(last, counters.step, c.checkpoint.every):
+                    if crossed(last, counters.step, c.checkpoint.every):
                         self._save(checkpoints, log, prompts)
                 self._save(checkpoints, log, prompts)
                 if counters.step >= c.train.steps and held_out and counters.accuracy_after is None:
@@ -279,11 +279,6 @@ class Trainer:
     def _completion_ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return [*ids, *self.policy.stop_ids[:1]]
-
-
-def _crossed(last: int, step: int, every: int) -> bool:
-    """Whether a multiple of `every` was reached since step `last`; 0: never."""
-    return bool(every) and step // every > last // every
 
 
 def _as_list(reward_funcs: RewardFuncs) -> list[RewardFunc]:

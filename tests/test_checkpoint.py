@@ -99,12 +99,21 @@ def test_a_broken_step_is_passed_over_and_can_be_written_again(tmp_path, damage,
         assert restored is not None
         assert restored.step == 1
         assert_equal(restored.state, tree(1))
+        assert (tmp_path / "2").exists()
         checkpoints.save(2, tree(7), {})
+        checkpoints.save(4, tree(4), {})
     assert "checkpoint 2 is broken" in caplog.text
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        again = checkpoints.restore(like(tree(0)))
-    assert again is not None
-    assert_equal(again.state, tree(7))
+        assert checkpoints.restore(like(tree(0))).step == 4
+    damage(tmp_path / "4")
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.restore(like(tree(0)))
+        checkpoints.save(3, tree(3), {})
+    assert (tmp_path / "3").exists()
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        restored = checkpoints.restore(like(tree(0)))
+    assert restored is not None
+    assert_equal(restored.state, tree(3))
 
 
 def test_only_broken_steps_are_an_error(tmp_path):

@@ -145,7 +145,7 @@ def test_data_is_found_from_here_or_beside_the_config(tmp_path, monkeypatch):
     assert data.path == str(beside)
     assert data.eval_path == "gone.jsonl"  # reading it will say that it is missing
     (tmp_path / "here" / "rows.jsonl").touch()
-    assert load_config(config).data.path == "rows.jsonl"
+    assert load_config(config).data.path == str(tmp_path / "here" / "rows.jsonl")
     assert load_config(config, [f"data.path={beside}"]).data.path == str(beside)
 
 

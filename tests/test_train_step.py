@@ -177,6 +177,14 @@ def test_training_pulls_the_policy_to_the_optimum():
     assert metrics["gvpo_mse"] < 1e-6
 
 
+def test_arrays_of_the_wrong_shape_are_refused():
+    batch = random_batch()
+    with pytest.raises(AssertionError, match="shape"):
+        gradient(batch._replace(ref_logps=batch.ref_logps[..., :-1]))
+    with pytest.raises(AssertionError, match="shape"):
+        gradient(batch._replace(rewards=batch.rewards[:, :-1]))
+
+
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="4 groups do not divide into 3"):
         gradient(random_batch(), 3)

@@ -13,6 +13,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.runfiles import read_jsonl, read_metrics
+from gvpo_jax.runlog import crossed
 from gvpo_jax.trainer import Trainer
 
 ROWS = [
@@ -266,3 +267,11 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path):
 def _last_step(run: Path) -> int:
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     return lines[-1]["step"] if lines else 0
+
+
+@pytest.mark.parametrize(
+    ("last", "step", "every", "expected"),
+    [(-1, 0, 5, True), (0, 4, 5, False), (4, 5, 5, True), (4, 12, 5, True), (3, 4, 0, False)],
+)
+def test_something_is_due_when_a_multiple_was_crossed(last, step, every, expected):
+    assert crossed(last, step, every) is expected

@@ -1,0 +1,47 @@
+"""Every experiment in its small size: the command runs, and its results are in order."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "experiments" / script / "run.py"), "--small"]
+    subprocess.run([*command, *map(str, arguments)], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_shared_prefix(tmp_path):
+    run("shared_prefix", "--rounds", 3, "--out", tmp_path / "results.json")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["gradient_difference"] < 1e-5
+    assert row["memory_ratio"] > 1.5
+    assert row["speedup"] > 1
+
+
+def test_decode_step(tmp_path):
+    run("decode_step", "--rounds", 1, "--out", tmp_path / "results.json")
+    milliseconds = json.loads((tmp_path / "results.json").read_text())["ms"]
+    assert milliseconds["gvpo-jax"]["median"] < milliseconds["transformers"]["median"]
+
+
+def test_quickstart(tmp_path):
+    run("quickstart", "--config", "debug", "--seeds", 0, 1, "--runs", tmp_path, "--out", tmp_path)
+    seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]
+    assert [s["steps"] for s in seeds.values()] == [2, 2]
+    assert (tmp_path / "curves.svg").read_text().startswith("<svg")
+
+
+def test_saved_results_are_those_of_the_readme():
+    """The quickstart's promise: at least 25 points, in at most 10 minutes and 10 GB, on every seed."""
+    saved = json.loads((ROOT / "experiments" / "quickstart" / "results.json").read_text())
+    assert len(saved["seeds"]) >= 3
+    for summary in saved["seeds"].values():
+        assert summary["eval/accuracy_after"] - summary["eval/accuracy_before"] >= 0.25
+        assert summary["train_seconds"] <= 600
+        assert summary["peak_memory_gib"] * 2**30 <= 10e9
