@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gvpo_jax.precision import einsum_f32
 
-_MASKED = -1e30  # finite, so that a row without a single key gives 0 and not NaN
+_MASKED = -1e30  # finite, so that a row without a single key gives no NaN
 
 
 class Prefix(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ class Checkpoints:
         try:
             # Forced: Orbax would silently skip a step older than a broken one that is still there.
             self._manager.save(step, args=args, force=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a failed write in the background shows up here
             raise UserError(
-                f"could not write checkpoint {step} to {self._folder}: {error}"
+                f"could not write checkpoint {step} to {self._folder}: {_first_line(error)}"
             ) from None
 
     def restore(self, like: Any) -> Restored | None:
@@ -77,7 +78,7 @@ class Checkpoints:
         for step in steps:
             try:
                 restored = self._read(step, like)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # Orbax wraps what it meets in bare exceptions
                 _log.warning(
                     "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
                 )
@@ -123,6 +124,12 @@ class Checkpoints:
         return Restored(step, read["state"], extra)
 
 
+def sweep(folder: Path | str) -> None:
+    """Remove what killed saves left half-written; only for the one process that writes there."""
+    for path in Path(folder).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def fingerprint(tree: Any) -> int:
     """One number for a whole tree of arrays: equal trees give equal numbers on any mesh."""
     total = 0
@@ -152,8 +159,12 @@ def _sum(leaf):
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
-    bits = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1).astype(jnp.uint32)
-    x = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    # The place number, axis by axis: flattening would gather a sharded array on every device.
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    x = bits ^ (place * jnp.uint32(0x9E3779B9))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)

@@ -75,8 +75,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from gvpo_jax.runs import evaluate
+    from gvpo_jax.runs import evaluate_model, evaluate_run
 
+    evaluate = evaluate_run if Path(arguments.config).is_dir() else evaluate_model
     print(json.dumps(evaluate(config), indent=2))
 
 

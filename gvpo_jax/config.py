@@ -284,6 +284,12 @@ def _check(c: Config) -> None:
         )
     if not 0 < c.rollout.temperature <= _MAX:
         raise UserError(f"rollout.temperature must be > 0 in training, got {c.rollout.temperature}")
+    if not (c.optimizer.b1 < 1 and c.optimizer.b2 < 1):
+        raise UserError(
+            f"optimizer.b1 and b2 must be < 1, got {c.optimizer.b1} and {c.optimizer.b2}"
+        )
+    if c.optimizer.max_grad_norm == 0:
+        raise UserError("optimizer.max_grad_norm must be > 0; null switches clipping off")
     if not c.rollout.top_p > 0:
         raise UserError(f"rollout.top_p must be > 0, got {c.rollout.top_p}; 1 keeps every token")
     if c.rewards.weights and len(c.rewards.weights) != len(c.rewards.funcs):

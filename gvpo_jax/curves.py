@@ -151,8 +151,8 @@ def scores_by_question(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[floa
 
 
 def question_key(row: Mapping[str, Any]) -> str:
-    """What makes two rows answers to the same question; `question` may number the questions."""
-    names = ("task", "answer_prefix", "question")
+    """What makes two rows answers to the same question; `group` may number them."""
+    names = ("task", "answer_prefix", "group")
     return to_json([row.get("prompt"), *(column(row, name) for name in names)])
 
 

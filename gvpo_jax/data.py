@@ -98,7 +98,10 @@ def encode_prompts(
     """
     kept: list[Row] = []
     token_ids: list[list[int]] = []
+    if not rows:
+        raise UserError("there are no rows; give at least one with a prompt")
     for number, row in enumerate(rows, start=1):
+        _check_row(f"row {number}", row)
         messages = _messages(number, row["prompt"], chat_template, system_prompt)
         if messages is None:
             text, special = row["prompt"], True

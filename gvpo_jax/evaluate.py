@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_jax.errors import UserError
+
 Row = dict[str, Any]
 # Indices of the rows to do -> rewards [n, k] (NaN: none) and the completions' texts, n lists of k.
 SampleAndScore = Callable[[Sequence[int]], tuple[np.ndarray, list[list[str]]]]
@@ -34,23 +36,25 @@ def _records(rows, indices, rewards, texts, success_reward) -> Iterator[Row]:
         for reward, text in zip(row_rewards, row_texts, strict=True):
             yield {
                 **rows[index],
-                "question": index,
+                "group": index,
                 "completion": text,
                 "reward": None if np.isnan(reward) else float(reward),
-                "correct": bool(reward >= success_reward),
+                "correct": None if np.isnan(reward) else bool(reward >= success_reward),
             }
 
 
 def _summary(records: Sequence[Row]) -> dict[str, float]:
+    scored = [r for r in records if r["reward"] is not None]
+    if not scored:
+        raise UserError("no held-out completion got a reward; look at the reward functions")
     metrics = {
-        "eval/accuracy": float(np.mean([r["correct"] for r in records])),
-        "eval/reward": float(
-            np.mean([r["reward"] for r in records if r["reward"] is not None] or [np.nan])
-        ),
+        "eval/accuracy": float(np.mean([r["correct"] for r in scored])),
+        "eval/reward": float(np.mean([r["reward"] for r in scored])),
+        "eval/unscored": float(len(records) - len(scored)),
     }
-    tasks = sorted({r["task"] for r in records if "task" in r})
+    tasks = sorted({r["task"] for r in scored if "task" in r})
     if len(tasks) > 1:
         for task in tasks:
-            right = [r["correct"] for r in records if r.get("task") == task]
+            right = [r["correct"] for r in scored if r.get("task") == task]
             metrics[f"eval/accuracy/{task}"] = float(np.mean(right))
     return metrics

@@ -81,6 +81,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     spec = next((spec for pattern, spec in LAYOUT if re.search(pattern, name)), P())
     if len(spec) != len(shape):
         return P()
+    spec = P(*(None if size == 1 else axis for size, axis in zip(shape, spec, strict=True)))
     for size, axis in zip(shape, spec, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(

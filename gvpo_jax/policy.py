@@ -50,28 +50,39 @@ class Policy:
         params = _place_tree(self.mesh, model.params)
         init = functools.partial(init_state, optimizer=optimizer)
         layout = shardings(self.mesh, jax.eval_shape(init, params))
-        self.state: TrainState = jax.jit(init, out_shardings=layout)(params)
-        # The state holds a copy, so these may be the reference itself; ema writes into its own.
+        init = jax.jit(init, out_shardings=layout, donate_argnums=0)
+        self.state: TrainState = init(_copy(params))
+        # Updates are written into the state's copy, so these may be the reference; ema has its own.
         self.reference = _copy(params) if c.reference.name == "ema" else params
         self.start_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0
-        self._schedule = learning_rate_schedule(c)
         groups, whole = batch_sharding(self.mesh), replicated(self.mesh)
         self._engine = InProcessEngine(
-            apply, self.stop_ids, place=lambda batch: jax.device_put(batch, groups)
+            apply,
+            self.stop_ids,
+            place=lambda batch: jax.device_put(batch, groups),
+            constrain=lambda tree: jax.tree.map(
+                lambda x: jax.lax.with_sharding_constraint(x, groups if x.ndim else whole), tree
+            ),
         )
         self._score = jax.jit(
             functools.partial(score, apply),
             in_shardings=(layout.params, groups, groups, groups),
             out_shardings=groups,
         )
-        step = functools.partial(
-            train_step,
-            model=apply,
-            optimizer=optimizer,
-            beta=c.loss.beta,
-            micro_batches=c.train.micro_batches,
-        )
+        schedule = learning_rate_schedule(c)
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+            new, metrics = train_step(
+                state,
+                batch,
+                model=apply,
+                optimizer=optimizer,
+                beta=c.loss.beta,
+                micro_batches=c.train.micro_batches,
+            )
+            return new, metrics | {"learning_rate": jnp.asarray(schedule(state.step))}
+
         self._step = jax.jit(
             step, in_shardings=(layout, groups), out_shardings=(layout, whole), donate_argnums=0
         )
@@ -132,10 +143,6 @@ class Policy:
         if self.updates - self.refreshed_at >= self._config.reference.refresh_every:
             self.reference = _copy(self.state.params)
             self.refreshed_at = self.updates
-
-    def learning_rate(self) -> float:
-        """The rate of the next update."""
-        return float(self._schedule(self.updates))
 
     def checkpoint(self) -> dict[str, Any]:
         """The trees that a checkpoint holds; the initial reference is loaded again, not saved."""

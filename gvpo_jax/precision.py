@@ -12,7 +12,9 @@ def einsum_f32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """
 
     def product(a, b):
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+        # Without HIGHEST, float32 arrays are multiplied as bfloat16 on a TPU, as TF32 on a GPU.
+        highest = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=highest)
 
     if a.dtype == b.dtype == jnp.float32:
         return product(a, b)

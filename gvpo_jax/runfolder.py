@@ -1,13 +1,17 @@
 """A run's folder: claiming it for one config, and the files that are written whole."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.config import Config, difference, load_config, to_yaml
+from gvpo_jax.config import Config, difference, load_config, override, to_yaml
 from gvpo_jax.errors import UserError
-from gvpo_jax.runfiles import write_jsonl, write_text
+from gvpo_jax.runfiles import read_metrics, write_jsonl, write_text
+
+_LOCK = ".lock"
 
 
 def claim(config: Config) -> Path:
@@ -21,7 +25,8 @@ def claim(config: Config) -> Path:
     folder = check_claim(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
+        # Where this session stops is not the run's business: the next start goes on.
+        write_text(folder / "config.yaml", to_yaml(override(config, train__stop_at=None)))
     except OSError as error:
         raise _unusable(folder, error) from None
     return folder
@@ -37,11 +42,52 @@ def check_claim(config: Config) -> Path:
     try:
         if (folder / "config.yaml").is_file():
             _check_same(folder, load_config(folder / "config.yaml"), config)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or _is_foreign(folder)):
             raise UserError(f"{folder} exists and is not a run folder; choose another run.dir")
     except OSError as error:
         raise _unusable(folder, error) from None
     return folder
+
+
+@contextlib.contextmanager
+def lock(config: Config) -> Iterator[Path]:
+    """The run folder, made where it is missing, held against other processes meanwhile.
+
+    Raises:
+        UserError: another process trains in the folder.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or choose another run.dir"
+            ) from None
+        yield folder
+
+
+def check_not_lost(folder: Path, config: Config) -> None:
+    """For a folder without any checkpoint: that starting anew destroys no results.
+
+    Raises:
+        UserError: the run got further than its checkpoints tell.
+    """
+    last = max((line["step"] for line in read_metrics(folder)), default=0)
+    if (folder / "summary.json").exists() or last >= 2 * config.checkpoint.every:
+        raise UserError(
+            f"{folder} holds results up to step {last}, but its checkpoints are gone; "
+            "choose another run.dir, or remove the folder to start anew"
+        )
+
+
+def _is_foreign(folder: Path) -> bool:
+    return any(entry.name not in (_LOCK, "checkpoints") for entry in folder.iterdir())
 
 
 def _check_same(folder: Path, old: Config, new: Config) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
+from gvpo_jax.errors import UserError
 from gvpo_jax.metrics import MetricsWriter, Progress
 
 
@@ -72,7 +73,6 @@ class RunLog:
             first_step=-1 if fresh else counters.step,
         )
         self._progress = Progress(config.train.steps, counters.step)
-        self._round = config.train.steps_per_generation * config.train.num_iterations
         self._every, self._samples = config.log.completions_every, config.log.samples
         self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
         self._session_start = self._step_start = time.perf_counter()
@@ -108,10 +108,10 @@ class RunLog:
         rest = {name: value for name, value in here.items() if name != "tokens"}
         self._pending = (c.step, on_device, rest | timing)
 
-    def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Every so many updates, keep what was sampled for the next one on disk, and show some."""
-        if crossed(self.counters.step - self._round, self.counters.step, self._every):
-            self._writer.completions(self.counters.step + 1, records)
+    def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Every so many updates, keep what was sampled for update `step` on disk, and show some."""
+        if (step - 1) % self._every == 0:
+            self._writer.completions(step, records)
             stride = max(len(records) // max(self._samples, 1), 1)
             self._progress.samples(records[::stride][: self._samples])
 
@@ -139,6 +139,11 @@ class RunLog:
         metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
         self._writer.log(step, metrics | here)
         self._progress.update(step, metrics | here)
+        if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["gvpo_mse"])):
+            raise UserError(
+                f"step {step}: loss or gradient is not finite; lower optimizer.learning_rate, or "
+                "look at the rewards. The last checkpoint is from before"
+            )
 
 
 def crossed(last: int, step: int, every: int) -> bool:

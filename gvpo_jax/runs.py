@@ -23,8 +23,19 @@ def train(config: Config) -> dict[str, Any]:
     return Trainer(config).train(rows, reward_funcs, eval_dataset=held_out)
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """Held-out accuracy of a run's last checkpoint; where there is no run, of its start model."""
+def evaluate_model(config: Config) -> dict[str, float]:
+    """Held-out accuracy of the model that a config starts from."""
+    return _evaluate(config, lambda trainer: None)[0]
+
+
+def evaluate_run(config: Config) -> dict[str, float]:
+    """Held-out accuracy of a run's last checkpoint, kept as eval/latest.jsonl."""
+    metrics, records = _evaluate(config, lambda trainer: trainer.restore(config.run.dir))
+    write_evaluation(Path(config.run.dir), "latest", records)
+    return metrics
+
+
+def _evaluate(config: Config, prepare: Callable[[Trainer], Any]):
     reward_funcs = _reward_funcs(config)
     _, held_out = load_data(config)
     if not held_out:
@@ -32,13 +43,8 @@ def evaluate(config: Config) -> dict[str, float]:
             "there are no held-out rows: give data.tasks or data.eval_path, and data.eval_size"
         )
     trainer = Trainer(config)
-    is_run = (Path(config.run.dir) / "config.yaml").is_file()
-    if is_run:
-        trainer.restore(config.run.dir)
-    metrics, records = trainer.evaluate(held_out, reward_funcs)
-    if is_run:
-        write_evaluation(Path(config.run.dir), "latest", records)
-    return metrics
+    prepare(trainer)
+    return trainer.evaluate(held_out, reward_funcs)
 
 
 def export(config: Config, folder: Path) -> Path:

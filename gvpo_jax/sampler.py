@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from gvpo_jax.batch import Batch, make_batch
 from gvpo_jax.config import Config
 from gvpo_jax.data import EncodedPrompts, batch_indices, repeat_columns
+from gvpo_jax.errors import UserError
 from gvpo_jax.evaluate import evaluate
 from gvpo_jax.policy import Policy
 from gvpo_jax.rewards import Scores, score
@@ -43,6 +44,8 @@ class Sampler:
             longest_prompt=prompts.longest,
         )
         texts, scores = self._score(rows, rollout)
+        if scores.failed == len(scores.rewards):
+            raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
         rewards = scores.rewards.reshape(rollout.lengths.shape)
         batch = make_batch(ids, rollout.completions, rollout.lengths, rewards, prompts.longest)
         return batch, _metrics(batch, rollout, scores), _records(rows, texts, rewards)
@@ -125,11 +128,11 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _records(rows: Sequence[Row], texts, rewards: np.ndarray) -> list[Row]:
-    """One record per completion; `question` tells groups apart where a prompt comes twice."""
+    """One record per completion; `group` tells groups apart where a prompt comes twice."""
     return [
         {
             **row,
-            "question": number,
+            "group": number,
             "completion": text,
             "reward": None if np.isnan(reward) else float(reward),
         }

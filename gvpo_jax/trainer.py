@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_jax.batch import batch_of_groups
-from gvpo_jax.checkpoint import Checkpoints
+from gvpo_jax.checkpoint import Checkpoints, sweep
 from gvpo_jax.config import Config, override
 from gvpo_jax.data import EncodedPrompts, encode_prompts
 from gvpo_jax.errors import UserError
@@ -13,7 +13,14 @@ from gvpo_jax.models import LoadedModel, export_model
 from gvpo_jax.policy import Policy
 from gvpo_jax.report import write_report
 from gvpo_jax.runfiles import read_summary
-from gvpo_jax.runfolder import claim, write_evaluation, write_summary
+from gvpo_jax.runfolder import (
+    check_claim,
+    check_not_lost,
+    claim,
+    lock,
+    write_evaluation,
+    write_summary,
+)
 from gvpo_jax.runlog import Counters, RunLog, crossed, reward_metrics
 from gvpo_jax.sampler import Sampler, completion_texts, training_sampling
 
@@ -133,9 +140,17 @@ class Trainer:
         sampler = Sampler(self.policy, c, _as_list(reward_funcs))
         prompts = self._encode(dataset)
         held_out = self._encode(eval_dataset) if eval_dataset else None
-        run_dir = claim(c)
-        with Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep) as checkpoints:
-            counters = self._resume(checkpoints, prompts.fingerprint())
+        data = ".".join(d.fingerprint() for d in (prompts, held_out) if d)
+        folder = check_claim(c)
+        with (
+            lock(c) as run_dir,
+            Checkpoints(folder / "checkpoints", keep=c.checkpoint.keep) as saved,
+        ):
+            sweep(run_dir / "checkpoints")
+            counters = self._resume(saved, data)
+            if counters.step == 0:
+                check_not_lost(run_dir, c)
+            claim(c)
             if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                 return summary
             with RunLog(run_dir, counters, c) as log:
@@ -150,8 +165,8 @@ class Trainer:
                     if held_out and crossed(last, counters.step, c.eval.every) and not ended:
                         self._evaluate_into(log, f"step_{counters.step:06d}", sampler, held_out)
                     if crossed(last, counters.step, c.checkpoint.every):
-                        self._save(checkpoints, log, prompts)
-                self._save(checkpoints, log, prompts)
+                        self._save(saved, log, data)
+                self._save(saved, log, data)
                 if counters.step >= c.train.steps and held_out and counters.accuracy_after is None:
                     counters.accuracy_after = self._evaluate_into(log, "after", sampler, held_out)
         summary = counters.summary(self.policy.model.name)
@@ -176,6 +191,8 @@ class Trainer:
     ) -> list[list[str]]:
         """Texts sampled from the current policy: `num_generations` completions of each prompt."""
         encoded = self._encode([{"prompt": prompt} for prompt in prompts])
+        if encoded.skipped:
+            raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
         rollout = self.policy.generate(
             encoded.token_ids,
             range(len(prompts)),
@@ -212,11 +229,10 @@ class Trainer:
         for number in range(first, first + c.train.steps_per_generation):
             batch, metrics, records = sampler.batch(number, prompts)
             batches.append((self.policy.with_reference(batch), metrics))
-            log.completions(records)
+            log.completions(counters.step + len(batches), records)
         for batch, metrics in batches * c.train.num_iterations:
             if counters.step < c.train.steps:
-                rate = self.policy.learning_rate()
-                log.step(self.policy.update(batch), metrics | {"learning_rate": rate})
+                log.step(self.policy.update(batch), metrics)
 
     def _evaluate_into(
         self, log: RunLog, name: str, sampler: Sampler, held_out: EncodedPrompts
@@ -237,7 +253,7 @@ class Trainer:
             )
         if data not in (None, restored.extra["data_fingerprint"]):
             raise UserError(
-                "the training rows are not those that this run started with; "
+                "the training or held-out rows are not those that this run started with; "
                 "bring them back, or choose another run.dir"
             )
         self.policy.load_checkpoint(restored.state, restored.extra["refreshed_at"])
@@ -254,13 +270,13 @@ class Trainer:
             )
         return notes
 
-    def _save(self, checkpoints: Checkpoints, log: RunLog, prompts: EncodedPrompts) -> None:
+    def _save(self, checkpoints: Checkpoints, log: RunLog, data: str) -> None:
         log.flush()
         extra = {
             "counters": log.counters.as_dict(),
             "refreshed_at": self.policy.refreshed_at,
             "start_fingerprint": self.policy.start_fingerprint,
-            "data_fingerprint": prompts.fingerprint(),
+            "data_fingerprint": data,
         }
         checkpoints.save(log.counters.step, self.policy.checkpoint(), extra)
 
@@ -278,7 +294,8 @@ class Trainer:
 
     def _completion_ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*ids, *self.policy.stop_ids[:1]]
+        end = self.tokenizer.eos_token_id  # a model may name several; this one ends its texts
+        return [*ids, *([end] if isinstance(end, int) else self.policy.stop_ids[:1])]
 
 
 def _as_list(reward_funcs: RewardFuncs) -> list[RewardFunc]:

@@ -16,7 +16,7 @@ from gvpo_jax.mesh import make_mesh
 def tree(seed, sharding=None):
     rng = np.random.default_rng(seed)
     arrays = {
-        "params": {"layers": {0: rng.normal(size=(8, 4)).astype(np.float32), 10: np.arange(3)}},
+        "params": {"layers": {0: rng.normal(size=(256, 512)).astype(np.float32), 10: np.arange(3)}},
         "half": jnp.asarray(rng.normal(size=5), jnp.bfloat16),
         "count": np.int32(seed),
     }

@@ -38,7 +38,7 @@ def test_quickstart(tmp_path):
 
 
 def test_saved_results_are_those_of_the_readme():
-    """The quickstart's promise: at least 25 points, in at most 10 minutes and 10 GB, on every seed."""
+    """The quickstart's promise, on every seed: 25 points, in 10 minutes and 10 GB."""
     saved = json.loads((ROOT / "experiments" / "quickstart" / "results.json").read_text())
     assert len(saved["seeds"]) >= 3
     for summary in saved["seeds"].values():

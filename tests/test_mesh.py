@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gvpo_jax.batch import make_batch
+from gvpo_jax.batch import make_batch, pad_prompts
 from gvpo_jax.config import Config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import LAYOUT, group_shards, make_mesh, path_name, shardings
@@ -102,3 +102,18 @@ def test_sizes_that_do_not_fit_are_refused():
         shardings(make_mesh(fsdp=4, tensor=2), tree)
     with pytest.raises(UserError, match=r"= 6 prompts do not divide over data x fsdp = 8"):
         policy(1, 8, 1, train__batch_size=6)
+
+
+def test_caches_are_cut_over_the_groups_and_odd_shapes_are_replicated():
+    many = policy(1, 8, 1)
+    engine = many._engine
+    prompts, lengths = pad_prompts([[65, 66]] * 8)
+    prompts, lengths = engine._place((prompts, lengths))
+    state, prefix = engine._prefill(
+        many.state.params, prompts, lengths, k=4, max_completion_length=6
+    )
+    for leaf in jax.tree.leaves((state, prefix)):
+        if leaf.ndim:
+            assert leaf.addressable_shards[0].data.shape[0] == 1, leaf.shape
+    factored = {"v_row": {"attn": {"k": {"bias": jnp.zeros(1)}}}}
+    assert jax.tree.leaves(shardings(make_mesh(fsdp=4, tensor=2), factored))[0].spec == P(None)

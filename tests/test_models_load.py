@@ -495,3 +495,18 @@ class TestSmolLM2:
         assert text == expected + "<|im_start|>assistant\n"
         default = smollm2.tokenizer.apply_chat_template(messages[1:], tokenize=False)
         assert default.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+
+
+def test_export_never_replaces_what_it_did_not_write(tmp_path):
+    loaded = load_model("debug")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not an earlier export"):
+        export_model(tmp_path / "mine", loaded, loaded.params)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    export_model(tmp_path / "out", loaded, loaded.params)
+    export_model(tmp_path / "out", loaded, loaded.params)
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match="not an earlier export"):
+        export_model(tmp_path / "out", loaded, loaded.params)

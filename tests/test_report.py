@@ -183,7 +183,7 @@ def test_rows_that_say_whether_they_are_correct_are_counted_by_that(tmp_path):
 
 def test_equal_questions_with_different_numbers_are_different_questions(tmp_path):
     run = make_run(tmp_path / "run")
-    rows = [{"prompt": "Q", "completion": "", "reward": 1, "question": n} for n in (0, 0, 1, 1)]
+    rows = [{"prompt": "Q", "completion": "", "reward": 1, "group": n} for n in (0, 0, 1, 1)]
     dump(run / "eval" / "before.jsonl", rows)
     assert "2 questions \u00d7 2 samples" in page_of(run).text
 

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.runfiles import read_jsonl, read_metrics
+from gvpo_jax.runfolder import lock
 from gvpo_jax.runlog import crossed
 from gvpo_jax.trainer import Trainer
 
@@ -225,7 +228,7 @@ def test_another_models_run_is_not_resumed(tmp_path):
 
 def test_a_run_on_other_rows_is_not_resumed(tmp_path):
     train(tmp_path, train__stop_at=2)
-    with pytest.raises(UserError, match="training rows are not those"):
+    with pytest.raises(UserError, match="are not those"):
         Trainer(config(tmp_path), load_model("debug")).train(ROWS[1:], letter_share)
 
 
@@ -275,3 +278,93 @@ def _last_step(run: Path) -> int:
 )
 def test_something_is_due_when_a_multiple_was_crossed(last, step, every, expected):
     assert crossed(last, step, every) is expected
+
+
+def test_every_batch_of_a_rollout_keeps_its_own_completions(tmp_path):
+    train(tmp_path, train__steps_per_generation=2, train__num_iterations=2, train__steps=8)
+    logged = {line["step"]: line for line in read_metrics(tmp_path)}
+    files = sorted(path.name for path in (tmp_path / "completions").iterdir())
+    assert files == [f"step_00000{step}.jsonl" for step in (1, 2, 5, 6)]
+    for step in (1, 2, 5, 6):
+        rows = read_jsonl(tmp_path / "completions" / f"step_00000{step}.jsonl")
+        assert np.mean([row["reward"] for row in rows]) == pytest.approx(logged[step]["reward"])
+
+
+def test_training_that_blows_up_stops_with_its_last_good_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="not finite; lower"):
+        train(tmp_path, optimizer__name="sgd", optimizer__learning_rate=1e30, checkpoint__every=1)
+    trainer = Trainer(load_config(tmp_path / "config.yaml"), load_model("debug"))
+    trainer.restore(tmp_path)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(trainer.policy.state.params))
+
+
+def test_a_session_that_stops_early_is_gone_on_with_by_naming_the_run(tmp_path):
+    train(tmp_path, train__stop_at=2)
+    saved = load_config(tmp_path / "config.yaml")
+    assert saved.train.stop_at is None
+    summary = Trainer(saved, load_model("debug")).train(ROWS, letter_share, eval_dataset=ROWS[:2])
+    assert summary["steps"] == 4
+
+
+def test_two_processes_can_not_train_in_one_folder(tmp_path):
+    with lock(config(tmp_path)), pytest.raises(UserError, match="another process"):
+        train(tmp_path)
+
+
+def test_results_whose_checkpoints_are_gone_are_not_overwritten(tmp_path):
+    train(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="checkpoints are gone"):
+        train(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_held_out_rows_are_refused_and_the_run_stays_usable(tmp_path):
+    train(tmp_path, train__stop_at=2)
+    trainer = Trainer(config(tmp_path, train__steps=8), load_model("debug"))
+    with pytest.raises(UserError, match="are not those"):
+        trainer.train(ROWS, letter_share, eval_dataset=ROWS[1:3])
+    _, summary = train(tmp_path)
+    assert summary["steps"] == 4
+
+
+def test_a_reward_that_fails_on_every_row_is_an_error_also_where_errors_are_skipped(tmp_path):
+    def broken(prompts, completions, missing, **_):
+        return [0.0] * len(prompts)
+
+    trainer = Trainer(config(tmp_path, rewards__on_error="skip"), load_model("debug"))
+    with pytest.raises(UserError, match="every reward failed"):
+        trainer.train(ROWS, broken)
+
+
+def test_completions_without_a_reward_leave_the_accuracy(tmp_path):
+    def some(prompts, completions, **_):
+        return [None if i % 2 else 1.0 for i in range(len(prompts))]
+
+    def none(prompts, completions, **_):
+        return [None] * len(prompts)
+
+    trainer = Trainer(config(tmp_path), load_model("debug"))
+    metrics, records = trainer.evaluate(ROWS, some)
+    assert metrics["eval/accuracy"] == 1
+    assert metrics["eval/unscored"] == len(records) / 2
+    with pytest.raises(UserError, match="no held-out completion got a reward"):
+        trainer.evaluate(ROWS, none)
+
+
+def test_texts_end_with_the_tokenizers_own_end_token(tmp_path):
+    model = load_model("debug")
+    model = dataclasses.replace(model, generation_config={"eos_token_id": [258, 259, 257]})
+    trainer = Trainer(config(tmp_path), model)
+    assert trainer.policy.stop_ids[0] == 258
+    assert trainer._completion_ids("a")[-1] == model.tokenizer.eos_token_id == 257
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "no rows"), ([{"question": "x"}], "no column 'prompt'"), ([{"prompt": None}], "row 1")],
+)
+def test_rows_that_are_none_are_refused(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(config(tmp_path), load_model("debug")).train(rows, letter_share)

@@ -16,6 +16,9 @@ from gvpo_jax.models.families import TensorSpec, hf_leaves
 from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.models.safetensors_io import as_dtype, write_safetensors
 
+_MARKER = "gvpo_jax_export.json"
+_WRITTEN = (".json", ".safetensors", ".txt", ".jinja", ".model")
+
 
 def export_model(
     folder: str | Path,
@@ -55,12 +58,18 @@ def export_model(
         write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _write_settings(new, loaded, dtype)
         _write_tokenizer(new, loaded.tokenizer)
+        _write_json(new / _MARKER, {"start_model": loaded.name, "dtype": dtype})
         _put(new, folder, Path(scratch) / "old")
     return folder
 
 
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+    """Empty, or marked as ours and holding nothing but files of the kinds that an export writes."""
+    if not folder.is_dir():
+        return False
+    entries = list(folder.iterdir())
+    ours = all(entry.is_file() and entry.suffix in _WRITTEN for entry in entries)
+    return not entries or (ours and (folder / _MARKER).is_file())
 
 
 def _put(new: Path, folder: Path, aside: Path) -> None:

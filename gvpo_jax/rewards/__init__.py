@@ -205,6 +205,8 @@ def _read_answer(
     name: str, answer: Any, n: int, on_error: Literal["raise", "skip"]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values [n] (NaN: none) and the rows [n] that failed."""
+    if isinstance(answer, UserError) and not isinstance(answer, RewardError):
+        raise answer  # a missing package, say: skipping would hide it on every row
     if isinstance(answer, Exception):
         if on_error == "raise":
             raise RewardError(

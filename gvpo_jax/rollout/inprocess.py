@@ -37,6 +37,8 @@ class InProcessEngine:
         stop_ids: tokens that end a completion and belong to it.
         place: how a batch's arrays are put on devices, e.g. sharded over the groups; default: as
             they are.
+        constrain: lays out, while tracing, the caches and states that stay on devices; all arrays
+            there have the groups as first axis.
     """
 
     def __init__(
@@ -45,13 +47,15 @@ class InProcessEngine:
         stop_ids: Sequence[int],
         *,
         place: Callable[[Any], Any] = lambda batch: batch,
+        constrain: Callable[[Any], Any] = lambda tree: tree,
     ):
         self._stop_ids, self._place = tuple(stop_ids), place
         self._prefill = jax.jit(
-            functools.partial(prefill, model), static_argnames=("k", "max_completion_length")
+            functools.partial(prefill, model, constrain=constrain),
+            static_argnames=("k", "max_completion_length"),
         )
         self._decode = jax.jit(
-            functools.partial(decode, model, stop_ids=self._stop_ids),
+            functools.partial(decode, model, stop_ids=self._stop_ids, constrain=constrain),
             static_argnames=("sampling",),
             donate_argnames=("state",),
         )
@@ -87,7 +91,7 @@ class InProcessEngine:
         return Rollout(completions, lengths, finish, logps)
 
 
-def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length):
+def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, constrain):
     """Run every prompt once: the state before the first token, and the prompts' keys and values."""
     g = prompts_gp.shape[0]
     hidden_gd, prefix = model.prefill(params, prompts_gp, lengths_g)
@@ -100,10 +104,10 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length):
         stopped_gk=jnp.zeros((g, k), bool),
         at=jnp.zeros((), jnp.int32),
     )
-    return state, prefix
+    return constrain((state, prefix))
 
 
-def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, stop_ids):
+def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, stop_ids, constrain):
     """Draw tokens until every completion has stopped or is full."""
     _, k, t = state.completions_gkt.shape
     row_keys = _row_keys(key, ids_g, k)
@@ -123,7 +127,7 @@ def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, sto
         )
         return s._replace(hidden_gkd=hidden, cache=cache)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return constrain(jax.lax.while_loop(unfinished, step, constrain(state)))
 
 
 def _draw_token(s: DecodeState, head_vd, row_keys, sampling, stop_ids):
