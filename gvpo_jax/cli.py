@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from gvpo_jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 2 for the user's mistakes, 130 if interrupted."""
+    # Else transformers advises everyone to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
@@ -21,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "gvpo-jax: interrupted; the same command goes on from the last checkpoint",
+            "gvpo-jax: interrupted; the same command goes on from the last checkpoint, "
+            "or starts over where there is none yet",
             file=sys.stderr,
         )
         return 130

@@ -20,6 +20,7 @@ def train(config: Config) -> dict[str, Any]:
     reward_funcs = _reward_funcs(config)
     rows, held_out = load_data(config)
     check_claim(config)
+    print(f"loading {config.model.name}", flush=True)
     return Trainer(config).train(rows, reward_funcs, eval_dataset=held_out)
 
 

@@ -24,7 +24,7 @@ class Sampler:
     """Batches for training, and evaluations, from prompts, policy and reward functions."""
 
     def __init__(self, policy: Policy, config: Config, reward_funcs: Sequence[Callable[..., Any]]):
-        self._policy, self._config, self._funcs = policy, config, reward_funcs
+        self._policy, self._config, self.reward_funcs = policy, config, reward_funcs
 
     def batch(
         self, number: int, prompts: EncodedPrompts
@@ -83,7 +83,7 @@ class Sampler:
             for text in group
         ]
         scores = score(
-            self._funcs,
+            self.reward_funcs,
             self._config.rewards.weights or None,
             prompts=[row["prompt"] for row in rows for _ in range(k)],
             completions=completions,

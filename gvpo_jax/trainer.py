@@ -140,7 +140,8 @@ class Trainer:
         sampler = Sampler(self.policy, c, _as_list(reward_funcs))
         prompts = self._encode(dataset)
         held_out = self._encode(eval_dataset) if eval_dataset else None
-        data = ".".join(d.fingerprint() for d in (prompts, held_out) if d)
+        names = (getattr(f, "__name__", type(f).__name__) for f in sampler.reward_funcs)
+        data = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         folder = check_claim(c)
         with (
             lock(c) as run_dir,
@@ -151,10 +152,11 @@ class Trainer:
             if counters.step == 0:
                 check_not_lost(run_dir, c)
             claim(c)
-            if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
-                return summary
             with RunLog(run_dir, counters, c) as log:
-                for note in self._cautions(prompts):
+                if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
+                    log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
+                    return summary
+                for note in self._notes(counters, prompts):
                     log.note(note)
                 if counters.step == 0 and held_out:
                     counters.accuracy_before = self._evaluate_into(log, "before", sampler, held_out)
@@ -190,6 +192,8 @@ class Trainer:
         self, prompts: Sequence[Any], *, num_generations: int = 1, seed: int = 0
     ) -> list[list[str]]:
         """Texts sampled from the current policy: `num_generations` completions of each prompt."""
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list: put brackets around a single text")
         encoded = self._encode([{"prompt": prompt} for prompt in prompts])
         if encoded.skipped:
             raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
@@ -253,14 +257,15 @@ class Trainer:
             )
         if data not in (None, restored.extra["data_fingerprint"]):
             raise UserError(
-                "the training or held-out rows are not those that this run started with; "
+                "training rows, held-out rows or reward functions are not those of this run; "
                 "bring them back, or choose another run.dir"
             )
         self.policy.load_checkpoint(restored.state, restored.extra["refreshed_at"])
         return Counters(**restored.extra["counters"])
 
-    def _cautions(self, prompts: EncodedPrompts) -> list[str]:
-        notes = []
+    def _notes(self, counters: Counters, prompts: EncodedPrompts) -> list[str]:
+        start = f"going on from step {counters.step}" if counters.step else "starting"
+        notes = [f"{start}; what runs for the first time is compiled, which takes a while"]
         if prompts.skipped:
             notes.append(f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens")
         if training_sampling(self.config).cuts_support:

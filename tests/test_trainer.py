@@ -156,6 +156,7 @@ def test_steps_on_text_raise_the_probability_of_what_was_rewarded(tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "completions", "rewards", "message"),
     [
+        ("a", [["x", "y"]], [[1.0, 0.0]], "must be a list"),
         (["a"], [["x", "y"]], [[1.0]], "group 1 has 2 completions but 1 rewards"),
         (["a", "b"], [["x", "y"]], [[1.0, 0.0]], "2 prompts"),
         (["a"], [["x", "y"]], [[1.0, None]], "no group has two"),
@@ -230,6 +231,15 @@ def test_a_run_on_other_rows_is_not_resumed(tmp_path):
     train(tmp_path, train__stop_at=2)
     with pytest.raises(UserError, match="are not those"):
         Trainer(config(tmp_path), load_model("debug")).train(ROWS[1:], letter_share)
+
+
+def test_a_run_with_another_reward_function_is_not_resumed(tmp_path):
+    def other(prompts, **_):
+        return [0.0] * len(prompts)
+
+    train(tmp_path)
+    with pytest.raises(UserError, match="reward functions are not those"):
+        Trainer(config(tmp_path), load_model("debug")).train(ROWS, other, eval_dataset=ROWS[:2])
 
 
 def test_prompts_and_completions_must_fit_the_model():
