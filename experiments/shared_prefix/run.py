@@ -68,7 +68,9 @@ def measure(
         analysis = compiled.memory_analysis()
         memory[route.__name__] = analysis.temp_size_in_bytes / 2**20
         steps[route.__name__] = compiled
-    gradients = {route: step(params, batch)[1] for route, step in steps.items()}
+    gradients = {
+        route: jax.block_until_ready(step(params, batch))[1] for route, step in steps.items()
+    }
     times: dict[str, list[float]] = {route: [] for route in steps}
     for _ in range(rounds):
         for route, step in steps.items():
