@@ -245,13 +245,15 @@ def test_no_such_command(refused, arguments):
     assert "see gvpo-jax" in refused(*arguments)
 
 
-@pytest.mark.parametrize("overrides", [["loss.bata=1"], ["model.name=./gone"]])
-def test_the_same_from_a_shell(tmp_path, overrides):
+@pytest.mark.parametrize(
+    ("overrides", "stdout"), [(["loss.bata=1"], ""), (["model.name=./gone"], "loading ./gone\n")]
+)
+def test_the_same_from_a_shell(tmp_path, overrides, stdout):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "gvpo_jax", "train", DEBUG, f"run.dir={run}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("gvpo-jax: error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stdout == ""
+    assert done.stdout == stdout
     assert not run.exists()
