@@ -105,14 +105,12 @@ class Trainer:
             UserError: lists that do not fit together, no group with two rewards, or too long a
                 text.
         """
-        encoded = self._encode([{"prompt": prompt} for prompt in prompts])
-        if self.config.reference.name == "previous":
-            self.policy.refresh_reference_if_due()
-        if encoded.skipped:
-            raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
+        encoded = self._encode_all(prompts)
         groups = [[self._completion_ids(text) for text in group] for group in completions]
         limit = self.config.rollout.max_completion_length
         batch = batch_of_groups(encoded.token_ids, groups, rewards, max_completion_length=limit)
+        if self.config.reference.name == "previous":
+            self.policy.refresh_reference_if_due()
         batch = self.policy.with_reference(self.policy.pad(batch))
         metrics = self.policy.update(batch)
         return {name: float(value) for name, value in metrics.items()} | reward_metrics(batch)
@@ -192,11 +190,7 @@ class Trainer:
         self, prompts: Sequence[Any], *, num_generations: int = 1, seed: int = 0
     ) -> list[list[str]]:
         """Texts sampled from the current policy: `num_generations` completions of each prompt."""
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list: put brackets around a single text")
-        encoded = self._encode([{"prompt": prompt} for prompt in prompts])
-        if encoded.skipped:
-            raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
+        encoded = self._encode_all(prompts)
         rollout = self.policy.generate(
             encoded.token_ids,
             range(len(prompts)),
@@ -296,6 +290,15 @@ class Trainer:
             system_prompt=d.system_prompt,
             too_long=d.too_long,
         )
+
+    def _encode_all(self, prompts: Sequence[Any]) -> EncodedPrompts:
+        """Prompts given one by one, of which none may be skipped."""
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list: put brackets around a single text")
+        encoded = self._encode([{"prompt": prompt} for prompt in prompts])
+        if encoded.skipped:
+            raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
+        return encoded
 
     def _completion_ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -211,10 +211,10 @@ def test_export_and_load_are_inverse(debug, folder):
 
 def test_export_replaces_an_export_and_nothing_else(debug, folder, tmp_path):
     changed = jax.tree.map(lambda leaf: leaf + 1, debug.params)
-    (folder / "left over").touch()
+    (folder / "model-00001-of-00002.safetensors").touch()
     export_model(folder, debug, changed)
     jax.tree.map(np.testing.assert_array_equal, load_model(str(folder)).params, changed)
-    assert not (folder / "left over").exists()
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert list(tmp_path.iterdir()) == [folder]
     other = tmp_path / "thesis"
     other.mkdir()
