@@ -1,8 +1,11 @@
 """Checkpoints through Orbax, with what it leaves to us: checksums, and skipping broken steps."""
 
 import dataclasses
+import io
 import logging
 import shutil
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,12 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: its step, the state, and the plain values saved along."""
+    """A checkpoint read back: its step, the state, and the values and arrays saved along."""
 
     step: int
     state: Any
     extra: dict[str, Any]
+    samples: dict[str, np.ndarray]
 
 
 class Checkpoints:
@@ -39,8 +43,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: dict[str, Any],
+        samples: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Save a pytree of arrays and JSON values as one atomic step, written in the background.
+
+        samples: NumPy arrays whose shapes a later session can't know, e.g. a replay buffer.
 
         Raises:
             UserError: an earlier save failed, e.g. for a full disk.
@@ -50,9 +62,12 @@ class Checkpoints:
             self._broken.discard(step)
         if step in self._manager.all_steps():
             return
-        extra = extra | {"checksums": _checksums(state)}
+        blob = _to_bytes(samples or {})
+        extra = extra | {"checksums": _checksums(state), "samples_crc": zlib.crc32(blob)}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
+            state=ocp.args.StandardSave(state),
+            extra=ocp.args.JsonSave(extra),
+            samples=ocp.args.StandardSave({"npz": np.frombuffer(blob, np.uint8)}),
         )
         try:
             # Forced: Orbax would silently skip a step older than a broken one that is still there.
@@ -113,7 +128,9 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> Restored:
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(like),
+            extra=ocp.args.JsonRestore(),
+            samples=ocp.args.StandardRestore(),
         )
         read = self._manager.restore(step, args=args)
         extra = dict(read["extra"])
@@ -121,7 +138,10 @@ class Checkpoints:
         wrong = [name for name in found if expected.get(name) != found[name]]
         if wrong or len(expected) != len(found):
             raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
-        return Restored(step, read["state"], extra)
+        blob = np.asarray(read["samples"]["npz"]).tobytes()
+        if zlib.crc32(blob) != extra.pop("samples_crc"):
+            raise ValueError("checksum of the samples differs")
+        return Restored(step, read["state"], extra, _from_bytes(blob))
 
 
 def sweep(folder: Path | str) -> None:
@@ -136,6 +156,17 @@ def fingerprint(tree: Any) -> int:
     for name, value in sorted(_checksums(tree).items()):
         total = (total * 31 + value + len(name)) % 2**32
     return total
+
+
+def _to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def _from_bytes(blob: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _checksums(tree: Any) -> dict[str, int]:

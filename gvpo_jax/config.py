@@ -47,7 +47,11 @@ class TaskConfig:
 class DataConfig:
     path: str | None = None  # JSONL or parquet with a column `prompt`, or ...
     eval_path: str | None = None  # (held-out rows, same columns)
-    tasks: list[TaskConfig] = field(default_factory=list)  # ... generated tasks
+    tasks: list[TaskConfig] = field(default_factory=list)  # ... generated tasks, or ...
+    groups_path: str | None = None  # ... groups sampled elsewhere, see gvpo_jax/offline.py
+    # A completion in groups_path that is empty, too long or without a finite reward, and a group
+    # that keeps fewer than two: "skip" counts them.
+    bad_samples: Literal["error", "skip"] = "error"
     train_size: int = 1000  # rows drawn from the tasks
     # Held-out rows, drawn from the tasks, or the first ones of eval_path; 0: no evaluation.
     eval_size: int = 256
@@ -68,6 +72,18 @@ class RolloutConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_token_ids: list[int] = field(default_factory=list)  # besides the model's own
+    demonstrations: int = 0  # how many of the k are texts from the column `solution`, not samples
+    # Rollouts sampled ahead while the policy trains; they are that much staler. 0: none.
+    lookahead: int = 0
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What the policy sampled earlier, trained on again."""
+
+    completions: int = 0  # how many of the k are older ones of the same prompt, once there are some
+    groups: int = 0  # how many of an update's groups are whole older ones
+    capacity: int = 1024  # groups remembered
 
 
 @dataclass(frozen=True)
@@ -79,8 +95,18 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    # Pull towards the reference, in reward per nat; the paper finds 0.01 to 0.5 fine.
+    # gvpo, or one of those that it is compared with, see gvpo_jax/baselines.py.
+    name: Literal[
+        "gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo"
+    ] = "gvpo"
+    # Pull towards the reference, in reward per nat; the paper finds 0.01 to 0.5 fine. rebel: 1/eta.
     beta: float = 0.1
+    huber_delta: float | None = None  # gvpo: residuals are clipped here, in units of reward
+    epsilon: float | None = (
+        None  # the baselines' clipping of probability ratios; null: as published
+    )
+    epsilon_high: float | None = None  # upper side; null: as published
+    kl_coef: float = 0.0  # the baselines' KL penalty
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -199,6 +226,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         config.data,
         path=_beside(file, config.data.path),
         eval_path=_beside(file, config.data.eval_path),
+        groups_path=_beside(file, config.data.groups_path),
     )
     return dataclasses.replace(config, data=data)
 
@@ -277,6 +305,26 @@ def _check(c: Config) -> None:
             raise UserError(f"{key} must be {limits}, got {value}")
     if not 0 < c.loss.beta <= _MAX:
         raise UserError(f"loss.beta must be > 0, got {c.loss.beta}; the paper uses 0.01 to 0.5")
+    if c.loss.huber_delta is not None and not 0 < c.loss.huber_delta <= _MAX:
+        raise UserError(
+            f"loss.huber_delta must be > 0, got {c.loss.huber_delta}; null: no clipping"
+        )
+    given = c.rollout.demonstrations + c.replay.completions
+    if c.rollout.num_generations - given < 2:
+        raise UserError(
+            f"rollout.num_generations={c.rollout.num_generations} leaves fewer than two samples "
+            f"beside {c.rollout.demonstrations} demonstrations and {c.replay.completions} replayed"
+        )
+    if c.replay.groups >= c.train.batch_size:
+        raise UserError(
+            f"replay.groups={c.replay.groups} must be less than "
+            f"train.batch_size={c.train.batch_size}: some groups have to be new"
+        )
+    if c.loss.name not in ("gvpo", "dpo") and (c.rollout.demonstrations or c.data.groups_path):
+        raise UserError(
+            f"loss.name={c.loss.name} needs the probability with which each completion was "
+            "sampled; demonstrations and data.groups_path have none: use gvpo or dpo"
+        )
     if not c.train.batch_size % c.train.micro_batches == 0:
         raise UserError(
             f"train.batch_size={c.train.batch_size} does not divide into "
@@ -311,6 +359,14 @@ def _ranges(c: Config) -> dict[str, tuple[float | None, float, float]]:
         "rollout.top_k": (c.rollout.top_k, 0, _MAX),
         "rollout.top_p": (c.rollout.top_p, 0, 1),
         "rollout.min_p": (c.rollout.min_p, 0, 1),
+        "rollout.demonstrations": (c.rollout.demonstrations, 0, _MAX),
+        "rollout.lookahead": (c.rollout.lookahead, 0, _MAX),
+        "replay.completions": (c.replay.completions, 0, _MAX),
+        "replay.groups": (c.replay.groups, 0, _MAX),
+        "replay.capacity": (c.replay.capacity, 1, _MAX),
+        "loss.epsilon": (c.loss.epsilon, 0, _MAX),
+        "loss.epsilon_high": (c.loss.epsilon_high, 0, _MAX),
+        "loss.kl_coef": (c.loss.kl_coef, 0, _MAX),
         "reference.refresh_every": (c.reference.refresh_every, 1, _MAX),
         "reference.decay": (c.reference.decay, 0, 1),
         "optimizer.learning_rate": (c.optimizer.learning_rate, 0, _MAX),

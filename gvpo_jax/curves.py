@@ -79,6 +79,8 @@ METRICS = (
     Metric("learning_rate", "Learning rate", "", include=(0.0,), kind="exact"),
     Metric("tokens_per_second", "Throughput", "Tokens per second.", include=(0.0,)),
     Metric("step_time", "Step time", "Seconds per step.", show=duration, include=(0.0,)),
+    Metric("source/policy/staleness", "Age of new samples", "In updates.", include=(0.0,)),
+    Metric("skipped_groups", "Groups left out", "With fewer than two rewards.", include=(0.0,)),
     Metric("rewards/failed", "Failed rewards", "Completions left out, per step.", include=(0.0,)),
     Metric("rewards/abstained", "No reward", "Completions left out, per step.", include=(0.0,)),
 )

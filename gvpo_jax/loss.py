@@ -8,6 +8,10 @@ rho_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), the paper weights each completi
 and minimises -beta * sum_i w_i log pi_theta(y_i|x) / (k-1) with w held constant. Its gradient is
 that of half the residuals' sample variance, 1/2 * sum_i w_i^2 / (k-1), whose unique optimum is
 pi* ~ pi_ref exp(R/beta).
+
+With `huber_delta` the Huber function H takes the place of the half square: w^2/2 up to |w| = delta,
+then delta * (|w| - delta/2). The gradient's weights become clip(w, -delta, delta), centred again;
+one outlier moves a step less, and the optimum stays, because w = 0 there. Not in the paper.
 """
 
 import jax
@@ -24,6 +28,7 @@ def gvpo_weights(
     *,
     beta: ArrayLike = 0.1,
     where: ArrayLike | None = None,
+    huber_delta: ArrayLike | None = None,
 ) -> jax.Array:
     """Weight of every completion: centred reward minus centred implicit reward; 0 at the optimum.
 
@@ -37,15 +42,17 @@ def gvpo_weights(
         rewards: `[..., k]` rewards in any unit; only their differences inside a group matter.
         beta: strength of the pull towards the reference, in units of reward per nat.
         where: `[..., k]` booleans, False at what is no valid completion (its numbers may be NaN).
+        huber_delta: size, in units of reward, up to which a residual counts in full; None: any.
 
     Returns:
         `[..., k]` float32 (float64 for float64 input); 0 at invalid completions and in groups with
         fewer than two valid ones.
 
     Raises:
-        ValueError: shapes differ, k < 2, or beta <= 0.
+        ValueError: shapes differ, k < 2, beta <= 0, or huber_delta <= 0.
     """
-    return jax.lax.stop_gradient(_residuals(logps, ref_logps, rewards, beta, where)[0])
+    residuals = _residuals(logps, ref_logps, rewards, beta, where, huber_delta)[0]
+    return jax.lax.stop_gradient(_huber_weights(residuals, where, huber_delta))
 
 
 def gvpo_loss(
@@ -55,6 +62,7 @@ def gvpo_loss(
     *,
     beta: ArrayLike = 0.1,
     where: ArrayLike | None = None,
+    huber_delta: ArrayLike | None = None,
 ) -> jax.Array:
     """The loss to differentiate: `-beta * sum_i w_i * l_i / (k-1)`, averaged over the groups.
 
@@ -68,10 +76,12 @@ def gvpo_loss(
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, k < 2, or beta <= 0.
+        ValueError: shapes differ, k < 2, beta <= 0, or huber_delta <= 0.
     """
-    residuals, per_group, num_groups = _residuals(logps, ref_logps, rewards, beta, where)
-    weights = jax.lax.stop_gradient(residuals)
+    residuals, per_group, num_groups = _residuals(
+        logps, ref_logps, rewards, beta, where, huber_delta
+    )
+    weights = jax.lax.stop_gradient(_huber_weights(residuals, where, huber_delta))
     logps = _valid(logps, where).astype(weights.dtype)
     return -jnp.sum(beta * weights * logps * per_group) / num_groups
 
@@ -83,11 +93,13 @@ def gvpo_mse(
     *,
     beta: ArrayLike = 0.1,
     where: ArrayLike | None = None,
+    huber_delta: ArrayLike | None = None,
 ) -> jax.Array:
     """The same objective as a regression: `1/2 * sum_i w_i^2 / (k-1)`, averaged over the groups.
 
-    Its gradient equals that of `gvpo_loss`. Its value can be read: it starts near half the rewards'
-    variance inside the groups and is 0 where beta * log-ratio explains every reward difference.
+    With `huber_delta` it is `sum_i H(w_i) / (k-1)`. Its gradient equals that of `gvpo_loss`. Its
+    value can be read: it starts near half the rewards' variance inside the groups and is 0 where
+    beta * log-ratio explains every reward difference.
 
     Args: as for `gvpo_weights`. Gradients flow to `logps` alone.
 
@@ -95,30 +107,54 @@ def gvpo_mse(
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, k < 2, or beta <= 0.
+        ValueError: shapes differ, k < 2, beta <= 0, or huber_delta <= 0.
     """
     ref_logps, rewards = jax.lax.stop_gradient((ref_logps, rewards))
-    residuals, per_group, num_groups = _residuals(logps, ref_logps, rewards, beta, where)
-    return 0.5 * jnp.sum(residuals**2 * per_group) / num_groups
+    residuals, per_group, num_groups = _residuals(
+        logps, ref_logps, rewards, beta, where, huber_delta
+    )
+    return jnp.sum(_huber(residuals, huber_delta) * per_group) / num_groups
 
 
-def _residuals(logps, ref_logps, rewards, beta, where):
+def _residuals(logps, ref_logps, rewards, beta, where, huber_delta):
     """Residuals [..., k], 1/(k-1) of each group [..., 1], and the number of groups that count."""
     logps, ref_logps, rewards = (jnp.asarray(x) for x in (logps, ref_logps, rewards))
-    _check(logps, ref_logps, rewards, beta, where)
+    _check_shapes(logps, ref_logps, rewards, where)
+    _check_positive(beta=beta, huber_delta=huber_delta)
     dtype = jnp.result_type(logps, ref_logps, rewards, jnp.float32)
     logps, ref_logps, rewards = (
         _valid(x, where).astype(dtype) for x in (logps, ref_logps, rewards)
     )
-    mask = jnp.ones_like(rewards) if where is None else jnp.asarray(where).astype(dtype)
-    count = jnp.sum(mask, axis=-1, keepdims=True)
+    count = jnp.sum(_mask(rewards, where), axis=-1, keepdims=True)
     counts = count >= 2
     # Centring the difference centres both: mean(R) - beta * mean(rho) = mean(R - beta * rho).
-    target = rewards - beta * (logps - ref_logps)
-    mean = jnp.sum(target * mask, axis=-1, keepdims=True) / jnp.maximum(count, 1)
-    residuals = jnp.where(counts, (target - mean) * mask, 0)
+    residuals = jnp.where(counts, _center(rewards - beta * (logps - ref_logps), where), 0)
     per_group = jnp.where(counts, 1 / jnp.maximum(count - 1, 1), 0)
     return residuals, per_group, jnp.maximum(jnp.sum(counts.astype(dtype)), 1)
+
+
+def _huber(residuals, delta):
+    if delta is None:
+        return 0.5 * residuals**2
+    clipped = jnp.clip(residuals, -delta, delta)
+    return clipped * (residuals - 0.5 * clipped)
+
+
+def _huber_weights(residuals, where, delta):
+    """Centred again, because every log-prob moves all residuals of its group through their mean."""
+    if delta is None:
+        return residuals
+    return _center(jnp.clip(residuals, -delta, delta), where)
+
+
+def _center(x, where):
+    mask = _mask(x, where)
+    count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+    return (x - jnp.sum(x * mask, axis=-1, keepdims=True) / count) * mask
+
+
+def _mask(x, where):
+    return jnp.ones_like(x) if where is None else jnp.asarray(where).astype(bool).astype(x.dtype)
 
 
 def _valid(x, where):
@@ -126,7 +162,7 @@ def _valid(x, where):
     return jnp.asarray(x) if where is None else jnp.where(jnp.asarray(where).astype(bool), x, 0)
 
 
-def _check(logps, ref_logps, rewards, beta, where):
+def _check_shapes(logps, ref_logps, rewards, where):
     arrays = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards}
     if where is not None:
         arrays["where"] = jnp.asarray(where)
@@ -141,5 +177,11 @@ def _check(logps, ref_logps, rewards, beta, where):
             f"a group needs k >= 2 completions on the last axis, got logps of shape {logps.shape} "
             f"and rewards of shape {rewards.shape}"
         )
-    if not isinstance(beta, Tracer) and not np.all(np.asarray(beta) > 0):
-        raise ValueError(f"beta must be > 0, got {beta}")
+
+
+def _check_positive(**numbers):
+    for name, number in numbers.items():
+        if number is None or isinstance(number, Tracer):
+            continue
+        if not np.all(np.asarray(number) > 0):
+            raise ValueError(f"{name} must be > 0, got {number}")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gvpo_jax.baselines import Objective
 from gvpo_jax.batch import Batch, pad_groups
 from gvpo_jax.checkpoint import fingerprint
 from gvpo_jax.config import Config
@@ -16,8 +17,10 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import batch_sharding, group_shards, make_mesh, replicated, shardings
 from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.models.decoder import make_apply
+from gvpo_jax.objectives import make_objective
 from gvpo_jax.optimizer import make_optimizer, make_schedule
 from gvpo_jax.rollout import InProcessEngine, Rollout, Sampling
+from gvpo_jax.samples import UNKNOWN
 from gvpo_jax.train_step import TrainState, init_state, score, train_step
 
 
@@ -54,7 +57,7 @@ class Policy:
         self.state: TrainState = init(_copy(params))
         # Updates are written into the state's copy, so these may be the reference; ema has its own.
         self.reference = _copy(params) if c.reference.name == "ema" else params
-        self.start_fingerprint = fingerprint(params)
+        self.start_fingerprint = self._reference_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0
         groups, whole = batch_sharding(self.mesh), replicated(self.mesh)
         self._engine = InProcessEngine(
@@ -78,6 +81,7 @@ class Policy:
                 batch,
                 model=apply,
                 optimizer=optimizer,
+                objective=_objective(c),
                 beta=c.loss.beta,
                 micro_batches=c.train.micro_batches,
             )
@@ -97,12 +101,16 @@ class Policy:
         sampling: Sampling,
         seed: int,
         longest_prompt: int | None = None,
+        params: Any = None,
     ) -> Rollout:
-        """k completions of each tokenised prompt by the current policy; any number of prompts."""
+        """k completions of each tokenised prompt; any number of prompts.
+
+        params: of the policy that samples, see `snapshot`; default: the current policy.
+        """
         n = len(prompts)
         missing = -n % group_shards(self.mesh)
         rollout = self._engine.generate(
-            self.state.params,
+            self.state.params if params is None else params,
             [*prompts, *[prompts[0]] * missing],
             [*prompt_ids, *[prompt_ids[0]] * missing],
             num_generations=num_generations,
@@ -113,20 +121,46 @@ class Policy:
         )
         return Rollout(*(x[:n] for x in rollout))
 
-    def with_reference(self, batch: Batch) -> Batch:
-        """The batch with the reference's token log-probs, scored in the update's micro-batches."""
-        parts = []
-        size = max(batch.prompts.shape[0] // self._config.train.micro_batches, 1)
-        for i in range(0, batch.prompts.shape[0], size):
-            part = slice(i, i + size)
-            arrays = (batch.prompts[part], batch.prompt_lengths[part], batch.completions[part])
-            parts.append(self._score(self.reference, *arrays))
-        return batch._replace(ref_logps=np.concatenate([jax.device_get(p) for p in parts]))
+    def snapshot(self) -> Any:
+        """The current parameters, in a copy that updates do not overwrite."""
+        return _copy(self.state.params)
 
-    def pad(self, batch: Batch) -> Batch:
-        """The batch filled up with groups that count for nothing, so that it divides evenly."""
+    @property
+    def reference_fingerprint(self) -> int:
+        """Tells the reference from others; `UNKNOWN` for one that changes with every update."""
+        return UNKNOWN if self._config.reference.name == "ema" else self._reference_fingerprint
+
+    def with_reference(self, batch: Batch, known: np.ndarray | None = None) -> Batch:
+        """The batch with the reference's token log-probs, scored in the update's micro-batches.
+
+        known: `[g]` booleans, the groups whose `ref_logps` are there already.
+        """
+        groups = batch.prompts.shape[0]
+        missing = np.arange(groups) if known is None else np.flatnonzero(~known)
+        ref_logps = np.array(batch.ref_logps)
+        size = max(groups // self._config.train.micro_batches, 1)
+        for start in range(0, len(missing), size):
+            rows = missing[start : start + size]
+            filled = np.concatenate([rows, rows[:1].repeat(-len(rows) % group_shards(self.mesh))])
+            scored = self._score(
+                self.reference,
+                batch.prompts[filled],
+                batch.prompt_lengths[filled],
+                batch.completions[filled],
+            )
+            ref_logps[rows] = jax.device_get(scored)[: len(rows)]
+        return batch._replace(ref_logps=ref_logps)
+
+    def pad(self, batch: Batch, groups: int = 0) -> Batch:
+        """Filled up with groups that count for nothing: to `groups`, and to divide evenly."""
         unit = self._config.train.micro_batches * group_shards(self.mesh)
-        return pad_groups(batch, -(-batch.prompts.shape[0] // unit) * unit)
+        return pad_groups(batch, -(-max(batch.prompts.shape[0], groups) // unit) * unit)
+
+    def completion_ids(self, text: str) -> list[int]:
+        """A completion given as text, as token ids with the end token."""
+        ids = list(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        end = self.model.tokenizer.eos_token_id  # a model may name several; this one ends its texts
+        return [*ids, *([end] if isinstance(end, int) else self.stop_ids[:1])]
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One update; returns metrics still on the device, so that the caller need not wait."""
@@ -142,6 +176,7 @@ class Policy:
         """Make the current policy the reference, unless the last refresh is too recent."""
         if self.updates - self.refreshed_at >= self._config.reference.refresh_every:
             self.reference = _copy(self.state.params)
+            self._reference_fingerprint = fingerprint(self.reference)
             self.refreshed_at = self.updates
 
     def checkpoint(self) -> dict[str, Any]:
@@ -161,6 +196,7 @@ class Policy:
         """Take over what `checkpoint()` gave."""
         self.state = trees["train"]
         self.reference = trees.get("reference", self.reference)
+        self._reference_fingerprint = fingerprint(self.reference)
         self.updates, self.refreshed_at = int(self.state.step), refreshed_at
 
     def _place_param(self, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
@@ -197,6 +233,18 @@ def _optimizer(c: Config):
         eps=o.eps,
         weight_decay=o.weight_decay,
         max_grad_norm=o.max_grad_norm,
+    )
+
+
+def _objective(c: Config) -> Objective:
+    return make_objective(
+        c.loss.name,
+        beta=c.loss.beta,
+        huber_delta=c.loss.huber_delta,
+        epsilon=c.loss.epsilon,
+        epsilon_high=c.loss.epsilon_high,
+        kl_coef=c.loss.kl_coef,
+        max_completion_length=c.rollout.max_completion_length,
     )
 
 

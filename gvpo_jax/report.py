@@ -42,7 +42,12 @@ from gvpo_jax.svg import Chart, chart, escape
 
 __all__ = ["write_curves_svg", "write_report"]
 
-_QUIET = ("rewards/failed", "rewards/abstained")  # drawn only where they ever happened
+_QUIET = (
+    "rewards/failed",
+    "rewards/abstained",
+    "skipped_groups",
+    "source/policy/staleness",
+)  # drawn only where they ever happened
 
 
 @dataclass(frozen=True)

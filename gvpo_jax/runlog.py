@@ -15,6 +15,7 @@ from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.metrics import MetricsWriter, Progress
+from gvpo_jax.samples import Source
 
 
 @dataclasses.dataclass
@@ -136,14 +137,29 @@ class RunLog:
             return
         step, on_device, here = self._pending
         self._pending = None
-        metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
+        metrics = told(on_device)
         self._writer.log(step, metrics | here)
         self._progress.update(step, metrics | here)
-        if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["gvpo_mse"])):
+        if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
             raise UserError(
                 f"step {step}: loss or gradient is not finite; lower optimizer.learning_rate, or "
                 "look at the rewards. The last checkpoint is from before"
             )
+
+
+def told(on_device: Mapping[str, Any]) -> dict[str, float]:
+    """An update's metrics as numbers, without what says nothing.
+
+    That is sources that gave it no completion, and the shares where there is one source alone.
+    """
+    metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
+    sources = [name.removesuffix("/share") for name in metrics if name.endswith("/share")]
+    present = [source for source in sources if metrics[f"{source}/share"] > 0]
+    dropped = {f"{source}/{what}" for source in sources for what in ("share", "residual")}
+    if len(present) > 1:
+        dropped -= {name for name in dropped if name.rpartition("/")[0] in present}
+    dropped |= {f"{source}/staleness" for source in sources if source not in present}
+    return {name: value for name, value in metrics.items() if name not in dropped}
 
 
 def crossed(last: int, step: int, every: int) -> bool:
@@ -154,18 +170,23 @@ def crossed(last: int, step: int, every: int) -> bool:
 def reward_metrics(batch: Batch) -> dict[str, float]:
     """Rewards of a batch's valid completions, under TRL's names, and the `tokens` trained on.
 
-    `reward_std` is the mean over groups of the standard deviation inside (with k - 1),
-    `frac_reward_zero_std` the share of groups where all rewards are equal.
+    Of the policy's new samples where there are some, else of all: older samples and demonstrations
+    say nothing on how good the policy is. `reward_std` is the mean over groups of the standard
+    deviation inside (with k - 1), `frac_reward_zero_std` the share of groups where all rewards are
+    equal, `skipped_groups` the number of those without two completions to compare.
     """
     rewards, valid = np.asarray(batch.rewards, np.float64), np.asarray(batch.valid)
-    stds = [float(r[v].std(ddof=1)) for r, v in zip(rewards, valid, strict=True) if v.sum() >= 2]
     tokens = (
         np.where(valid, batch.lengths, 0).sum() + batch.prompt_lengths[valid.any(axis=-1)].sum()
     )
+    new = valid & (batch.source == Source.POLICY)
+    shown = new if new.any() else valid
+    stds = [float(r[v].std(ddof=1)) for r, v in zip(rewards, shown, strict=True) if v.sum() >= 2]
     return {
-        "reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
+        "reward": float(rewards[shown].mean()) if shown.any() else float("nan"),
         "reward_std": float(np.mean(stds)) if stds else float("nan"),
         "frac_reward_zero_std": float(np.mean(np.array(stds) == 0)) if stds else float("nan"),
+        "skipped_groups": float((valid.sum(axis=-1) < 2).sum()),
         "tokens": float(tokens),
     }
 

@@ -17,11 +17,17 @@ Row = dict[str, Any]
 
 def train(config: Config) -> dict[str, Any]:
     """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
-    reward_funcs = _reward_funcs(config)
+    offline = config.data.groups_path is not None
+    reward_funcs = [] if offline and not config.rewards.funcs else _reward_funcs(config)
     rows, held_out = load_data(config)
+    if not reward_funcs:
+        held_out = []
     check_claim(config)
     print(f"loading {config.model.name}", flush=True)
-    return Trainer(config).train(rows, reward_funcs, eval_dataset=held_out)
+    trainer = Trainer(config)
+    if offline:
+        return trainer.train_offline(rows, reward_funcs=reward_funcs, eval_dataset=held_out)
+    return trainer.train(rows, reward_funcs, eval_dataset=held_out)
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -60,19 +66,22 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows, from files or from generated tasks.
 
     Raises:
-        UserError: neither or both are given, or what reading them raises.
+        UserError: none or several are given, or what reading them raises.
     """
     d = config.data
-    if bool(d.path) == bool(d.tasks):
-        raise UserError("give either data.path or data.tasks")
-    if d.path:
-        held_out = load_rows(d.eval_path)[: d.eval_size] if d.eval_path and d.eval_size else []
-        return load_rows(d.path), held_out
     tasks = [TaskSpec(t.name, t.settings, t.question, t.answer_prefix, t.weight) for t in d.tasks]
-    rows = reasoning_gym_rows(tasks, size=d.train_size, seed=config.run.seed, split="train")
-    if not d.eval_size:
-        return rows, []
-    return rows, reasoning_gym_rows(tasks, size=d.eval_size, seed=d.eval_seed, split="eval")
+    # Beside given groups, tasks are there for the held-out rows alone.
+    if [bool(d.path), bool(d.groups_path), bool(tasks) and not d.groups_path].count(True) != 1:
+        raise UserError("give one of data.path, data.groups_path and data.tasks")
+    if path := d.path or d.groups_path:
+        rows = load_rows(path)
+    else:
+        rows = reasoning_gym_rows(tasks, size=d.train_size, seed=config.run.seed, split="train")
+    if d.eval_path and d.eval_size:
+        return rows, load_rows(d.eval_path)[: d.eval_size]
+    if tasks and d.eval_size:
+        return rows, reasoning_gym_rows(tasks, size=d.eval_size, seed=d.eval_seed, split="eval")
+    return rows, []
 
 
 def _reward_funcs(config: Config) -> list[Callable[..., Any]]:

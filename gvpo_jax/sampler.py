@@ -1,12 +1,11 @@
 """Groups drawn from the policy and scored: everything between token ids and rewards."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gvpo_jax.batch import Batch, make_batch
 from gvpo_jax.config import Config
 from gvpo_jax.data import EncodedPrompts, batch_indices, repeat_columns
 from gvpo_jax.errors import UserError
@@ -14,41 +13,68 @@ from gvpo_jax.evaluate import evaluate
 from gvpo_jax.policy import Policy
 from gvpo_jax.rewards import Scores, score
 from gvpo_jax.rollout import FINISH_LENGTH, Rollout, Sampling
-from gvpo_jax.runlog import reward_metrics
+from gvpo_jax.samples import Group, Source, completion_problem, join, make_group
 
 Row = dict[str, Any]
+SOLUTION = "solution"  # the column with demonstrations
 _EVAL_SEED = 2**31  # above any run.seed: keeps the keys of evaluation apart from those of training
 
 
+class Drawn(NamedTuple):
+    """New groups with their rewards, what there is to tell about them, and their texts."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+    records: list[Row]
+
+
 class Sampler:
-    """Batches for training, and evaluations, from prompts, policy and reward functions."""
+    """Groups for training, and evaluations, from prompts, policy and reward functions."""
 
     def __init__(self, policy: Policy, config: Config, reward_funcs: Sequence[Callable[..., Any]]):
         self._policy, self._config, self.reward_funcs = policy, config, reward_funcs
 
-    def batch(
-        self, number: int, prompts: EncodedPrompts
-    ) -> tuple[Batch, dict[str, float], list[Row]]:
-        """Batch `number` of the run, without reference log-probs; its metrics; its texts."""
+    def draw(
+        self,
+        number: int,
+        prompts: EncodedPrompts,
+        demonstrations: Sequence[Group] | None,
+        params: Any,
+        version: int,
+    ) -> "Drawn":
+        """The new groups of batch `number`, sampled by `params` after `version` updates.
+
+        Each has the samples that the config asks for, then its row's demonstrations.
+        """
         c = self._config
-        indices = batch_indices(len(prompts.rows), c.train.batch_size, number, c.run.seed)
+        new = c.train.batch_size - c.replay.groups
+        indices = batch_indices(len(prompts.rows), new, number, c.run.seed)
         rows = [prompts.rows[i] for i in indices]
         ids = [prompts.token_ids[i] for i in indices]
         first = number * c.train.batch_size  # visits, not rows: a row's next one gets fresh keys
         rollout = self._policy.generate(
             ids,
             range(first, first + len(ids)),
-            num_generations=c.rollout.num_generations,
+            num_generations=c.rollout.num_generations
+            - c.rollout.demonstrations
+            - c.replay.completions,
             sampling=training_sampling(c),
             seed=c.run.seed,
             longest_prompt=prompts.longest,
+            params=params,
         )
-        texts, scores = self._score(rows, rollout)
+        groups = _groups(indices, ids, rollout, version)
+        if demonstrations is not None:
+            groups = [join(group, demonstrations[group.row]) for group in groups]
+        texts, scores = self._score(rows, groups)
         if scores.failed == len(scores.rewards):
             raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
-        rewards = scores.rewards.reshape(rollout.lengths.shape)
-        batch = make_batch(ids, rollout.completions, rollout.lengths, rewards, prompts.longest)
-        return batch, _metrics(batch, rollout, scores), _records(rows, texts, rewards)
+        rewards = scores.rewards.reshape(len(rows), -1).astype(np.float32)
+        groups = [
+            group._replace(rewards=np.where(group.lengths > 0, values, np.nan))
+            for group, values in zip(groups, rewards, strict=True)
+        ]
+        return Drawn(groups, _metrics(rollout, scores), _records(rows, texts, groups))
 
     def evaluate(self, held_out: EncodedPrompts) -> tuple[dict[str, float], list[Row]]:
         """Accuracy on held-out prompts and what was sampled, with the same keys every time."""
@@ -63,7 +89,10 @@ class Sampler:
                 seed=_EVAL_SEED,
                 longest_prompt=held_out.longest,
             )
-            texts, scores = self._score([held_out.rows[i] for i in indices], rollout)
+            groups = _groups(
+                indices, [held_out.token_ids[i] for i in indices], rollout, self._policy.updates
+            )
+            texts, scores = self._score([held_out.rows[i] for i in indices], groups)
             return scores.rewards.reshape(rollout.lengths.shape), texts
 
         return evaluate(
@@ -73,10 +102,41 @@ class Sampler:
             success_reward=e.success_reward,
         )
 
-    def _score(self, rows: Sequence[Row], rollout: Rollout) -> tuple[list[list[str]], Scores]:
+    def demonstrations(self, prompts: EncodedPrompts) -> list[Group]:
+        """Every row's solutions as completions without a reward; one that can't be used is empty.
+
+        Raises:
+            UserError: a row has too few, or one is too long and `data.bad_samples` is `error`.
+        """
+        c = self._config
+        count, groups = c.rollout.demonstrations, []
+        for place, (row, prompt) in enumerate(zip(prompts.rows, prompts.token_ids, strict=True)):
+            texts = row.get(SOLUTION)
+            texts = [texts] if isinstance(texts, str) else texts
+            if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+                texts = []
+            if len(texts) < count:
+                raise UserError(
+                    f"row {place + 1}: rollout.demonstrations={count} needs as many texts in the "
+                    f"column '{SOLUTION}', here are {len(texts)}"
+                )
+            ids = [self._policy.completion_ids(text) for text in texts[:count]]
+            for number, tokens in enumerate(ids):
+                problem = completion_problem(tokens, 0.0, c.rollout.max_completion_length)
+                if problem and c.data.bad_samples == "error":
+                    raise UserError(f"row {place + 1}, {SOLUTION}: {problem}")
+                ids[number] = [] if problem else tokens
+            nothing = [None] * count
+            groups.append(make_group(prompt, ids, nothing, source=Source.DEMONSTRATION, row=place))
+        return groups
+
+    def _score(
+        self, rows: Sequence[Row], groups: Sequence[Group]
+    ) -> tuple[list[list[str]], Scores]:
         """The completions' texts and, through TRL's call, the rewards of all n = G * k."""
-        k = rollout.lengths.shape[1]
-        texts = completion_texts(self._policy.model.tokenizer, rollout)
+        k = len(groups[0].lengths)
+        token_ids = [ids for group in groups for ids in token_lists(group)]
+        texts = texts_of(self._policy.model.tokenizer, token_ids, k)
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             for row, group in zip(rows, texts, strict=True)
@@ -87,7 +147,7 @@ class Sampler:
             self._config.rewards.weights or None,
             prompts=[row["prompt"] for row in rows for _ in range(k)],
             completions=completions,
-            completion_ids=_token_ids(rollout),
+            completion_ids=token_ids,
             columns=repeat_columns(rows, k),
             on_error=self._config.rewards.on_error,
         )
@@ -100,20 +160,42 @@ def training_sampling(config: Config) -> Sampling:
     return Sampling(temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p)
 
 
-def completion_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[list[str]]:
-    """The completions as text, g lists of k, without special tokens."""
-    g, k = rollout.lengths.shape
-    texts = tokenizer.batch_decode(_token_ids(rollout), skip_special_tokens=True)
-    return [texts[i * k : (i + 1) * k] for i in range(g)]
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], k: int
+) -> list[list[str]]:
+    """Completions as text, lists of k, without special tokens."""
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
-def _token_ids(rollout: Rollout) -> list[list[int]]:
-    pairs = zip(rollout.completions, rollout.lengths, strict=True)
-    return [row[:n].tolist() for group, ns in pairs for row, n in zip(group, ns, strict=True)]
+def token_lists(group: Group | Rollout) -> list[list[int]]:
+    """The token ids of every completion, without padding."""
+    t = group.completions.shape[-1]
+    rows = zip(group.completions.reshape(-1, t), group.lengths.ravel(), strict=True)
+    return [row[:n].tolist() for row, n in rows]
 
 
-def _metrics(batch: Batch, rollout: Rollout, scores: Scores) -> dict[str, float]:
-    return reward_metrics(batch) | {
+def _groups(indices, prompts: Sequence[Sequence[int]], rollout: Rollout, version: int):
+    """One record per prompt of what the policy sampled."""
+    k = rollout.lengths.shape[1]
+    return [
+        Group(
+            row=int(row),
+            prompt=np.asarray(prompt, np.int32),
+            completions=rollout.completions[g],
+            lengths=rollout.lengths[g],
+            rewards=np.full(k, np.nan, np.float32),
+            source=np.full(k, Source.POLICY, np.int32),
+            version=np.full(k, version, np.int32),
+            old_logps=rollout.logps[g],
+            ref_logps=np.zeros_like(rollout.logps[g]),
+        )
+        for g, (row, prompt) in enumerate(zip(indices, prompts, strict=True))
+    ]
+
+
+def _metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    return {
         "completions/mean_length": float(rollout.lengths.mean()),
         "completions/clipped_ratio": float((rollout.finish == FINISH_LENGTH).mean()),
         "rewards/abstained": float(scores.abstained),
@@ -127,7 +209,7 @@ def _mean(values: np.ndarray) -> float:
     return float(given.mean()) if given.size else float("nan")
 
 
-def _records(rows: Sequence[Row], texts, rewards: np.ndarray) -> list[Row]:
+def _records(rows: Sequence[Row], texts, groups: Sequence[Group]) -> list[Row]:
     """One record per completion; `group` tells groups apart where a prompt comes twice."""
     return [
         {
@@ -135,7 +217,11 @@ def _records(rows: Sequence[Row], texts, rewards: np.ndarray) -> list[Row]:
             "group": number,
             "completion": text,
             "reward": None if np.isnan(reward) else float(reward),
+            "source": Source(source).name.lower(),
+            "version": int(version),
         }
-        for number, (row, group, values) in enumerate(zip(rows, texts, rewards, strict=True))
-        for text, reward in zip(group, values, strict=True)
+        for number, (row, in_group, group) in enumerate(zip(rows, texts, groups, strict=True))
+        for text, reward, source, version in zip(
+            in_group, group.rewards, group.source, group.version, strict=True
+        )
     ]

@@ -1,28 +1,22 @@
-"""The story of a run: sample groups, score them, update, again; from here every room is called."""
+"""The door for Python users: whole runs, or steps on text that they sampled and scored."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.batch import batch_of_groups
-from gvpo_jax.checkpoint import Checkpoints, sweep
+from gvpo_jax.checkpoint import Checkpoints
 from gvpo_jax.config import Config, override
 from gvpo_jax.data import EncodedPrompts, encode_prompts
 from gvpo_jax.errors import UserError
+from gvpo_jax.feed import Feed, OfflineFeed, OnlineFeed, feed_groups
+from gvpo_jax.loop import Loop, resume
 from gvpo_jax.models import LoadedModel, export_model
+from gvpo_jax.offline import OfflineGroups, read_groups
 from gvpo_jax.policy import Policy
-from gvpo_jax.report import write_report
-from gvpo_jax.runfiles import read_summary
-from gvpo_jax.runfolder import (
-    check_claim,
-    check_not_lost,
-    claim,
-    lock,
-    write_evaluation,
-    write_summary,
-)
-from gvpo_jax.runlog import Counters, RunLog, crossed, reward_metrics
-from gvpo_jax.sampler import Sampler, completion_texts, training_sampling
+from gvpo_jax.rewards import batched
+from gvpo_jax.runlog import reward_metrics, told
+from gvpo_jax.sampler import Sampler, texts_of, token_lists, training_sampling
+from gvpo_jax.samples import UNKNOWN, Source, check_group, make_batch, make_group
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
@@ -105,15 +99,29 @@ class Trainer:
             UserError: lists that do not fit together, no group with two rewards, or too long a
                 text.
         """
+        if not len(prompts) == len(completions) == len(rewards):
+            raise UserError(
+                f"got {len(completions)} groups of completions and {len(rewards)} of rewards for "
+                f"{len(prompts)} prompts; give one of each per prompt"
+            )
         encoded = self._encode_all(prompts)
-        groups = [[self._completion_ids(text) for text in group] for group in completions]
         limit = self.config.rollout.max_completion_length
-        batch = batch_of_groups(encoded.token_ids, groups, rewards, max_completion_length=limit)
+        groups = []
+        for place, (ids, texts, values) in enumerate(
+            zip(encoded.token_ids, completions, rewards, strict=True), start=1
+        ):
+            tokens = [self.policy.completion_ids(text) for text in texts]
+            check_group(f"group {place}", tokens, values, max_completion_length=limit)
+            groups.append(make_group(ids, tokens, values, source=Source.FILE))
+        batch = make_batch(groups, longest_completion=limit)
+        if not (batch.valid.sum(axis=-1) >= 2).any():
+            raise UserError(
+                "no group has two completions with a reward; GVPO compares at least two"
+            )
         if self.config.reference.name == "previous":
             self.policy.refresh_reference_if_due()
-        batch = self.policy.with_reference(self.policy.pad(batch))
-        metrics = self.policy.update(batch)
-        return {name: float(value) for name, value in metrics.items()} | reward_metrics(batch)
+        metrics = self.policy.update(self.policy.with_reference(self.policy.pad(batch)))
+        return told(metrics) | reward_metrics(batch)
 
     def train(
         self, dataset: Dataset, reward_funcs: RewardFuncs, *, eval_dataset: Dataset = ()
@@ -123,8 +131,9 @@ class Trainer:
         Args:
             dataset: rows with `prompt` (text or chat messages) and any columns that the reward
                 functions want.
-            reward_funcs: called as `f(prompts=, completions=, completion_ids=, **columns)`, see
-                `gvpo_jax.rewards`.
+            reward_funcs: one or several; called as `f(prompts=, completions=, completion_ids=,
+                **columns)` on lists, see `gvpo_jax.rewards`, or, where a function's parameters are
+                `(prompt, completion)`, on one sample at a time.
             eval_dataset: held-out rows.
 
         Returns:
@@ -137,43 +146,69 @@ class Trainer:
         c = self.config
         sampler = Sampler(self.policy, c, _as_list(reward_funcs))
         prompts = self._encode(dataset)
-        held_out = self._encode(eval_dataset) if eval_dataset else None
-        names = (getattr(f, "__name__", type(f).__name__) for f in sampler.reward_funcs)
-        data = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
-        folder = check_claim(c)
-        with (
-            lock(c) as run_dir,
-            Checkpoints(folder / "checkpoints", keep=c.checkpoint.keep) as saved,
-        ):
-            sweep(run_dir / "checkpoints")
-            counters = self._resume(saved, data)
-            if counters.step == 0:
-                check_not_lost(run_dir, c)
-            claim(c)
-            with RunLog(run_dir, counters, c) as log:
-                if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
-                    log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
-                    return summary
-                for note in self._notes(counters, prompts):
-                    log.note(note)
-                if counters.step == 0 and held_out:
-                    counters.accuracy_before = self._evaluate_into(log, "before", sampler, held_out)
-                while counters.step < min(c.train.steps, c.train.stop_at or c.train.steps):
-                    last = counters.step
-                    self._round(log, sampler, prompts)
-                    ended = counters.step >= c.train.steps
-                    if held_out and crossed(last, counters.step, c.eval.every) and not ended:
-                        self._evaluate_into(log, f"step_{counters.step:06d}", sampler, held_out)
-                    if crossed(last, counters.step, c.checkpoint.every):
-                        self._save(saved, log, data)
-                self._save(saved, log, data)
-                if counters.step >= c.train.steps and held_out and counters.accuracy_after is None:
-                    counters.accuracy_after = self._evaluate_into(log, "after", sampler, held_out)
-        summary = counters.summary(self.policy.model.name)
-        if counters.step >= c.train.steps:
-            write_summary(run_dir, summary)
-        write_report(run_dir)
-        return summary
+        feed = OnlineFeed(self.policy, c, sampler, prompts)
+        return self._run(feed, sampler, prompts, eval_dataset, feed.notes)
+
+    def train_offline(
+        self,
+        dataset: Dataset,
+        *,
+        reward_funcs: RewardFuncs = (),
+        eval_dataset: Dataset = (),
+    ) -> dict[str, Any]:
+        """As `train`, on groups that were sampled and scored elsewhere.
+
+        Args:
+            dataset: rows with `prompt`, `completions` and `rewards`, see `gvpo_jax.offline`.
+            reward_funcs: what judges the held-out rows.
+            eval_dataset: held-out rows.
+        """
+        c = self.config
+        if eval_dataset and not reward_funcs:
+            raise UserError("held-out rows need reward functions that judge them")
+        prompts = self._encode(dataset)
+        offline = self._read_groups(prompts)
+        notes = [
+            f"{count} {what} skipped: data.bad_samples=skip"
+            for count, what in (
+                (offline.skipped_completions, "completions"),
+                (offline.skipped_groups, "groups"),
+            )
+            if count
+        ]
+        feed = OfflineFeed(self.policy, c, offline.groups)
+        sampler = Sampler(self.policy, c, _as_list(reward_funcs))
+        return self._run(feed, sampler, prompts, eval_dataset, notes)
+
+    def with_reference_logps(self, dataset: Dataset) -> list[Row]:
+        """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
+
+        Args:
+            dataset: as for `train_offline`.
+        """
+        prompts = self._encode(dataset)
+        groups = self._read_groups(prompts).groups
+        if len(groups) != len(dataset):
+            raise UserError("some groups can't be used; remove them first")
+        if self.policy.reference_fingerprint == UNKNOWN:
+            raise UserError("reference.name=ema changes with every update: nothing can be kept")
+        size, rows = self.config.train.batch_size, []
+        for start in range(0, len(groups), size):
+            part = groups[start : start + size]
+            _, scored = feed_groups(self.policy, part, self.config, prompts.longest)
+            rows += [
+                {
+                    **row,
+                    "completions": token_lists(group),
+                    "ref_logps": [
+                        values[:n].tolist()
+                        for values, n in zip(group.ref_logps, group.lengths, strict=True)
+                    ],
+                    "ref_fingerprint": group.reference,
+                }
+                for row, group in zip(prompts.rows[start : start + size], scored, strict=True)
+            ]
+        return rows
 
     def evaluate(
         self, dataset: Dataset, reward_funcs: RewardFuncs
@@ -198,7 +233,7 @@ class Trainer:
             sampling=training_sampling(self.config),
             seed=seed,
         )
-        return completion_texts(self.tokenizer, rollout)
+        return texts_of(self.tokenizer, token_lists(rollout), num_generations)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads."""
@@ -211,73 +246,26 @@ class Trainer:
             UserError: there is none.
         """
         with Checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
-            step = self._resume(checkpoints).step
+            step = resume(checkpoints, self.policy).step
         if step == 0:
             raise UserError(f"{run_dir} has no checkpoint yet")
         return step
 
-    def _round(self, log: RunLog, sampler: Sampler, prompts: EncodedPrompts) -> None:
-        """One rollout and its updates."""
-        c, counters = self.config, log.counters
-        if c.reference.name == "previous":
-            self.policy.refresh_reference_if_due()
-        first = counters.rollouts * c.train.steps_per_generation
-        counters.rollouts += 1
-        batches = []
-        for number in range(first, first + c.train.steps_per_generation):
-            batch, metrics, records = sampler.batch(number, prompts)
-            batches.append((self.policy.with_reference(batch), metrics))
-            log.completions(counters.step + len(batches), records)
-        for batch, metrics in batches * c.train.num_iterations:
-            if counters.step < c.train.steps:
-                log.step(self.policy.update(batch), metrics)
-
-    def _evaluate_into(
-        self, log: RunLog, name: str, sampler: Sampler, held_out: EncodedPrompts
-    ) -> float:
-        metrics, records = sampler.evaluate(held_out)
-        write_evaluation(log.run_dir, name, records)
-        log.evaluation(name, metrics)
-        return metrics["eval/accuracy"]
-
-    def _resume(self, checkpoints: Checkpoints, data: str | None = None) -> Counters:
-        restored = checkpoints.restore(self.policy.checkpoint_like())
-        if restored is None:
-            return Counters()
-        if restored.extra["start_fingerprint"] != self.policy.start_fingerprint:
-            raise UserError(
-                f"{self.policy.model.name} is not the model that this run started from; "
-                "bring it back, or choose another run.dir"
-            )
-        if data not in (None, restored.extra["data_fingerprint"]):
-            raise UserError(
-                "training rows, held-out rows or reward functions are not those of this run; "
-                "bring them back, or choose another run.dir"
-            )
-        self.policy.load_checkpoint(restored.state, restored.extra["refreshed_at"])
-        return Counters(**restored.extra["counters"])
-
-    def _notes(self, counters: Counters, prompts: EncodedPrompts) -> list[str]:
-        start = f"going on from step {counters.step}" if counters.step else "starting"
-        notes = [f"{start}; what runs for the first time is compiled, which takes a while"]
+    def _run(
+        self,
+        feed: Feed,
+        sampler: Sampler,
+        prompts: EncodedPrompts,
+        eval_dataset: Dataset,
+        notes: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        held_out = self._encode(eval_dataset) if eval_dataset else None
+        names = (getattr(f, "__name__", type(f).__name__) for f in sampler.reward_funcs)
+        data = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         if prompts.skipped:
-            notes.append(f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens")
-        if training_sampling(self.config).cuts_support:
-            notes.append(
-                "top_k, top_p and min_p keep some tokens from ever being sampled: GVPO's optimum "
-                "is then not reached, because the samples do not cover the reference"
-            )
-        return notes
-
-    def _save(self, checkpoints: Checkpoints, log: RunLog, data: str) -> None:
-        log.flush()
-        extra = {
-            "counters": log.counters.as_dict(),
-            "refreshed_at": self.policy.refreshed_at,
-            "start_fingerprint": self.policy.start_fingerprint,
-            "data_fingerprint": data,
-        }
-        checkpoints.save(log.counters.step, self.policy.checkpoint(), extra)
+            skipped = f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens"
+            notes = [skipped, *notes]
+        return Loop(self.config, self.policy, feed, sampler, held_out, data, notes).run()
 
     def _encode(self, dataset: Dataset) -> EncodedPrompts:
         d = self.config.data
@@ -291,6 +279,16 @@ class Trainer:
             too_long=d.too_long,
         )
 
+    def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
+        return read_groups(
+            prompts.rows,
+            prompts.token_ids,
+            self.policy.completion_ids,
+            reference=self.policy.reference_fingerprint,
+            max_completion_length=self.config.rollout.max_completion_length,
+            bad_samples=self.config.data.bad_samples,
+        )
+
     def _encode_all(self, prompts: Sequence[Any]) -> EncodedPrompts:
         """Prompts given one by one, of which none may be skipped."""
         if isinstance(prompts, str):
@@ -300,11 +298,7 @@ class Trainer:
             raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
         return encoded
 
-    def _completion_ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        end = self.tokenizer.eos_token_id  # a model may name several; this one ends its texts
-        return [*ids, *([end] if isinstance(end, int) else self.policy.stop_ids[:1])]
-
 
 def _as_list(reward_funcs: RewardFuncs) -> list[RewardFunc]:
-    return [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    funcs = [reward_funcs] if callable(reward_funcs) else reward_funcs
+    return [batched(func) for func in funcs]

@@ -121,7 +121,7 @@ def _start():
         ("rewards.funcs=[no_such_file.py:f]", "no_such_file.py: there is no such file"),
         ("rewards.funcs=[gvpo_jax.rewards.debug:no]", "no function 'no' there"),
         ("rewards.funcs=[letter_share]", "write module:function or path/to/file.py:function"),
-        ("data.path=null", "give either data.path or data.tasks"),
+        ("data.path=null", "give one of data.path, data.groups_path and data.tasks"),
         ("data.path=gone.jsonl", "gone.jsonl: there is no such file"),
     ],
 )

@@ -107,12 +107,25 @@ def test_a_wrong_type_names_its_key(write, given, message):
         ("optimizer.learning_rate=inf", "optimizer.learning_rate must be at least 0, got inf"),
         ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm must be at least 0, got -1.0"),
         ("reference.decay=1.5", "reference.decay must be between 0 and 1, got 1.5"),
+        ("loss.huber_delta=0", "loss.huber_delta must be > 0, got 0.0; null: no clipping"),
+        ("loss.kl_coef=-1", "loss.kl_coef must be at least 0, got -1.0"),
+        ("rollout.lookahead=-1", "rollout.lookahead must be at least 0, got -1"),
+        ("rollout.demonstrations=3", "rollout.num_generations=4 leaves fewer than two samples"),
+        ("replay.completions=3", "rollout.num_generations=4 leaves fewer than two samples"),
+        ("replay.groups=8", "replay.groups=8 must be less than train.batch_size=8"),
+        ("replay.capacity=0", "replay.capacity must be at least 1, got 0"),
         ("run.seed=-1", "run.seed must be between 0 and 2147483647, got -1"),
         ("rewards.weights=[1.0]", "rewards.weights has 1 numbers for 0 functions"),
     ],
 )
 def test_a_value_out_of_range_names_key_and_limit(write, given, message):
     assert refused(write(""), given).startswith(message)
+
+
+@pytest.mark.parametrize("other", ["data.groups_path=g.jsonl", "rollout.demonstrations=1"])
+def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
+    assert "use gvpo or dpo" in refused(write(""), "loss.name=grpo", other)
+    assert load_config(write(""), ["loss.name=dpo", other]).loss.name == "dpo"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,8 @@ def test_the_packages_configs_are_found_by_name(tmp_path, monkeypatch, name):
 def test_every_config_of_the_package_loads_and_comes_back(file, write):
     config = load_config(file)
     assert config.rewards.funcs
-    assert bool(config.data.path) != bool(config.data.tasks)
+    given = (config.data.path, config.data.groups_path, config.data.tasks)
+    assert [bool(source) for source in given].count(True) == 1
     assert load_config(write(to_yaml(config))) == config
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -35,6 +36,31 @@ def test_quickstart(tmp_path):
     seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]
     assert [s["steps"] for s in seeds.values()] == [2, 2]
     assert (tmp_path / "curves.svg").read_text().startswith("<svg")
+
+
+def test_optimum(tmp_path):
+    """GVPO ends at pi*, whoever samples; where it can't, or another loss is used, it does not."""
+    run("optimum", "--out", tmp_path)
+    small = json.loads((tmp_path / "results.json").read_text())
+    worst = {name: row["worst"] for name, row in small["conditions"].items()}
+    assert worst["on-policy"] < 1e-10
+    assert worst["offline, from the reference"] < 1e-12
+    assert worst["4 on-policy + 4 uniform"] < 1e-12
+    for name in ("demonstrations only", "sampled with top-p 0.8", "GVPO, weights not stopped"):
+        assert worst[name] > 0.1
+    assert worst["Dr. GRPO + k3 KL"] > 0.02
+    own = {name: row["own_kl"] for name, row in small["conditions"].items() if "own_kl" in row}
+    assert max(own["demonstrations only"] + own["GVPO, weights not stopped"]) < 1e-12
+    assert max(own["Dr. GRPO + k3 KL"]) < 5e-3
+    assert max(row["worst"] for row in small["previous"]) < 1e-9
+    ElementTree.parse(tmp_path / "optimum.svg")
+
+    saved = json.loads((ROOT / "experiments" / "optimum" / "results.json").read_text())
+    for row in saved["conditions"].values():
+        if row["kind"] in ("samples", "variant"):
+            assert row["worst"] < 1e-6
+        elif row["kind"] == "support cut":
+            assert row["worst"] > 0.1
 
 
 def test_saved_results_are_those_of_the_readme():

@@ -14,21 +14,25 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 # Floors from the ground up; a line is a room. A module may import the rooms of lower floors and its
 # own room's; CORRIDORS are floors whose rooms also import each other.
 HOUSE = {
-    "core": ["gvpo_jax", "loss", "groups", "attention", "logprobs", "precision"],
-    "ground": ["errors", "config", "mesh", "batch", "runfiles", "formats", "intervals"],
+    "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs", "precision"],
+    "ground": ["errors", "config", "mesh", "batch", "samples", "runfiles", "formats", "intervals"],
     "models": ["models"],
     "stages": [
         "data tasks",
+        "offline",
         "rollout",
+        "replay",
+        "lookahead",
         "rewards",
-        "train_step",
+        "train_step objectives",
         "optimizer",
         "checkpoint",
         "metrics",
         "evaluate",
         "report svg curves report_page report_answers",
     ],
-    "story": ["policy", "sampler", "trainer", "runlog", "runfolder", "runs", "cli", "__main__"],
+    "story": ["policy sampler feed loop trainer runlog runfolder runs cli __main__"],
+    "doors": ["integrations"],
 }
 CORRIDORS = ("core", "ground", "story")
 FLOORS = list(HOUSE)

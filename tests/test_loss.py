@@ -155,6 +155,106 @@ def test_beta_may_be_traced(groups):
     np.testing.assert_allclose(value, gvpo_loss(*groups, beta=BETA), atol=1e-12)
 
 
+def test_huber_on_a_group_computed_by_hand():
+    # At the reference w = R - mean R = (3, 0, -1, -2); clipped (1, 0, -1, -1), whose mean is -1/4.
+    ref, rewards = jnp.array([-1.0, -2.0, -3.0, -4.0]), jnp.array([5.0, 2.0, 1.0, 0.0])
+    weights = gvpo_weights(ref, ref, rewards, beta=0.6, huber_delta=1.0)
+    np.testing.assert_allclose(weights, [1.25, 0.25, -0.75, -0.75], atol=1e-12)
+    # -0.6 / 3 * (1.25 * -1 + 0.25 * -2 + 0.75 * 3 + 0.75 * 4) = -0.7
+    loss = gvpo_loss(ref, ref, rewards, beta=0.6, huber_delta=1.0)
+    np.testing.assert_allclose(loss, -0.7, atol=1e-12)
+    # H = 1 * (3 - 1/2), 0, 1/2, 1 * (2 - 1/2): 4.5 over 3
+    np.testing.assert_allclose(gvpo_mse(ref, ref, rewards, beta=0.6, huber_delta=1.0), 1.5)
+
+
+HUBER_WHERE = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+
+
+@pytest.mark.parametrize("where", [None, HUBER_WHERE])
+def test_huber_gradients_agree_and_equal_finite_differences(where, groups):
+    dirty = groups if where is None else [np.where(where, x, np.nan) for x in groups]
+    logps, ref, rewards = map(jnp.asarray, dirty)
+    options = {"beta": BETA, "where": where, "huber_delta": 0.5}
+    clipped = np.abs(gvpo_weights(*dirty, beta=BETA, where=where)) > 0.5
+    assert 3 < np.sum(clipped) < 19  # some residuals are beyond delta and some are not
+    surrogate = jax.grad(lambda x: gvpo_loss(x, ref, rewards, **options))(logps)
+    regression = jax.grad(lambda x: gvpo_mse(x, ref, rewards, **options))(logps)
+    np.testing.assert_allclose(surrogate, regression, atol=1e-12)
+    steps = np.eye(logps.size).reshape(-1, *logps.shape) * 1e-6
+    up = np.array([gvpo_mse(logps + s, ref, rewards, **options) for s in steps])
+    down = np.array([gvpo_mse(logps - s, ref, rewards, **options) for s in steps])
+    np.testing.assert_allclose(surrogate.ravel(), (up - down) / 2e-6, atol=1e-8)
+
+
+def test_huber_equals_a_loop_over_ragged_groups(groups):
+    delta, values, num_groups = 0.5, 0.0, 0
+    residuals = loop_weights(*groups, BETA, HUBER_WHERE)
+    expected = np.zeros((5, 4))
+    for g in range(5):
+        members = [i for i in range(4) if HUBER_WHERE[g, i]]
+        if len(members) < 2:
+            continue
+        num_groups += 1
+        clipped = {i: min(max(residuals[g, i], -delta), delta) for i in members}
+        for i in members:
+            w = abs(residuals[g, i])
+            values += (w**2 / 2 if w <= delta else delta * (w - delta / 2)) / (len(members) - 1)
+            expected[g, i] = clipped[i] - sum(clipped.values()) / len(members)
+    options = {"beta": BETA, "where": HUBER_WHERE, "huber_delta": delta}
+    np.testing.assert_allclose(gvpo_weights(*groups, **options), expected, atol=1e-12)
+    np.testing.assert_allclose(gvpo_mse(*groups, **options), values / num_groups, atol=1e-12)
+
+
+def test_a_large_huber_delta_changes_nothing_and_may_be_traced(groups):
+    for f in (gvpo_loss, gvpo_mse, gvpo_weights):
+        plain = f(*groups, beta=BETA)
+        np.testing.assert_allclose(f(*groups, beta=BETA, huber_delta=1e3), plain, atol=1e-12)
+        traced = jax.jit(lambda d, f=f: f(*groups, beta=BETA, huber_delta=d))(1e3)
+        np.testing.assert_allclose(traced, plain, atol=1e-12)
+
+
+def test_huber_damps_an_outlier(groups):
+    """A reward gone wrong in one group: the step that it adds is bounded."""
+    logps, ref, rewards = map(jnp.asarray, groups)
+
+    def step(rewards, **options):
+        return jax.grad(lambda x: gvpo_loss(x, ref, rewards, beta=BETA, **options))(logps)
+
+    def added(**options):
+        outlier = rewards.at[0, 0].add(100)
+        return float(jnp.linalg.norm(step(outlier, **options) - step(rewards, **options)))
+
+    assert added(huber_delta=0.5) < 0.02 * added()
+
+
+def test_huber_keeps_the_optimum():
+    """Every group of three out of six outcomes, weighed by a sampler unlike the policy."""
+    rng = np.random.default_rng(2)
+    rewards, ref = rng.normal(0, 1, 6), jax.nn.log_softmax(jnp.asarray(rng.normal(0, 1, 6)))
+    chance = np.asarray(jax.nn.softmax(jnp.asarray(rng.normal(0, 0.5, 6))))
+    members = np.stack(np.meshgrid(*[np.arange(6)] * 3), -1).reshape(-1, 3)
+    weight = jnp.asarray(chance[members].prod(-1))
+
+    def expected(logits):
+        logps = jax.nn.log_softmax(logits)
+
+        def of_group(i):
+            options = {"beta": 0.5, "huber_delta": 0.05}
+            return gvpo_loss(logps[i], ref[i], jnp.asarray(rewards)[i], **options)
+
+        return jnp.sum(weight * jax.vmap(of_group)(jnp.asarray(members)))
+
+    def descend(logits, rate):
+        return logits - rate * jax.grad(expected)(logits), None
+
+    logits, _ = jax.lax.scan(descend, ref, jnp.full(4000, 8.0))
+    optimum = jax.nn.log_softmax(ref + jnp.asarray(rewards) / 0.5)
+    start = jnp.sum(jnp.exp(optimum) * (optimum - ref))
+    end = jnp.sum(jnp.exp(optimum) * (optimum - jax.nn.log_softmax(logits)))
+    assert start > 0.1
+    assert end < 1e-8
+
+
 @pytest.mark.parametrize("f", [gvpo_loss, gvpo_weights, gvpo_mse])
 def test_wrong_shapes_small_groups_and_beta_are_refused(f):
     x = jnp.ones((3, 4))
@@ -166,6 +266,8 @@ def test_wrong_shapes_small_groups_and_beta_are_refused(f):
         f(x, x, x, where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match=r"k >= 2.*\(3, 1\)"):
         f(x[:, :1], x[:, :1], x[:, :1])
-    for beta in (0, -0.1):
+    for number in (0, -0.1):
         with pytest.raises(ValueError, match="beta must be > 0"):
-            f(x, x, x, beta=beta)
+            f(x, x, x, beta=number)
+        with pytest.raises(ValueError, match="huber_delta must be > 0"):
+            f(x, x, x, huber_delta=number)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gvpo_jax.batch import make_batch, pad_prompts
+from gvpo_jax.batch import pad_prompts
 from gvpo_jax.config import Config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import LAYOUT, group_shards, make_mesh, path_name, shardings
@@ -12,6 +12,7 @@ from gvpo_jax.models import load_model
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.policy import Policy
 from gvpo_jax.rollout import Sampling
+from gvpo_jax.samples import Source, make_batch, make_group
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -37,7 +38,16 @@ def five_updates(policy):
             prompts, range(8), num_generations=4, sampling=Sampling(), seed=step
         )
         rewards = (rollout.completions[..., 0] % 7) / 7.0
-        batch = make_batch(prompts, rollout.completions, rollout.lengths, rewards)
+        batch = make_batch(
+            [
+                make_group(
+                    prompt, [x[:n] for x, n in zip(*group, strict=True)], r, source=Source.POLICY
+                )
+                for prompt, r, *group in zip(
+                    prompts, rewards, rollout.completions, rollout.lengths, strict=True
+                )
+            ]
+        )
         losses.append(float(policy.update(policy.with_reference(batch))["gvpo_mse"]))
         samples.append(rollout)
     return losses, samples

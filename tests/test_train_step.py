@@ -6,21 +6,31 @@ import numpy as np
 import optax
 import pytest
 
-from gvpo_jax.batch import (
-    Batch,
-    batch_of_groups,
-    bucket,
-    make_batch,
-    pad_groups,
-    pad_prompts,
-)
+from gvpo_jax.batch import Batch, bucket, pad_groups, pad_prompts
 from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
+from gvpo_jax.objectives import gvpo
+from gvpo_jax.samples import Source, make_batch, make_group
 from gvpo_jax.train_step import init_state, score, train_step
 
 CONFIG = DecoderConfig("qwen2", 37, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
 APPLY, PARAMS = make_apply(CONFIG), init_params(CONFIG, 0)
 REFERENCE = init_params(CONFIG, 1)
 BETA = 0.2
+
+
+def batch_of(prompts, tokens, lengths, rewards):
+    return make_batch(
+        [
+            make_group(
+                prompt,
+                [ids[:n] for ids, n in zip(*group, strict=True)],
+                values,
+                source=Source.POLICY,
+            )
+            for prompt, *group, values in zip(prompts, tokens, lengths, rewards, strict=True)
+        ],
+        longest_completion=tokens.shape[-1],
+    )
 
 
 def random_batch(groups=4, k=3, *, missing=()):
@@ -30,7 +40,8 @@ def random_batch(groups=4, k=3, *, missing=()):
     rewards = rng.normal(size=(groups, k))
     for place in missing:
         rewards[place] = np.nan
-    batch = make_batch(prompts, rng.integers(0, 37, (groups, k, 6)), lengths, rewards)
+    tokens = rng.integers(0, 37, (groups, k, 6))
+    batch = batch_of(prompts, tokens, lengths, rewards)
     refs = jax.jit(functools.partial(score, APPLY))(
         REFERENCE, batch.prompts, batch.prompt_lengths, batch.completions
     )
@@ -41,7 +52,12 @@ def gradient(batch, micro_batches=1):
     """The gradient that a step took, read off a step of plain descent with rate 1."""
     optimizer = optax.sgd(1.0)
     step = functools.partial(
-        train_step, model=APPLY, optimizer=optimizer, beta=BETA, micro_batches=micro_batches
+        train_step,
+        model=APPLY,
+        optimizer=optimizer,
+        objective=gvpo(beta=BETA),
+        beta=BETA,
+        micro_batches=micro_batches,
     )
     state, metrics = jax.jit(step)(init_state(PARAMS, optimizer), batch)
     return jax.tree.map(jnp.subtract, PARAMS, state.params), metrics
@@ -162,12 +178,13 @@ def test_training_pulls_the_policy_to_the_optimum():
     """Two completions of a token: the log-ratios' difference becomes the rewards' over beta."""
     completions = np.array([[[3], [8], [11]]])
     rewards = np.array([[0.5, 0.0, -0.2]])
-    batch = make_batch([[1, 2]], completions, np.ones((1, 3), int), rewards)
+    batch = batch_of([[1, 2]], completions, np.ones((1, 3), int), rewards)
     scores = jax.jit(functools.partial(score, APPLY))
     args = batch.prompts, batch.prompt_lengths, batch.completions
     refs = np.asarray(scores(REFERENCE, *args))
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 300))
-    step = jax.jit(functools.partial(train_step, model=APPLY, optimizer=optimizer, beta=BETA))
+    step = functools.partial(train_step, objective=gvpo(beta=BETA), beta=BETA)
+    step = jax.jit(functools.partial(step, model=APPLY, optimizer=optimizer))
     state = init_state(REFERENCE, optimizer)
     for _ in range(300):
         state, metrics = step(state, batch._replace(ref_logps=refs))
@@ -204,7 +221,9 @@ def test_padding_of_prompts_and_completions():
 
 def test_ragged_groups_are_filled_up_with_nothing():
     groups, rewards = [[[1, 2], [3]], [[4, 5, 6], [], [7]]], [[0.5, None], [1.0, 2.0, 3.0]]
-    batch = batch_of_groups([[1], [2]], groups, rewards, max_completion_length=3)
+    batch = make_batch(
+        [make_group([1], g, r, source=Source.FILE) for g, r in zip(groups, rewards, strict=True)]
+    )
     assert batch.lengths.tolist() == [[2, 1, 0], [3, 0, 1]]
     assert batch.valid.tolist() == [[True, False, False], [True, False, True]]
     assert batch.completions[1, 0, :3].tolist() == [4, 5, 6]

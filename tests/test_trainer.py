@@ -20,7 +20,8 @@ from gvpo_jax.runlog import crossed
 from gvpo_jax.trainer import Trainer
 
 ROWS = [
-    {"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar", "fir", "oak")
+    {"prompt": f"Spell {word}: ", "word": word, "solution": word}
+    for word in ("ash", "birch", "cedar", "fir", "oak")
 ]
 CLOCKS = {"step_time", "tokens_per_second"}
 
@@ -73,6 +74,16 @@ VARIANTS = {
     "previous": {"reference__name": "previous", "reference__refresh_every": 2},
     "ema": {"reference__name": "ema", "reference__decay": 0.5},
     "reuse": {"train__steps_per_generation": 2, "train__num_iterations": 2, "train__steps": 8},
+    "ahead": {"rollout__lookahead": 2, "train__steps": 8},
+    "replay": {
+        "replay__completions": 2,
+        "replay__groups": 1,
+        "replay__capacity": 3,
+        "train__steps": 8,
+        "rollout__lookahead": 1,
+    },
+    "demonstrations": {"rollout__demonstrations": 1, "reference__name": "previous"},
+    "grpo": {"loss__name": "grpo", "train__num_iterations": 2},
 }
 
 
@@ -368,7 +379,7 @@ def test_texts_end_with_the_tokenizers_own_end_token(tmp_path):
     model = dataclasses.replace(model, generation_config={"eos_token_id": [258, 259, 257]})
     trainer = Trainer(config(tmp_path), model)
     assert trainer.policy.stop_ids[0] == 258
-    assert trainer._completion_ids("a")[-1] == model.tokenizer.eos_token_id == 257
+    assert trainer.policy.completion_ids("a")[-1] == model.tokenizer.eos_token_id == 257
 
 
 @pytest.mark.parametrize(

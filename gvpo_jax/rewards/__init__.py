@@ -113,6 +113,15 @@ def per_sample(func: Callable[[Any, Any], float | None]) -> RewardFunc:
     return each
 
 
+def batched(func: RewardFunc) -> RewardFunc:
+    """The function itself, or `per_sample` of it if its parameters are `(prompt, completion)`."""
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return func
+    return per_sample(func) if names == ["prompt", "completion"] else func
+
+
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """The text of a completion: the string itself, or the content of the last chat message."""
     return completion if isinstance(completion, str) else completion[-1]["content"]

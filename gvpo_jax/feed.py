@@ -1,0 +1,208 @@
+"""What an update trains on: new groups, older ones and given ones, mixed into batches."""
+
+import json
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gvpo_jax.batch import Batch
+from gvpo_jax.config import Config
+from gvpo_jax.data import EncodedPrompts, batch_indices
+from gvpo_jax.lookahead import Lookahead
+from gvpo_jax.policy import Policy
+from gvpo_jax.replay import ReplayBuffer
+from gvpo_jax.runlog import reward_metrics
+from gvpo_jax.sampler import Drawn, Sampler
+from gvpo_jax.samples import UNKNOWN, Group, cut, join, make_batch, pack, unpack
+
+Arrays = dict[str, np.ndarray]
+
+
+class Fed(NamedTuple):
+    """A batch to update on, what there is to tell about it, and its new completions as texts."""
+
+    batch: Batch
+    metrics: dict[str, float]
+    records: list[dict[str, Any]]
+
+
+class Feed(Protocol):
+    """Gives the batches of a run, round by round; a round is `train.steps_per_generation` of them.
+
+    `state` and `load` carry over what the next rounds depend on, as arrays.
+    """
+
+    def round(self, number: int) -> list[Fed]: ...
+
+    def state(self) -> Arrays: ...
+
+    def load(self, state: Arrays) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class OnlineFeed:
+    """Groups that the policy samples, now or ahead of time, with older ones mixed in."""
+
+    def __init__(self, policy: Policy, config: Config, sampler: Sampler, prompts: EncodedPrompts):
+        self._policy, self._config, self._longest = policy, config, prompts.longest
+        self._replay = ReplayBuffer(config.replay.capacity, config.run.seed)
+        per_round = config.train.steps_per_generation
+        given = sampler.demonstrations(prompts) if config.rollout.demonstrations else None
+        lost = sum(int((group.lengths == 0).sum()) for group in given or ())
+        self.notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"] if lost else []
+
+        def draw(number: int, at: "_Version") -> list[Drawn]:
+            first = number * per_round
+            return [
+                sampler.draw(n, prompts, given, at.params, at.updates)
+                for n in range(first, first + per_round)
+            ]
+
+        self._draw = draw
+        self._ahead: Lookahead[list[Drawn]] | None = None
+        if config.rollout.lookahead:
+            last = -(-config.train.steps // (per_round * config.train.num_iterations)) - 1
+            self._ahead = Lookahead(
+                draw,
+                lambda: _Version(policy.snapshot(), policy.updates),
+                ahead=config.rollout.lookahead,
+                last=last,
+            )
+
+    def round(self, number: int) -> list[Fed]:
+        """The round's batches, with reference log-probs; then its groups are remembered."""
+        if self._ahead:
+            drawn = self._ahead.take(number)
+        else:
+            drawn = self._draw(number, _Version(None, self._policy.updates))
+        first = number * len(drawn)
+        fed = [self._mix(first + place, batch) for place, batch in enumerate(drawn)]
+        if self._remembers:
+            for _, scored in fed:
+                self._replay.add(scored)
+        return [f for f, _ in fed]
+
+    def state(self) -> Arrays:
+        """The replay buffer and the rounds drawn ahead."""
+        arrays = _over(self._replay.state(), "replay") if self._remembers else {}
+        pending = self._ahead.pending() if self._ahead else {}
+        told = []
+        for number, batches in pending.items():
+            for place, (groups, metrics, records) in enumerate(batches):
+                arrays |= _over(pack(groups), f"ahead/{number}/{place}")
+                told.append([number, place, metrics, records])
+        if told:
+            arrays["ahead"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+        return arrays
+
+    def load(self, state: Arrays) -> None:
+        """Take over what `state` gave."""
+        if self._remembers:
+            self._replay.load(_under(state, "replay"))
+        if self._ahead and "ahead" in state:
+            rounds: dict[int, list[Drawn]] = {}
+            for number, place, metrics, records in json.loads(bytes(state["ahead"])):
+                groups = unpack(_under(state, f"ahead/{number}/{place}"))
+                rounds.setdefault(number, []).append(Drawn(groups, metrics, records))
+            self._ahead.load(rounds)
+
+    def close(self) -> None:
+        """End the sampling thread."""
+        if self._ahead:
+            self._ahead.close()
+
+    @property
+    def _remembers(self) -> bool:
+        return bool(self._config.replay.completions or self._config.replay.groups)
+
+    def _mix(self, key: int, drawn: Drawn) -> tuple[Fed, list[Group]]:
+        """A batch of new and older completions; and the groups in it with reference log-probs."""
+        r = self._config.replay
+        groups = [self._with_older(key, place, g) for place, g in enumerate(drawn.groups)]
+        if r.groups:
+            groups += self._replay.groups(r.groups, key)
+        c = self._config
+        fed, groups = feed_groups(self._policy, groups, c, self._longest, c.rollout.num_generations)
+        metrics = fed.metrics | drawn.metrics
+        return Fed(fed.batch, metrics, drawn.records), groups[: len(drawn.groups)]
+
+    def _with_older(self, key: int, place: int, group: Group) -> Group:
+        if not self._config.replay.completions:
+            return group
+        older = self._replay.completions(group.row, self._config.replay.completions, key)
+        return group if older is None else join(group, older)
+
+
+class OfflineFeed:
+    """Groups sampled elsewhere, in an order that depends on the seed alone.
+
+    Reference log-probs are kept with the groups for as long as the reference stays.
+    """
+
+    def __init__(self, policy: Policy, config: Config, groups: list[Group]):
+        self._policy, self._config, self._groups = policy, config, list(groups)
+        self._longest = max(len(group.prompt) for group in groups)
+        self._k = max(len(group.lengths) for group in groups)
+
+    def round(self, number: int) -> list[Fed]:
+        """The round's batches, with reference log-probs."""
+        per_round = self._config.train.steps_per_generation
+        return [self._batch(number * per_round + place) for place in range(per_round)]
+
+    def state(self) -> Arrays:
+        """Nothing: the groups come from the data."""
+        return {}
+
+    def load(self, state: Arrays) -> None:
+        """Nothing to take over."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _batch(self, number: int) -> Fed:
+        c = self._config
+        indices = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)
+        groups = [self._groups[i] for i in indices]
+        fed, groups = feed_groups(self._policy, groups, c, self._longest, self._k)
+        for i, group in zip(indices, groups, strict=True):
+            self._groups[i] = group
+        return fed
+
+
+def feed_groups(
+    policy: Policy, groups: list[Group], config: Config, longest_prompt: int, k: int | None = None
+) -> tuple[Fed, list[Group]]:
+    """A batch with the reference's log-probs, scored where they are not cached; and its groups."""
+    batch = make_batch(
+        groups,
+        longest_prompt=longest_prompt,
+        longest_completion=config.rollout.max_completion_length,
+        k=k,
+    )
+    metrics = reward_metrics(batch)
+    batch = policy.pad(batch, config.train.batch_size)
+    reference = policy.reference_fingerprint
+    known = np.ones(len(batch.rewards), bool)  # what only fills up needs no scores
+    known[: len(groups)] = [g.reference == reference != UNKNOWN for g in groups]
+    batch = policy.with_reference(batch, known)
+    scored = [cut(batch, place, group, reference) for place, group in enumerate(groups)]
+    return Fed(batch, metrics, []), scored
+
+
+class _Version(NamedTuple):
+    """Parameters to sample with (None: the current ones), and the updates that they have seen."""
+
+    params: Any
+    updates: int
+
+
+def _over(arrays: Arrays, prefix: str) -> Arrays:
+    return {f"{prefix}/{name}": value for name, value in arrays.items()}
+
+
+def _under(arrays: Arrays, prefix: str) -> Arrays:
+    start = prefix + "/"
+    return {
+        name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)
+    }

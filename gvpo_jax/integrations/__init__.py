@@ -1,0 +1,1 @@
+"""Doors to other libraries: GVPO's loss where somebody else samples and updates."""

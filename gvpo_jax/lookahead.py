@@ -1,0 +1,51 @@
+"""Rounds drawn ahead: while the trainer works on one, a thread samples and scores the next."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Lookahead(Generic[T]):
+    """Draws round n + ahead when round n is taken, so that a round is at most `ahead` rounds stale.
+
+    The schedule is fixed: which policy draws which round does not depend on how fast anything runs.
+    So a resumed run is that of an uninterrupted one, if it `load`s what was pending.
+
+    Args:
+        draw: (number of a round, parameters) -> the round; called in one other thread, in order.
+        snapshot: the current parameters, in a copy that training does not overwrite.
+        ahead: rounds, at least 1.
+    """
+
+    def __init__(
+        self, draw: Callable[[int, Any], T], snapshot: Callable[[], Any], *, ahead: int, last: int
+    ):
+        self._draw, self._snapshot, self._ahead, self._last = draw, snapshot, ahead, last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+        self._pending: dict[int, Future[T]] = {}
+
+    def take(self, number: int) -> T:
+        """Round `number`; rounds after the `last` are not begun."""
+        wanted = range(number, min(number + self._ahead, self._last) + 1)
+        missing = [n for n in wanted if n not in self._pending]
+        if missing:
+            params = self._snapshot()
+            for n in missing:
+                self._pending[n] = self._thread.submit(self._draw, n, params)
+        return self._pending.pop(number).result()
+
+    def pending(self) -> dict[int, T]:
+        """The rounds that were begun and not yet taken, once they are done."""
+        return {number: future.result() for number, future in sorted(self._pending.items())}
+
+    def load(self, rounds: Mapping[int, T]) -> None:
+        """Take over what `pending` gave."""
+        for number, drawn in rounds.items():
+            self._pending[number] = future = Future()
+            future.set_result(drawn)
+
+    def close(self) -> None:
+        """Drop what was not begun; what is being drawn ends on its own."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

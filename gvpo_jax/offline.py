@@ -1,0 +1,146 @@
+"""Groups sampled elsewhere: rows with `prompt`, `completions` and `rewards`, of any group sizes.
+
+    {"prompt": "2 + 2 =", "completions": [" 4", " 5", " four"], "rewards": [1, 0, 0.5]}
+
+A completion is a text, to which the end token is added, or a list of token ids, taken as it is.
+`ref_logps` may hold the reference's log-probs in nats: per completion a list with one number per
+token, end token included. Then `ref_fingerprint` says whose they are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.samples import UNKNOWN, Group, Source, completion_problem, make_group, take
+
+
+@dataclass(frozen=True)
+class OfflineGroups:
+    """Groups to train on, and how many completions and whole groups were left out as bad."""
+
+    groups: list[Group]
+    skipped_completions: int
+    skipped_groups: int
+
+
+def read_groups(
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    encode: Callable[[str], list[int]],
+    *,
+    reference: int,
+    max_completion_length: int,
+    bad_samples: Literal["error", "skip"] = "error",
+) -> OfflineGroups:
+    """The rows as groups of token ids.
+
+    Args:
+        rows: see above; other columns are not looked at.
+        prompts: the rows' prompts as token ids.
+        encode: a completion's text -> token ids, end token included.
+        reference: fingerprint of the run's reference, or `UNKNOWN` where it keeps changing.
+        max_completion_length: tokens.
+        bad_samples: what becomes of a completion that is empty, too long or without a finite
+            reward, and of a group that keeps fewer than two: `skip` counts them.
+
+    Raises:
+        UserError: naming the row (from 1), for these, for columns that do not fit together, for
+            reference log-probs of another reference, and where no group is left.
+    """
+    groups: list[Group] = []
+    skipped = 0
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
+        name = f"groups, row {number}"
+        ids, rewards = _completions(name, row, encode), _rewards(name, row)
+        if len(ids) != len(rewards):
+            raise UserError(f"{name}: {len(ids)} completions but {len(rewards)} rewards")
+        group = make_group(prompt, ids, rewards, source=Source.FILE, row=number - 1)
+        group = _with_cache(name, row, group, reference)
+        problems = {
+            place: problem
+            for place, pair in enumerate(zip(ids, rewards, strict=True))
+            if (problem := completion_problem(*pair, max_completion_length))
+        }
+        good = [place for place in range(len(ids)) if place not in problems]
+        if bad_samples == "error":
+            for place, problem in problems.items():
+                raise UserError(f"{name}, completion {place + 1}: {problem}{_HINT}")
+            if len(good) < 2:
+                raise UserError(f"{name}: a group needs at least two completions{_HINT}")
+        skipped += len(problems)
+        if len(good) >= 2:
+            groups.append(take(group, good))
+    if not groups:
+        raise UserError(f"none of the {len(rows)} groups has two completions to compare")
+    return OfflineGroups(groups, skipped, len(rows) - len(groups))
+
+
+_HINT = "; data.bad_samples=skip leaves out what can't be used"
+
+
+def _completions(name: str, row: Mapping[str, Any], encode: Callable[[str], list[int]]):
+    texts = row.get("completions")
+    if not isinstance(texts, list):
+        raise UserError(f"{name}: the column 'completions' must be a list of texts")
+    ids = []
+    for text in texts:
+        if isinstance(text, str):
+            ids.append(encode(text))
+        elif isinstance(text, list) and all(type(token) is int and token >= 0 for token in text):
+            ids.append(text)
+        else:
+            raise UserError(f"{name}: a completion is a text or a list of token ids, got {text!r}")
+    return ids
+
+
+def _rewards(name: str, row: Mapping[str, Any]) -> list[float | None]:
+    rewards = row.get("rewards")
+    if not isinstance(rewards, list):
+        raise UserError(f"{name}: the column 'rewards' must be a list of numbers")
+    for reward in rewards:
+        if reward is not None and not isinstance(reward, int | float):
+            raise UserError(f"{name}: a reward is a number, got {reward!r}")
+    return rewards
+
+
+def _with_cache(name: str, row: Mapping[str, Any], group: Group, reference: int) -> Group:
+    """The group with the row's reference log-probs, if it has any and they can be used."""
+    cached = row.get("ref_logps")
+    if cached is None:
+        return group
+    theirs = row.get("ref_fingerprint")
+    if theirs is None:
+        raise UserError(
+            f"{name}: ref_logps without ref_fingerprint, which says whose they are; leave them "
+            "out, and they are computed"
+        )
+    if UNKNOWN not in (theirs, reference) and theirs != reference:
+        raise UserError(
+            f"{name}: its ref_logps are of the reference {theirs}, this run's is {reference}; "
+            "leave them out, and they are computed"
+        )
+    if not _fits(cached, group):
+        raise UserError(
+            f"{name}: ref_logps must hold a list per completion, with a finite number per token "
+            f"(here {group.lengths.tolist()}, end tokens included)"
+        )
+    ref_logps = np.zeros_like(group.ref_logps)
+    for place, values in zip(ref_logps, cached, strict=True):
+        place[: len(values)] = values
+    return group._replace(ref_logps=ref_logps, reference=theirs)
+
+
+def _fits(cached: Any, group: Group) -> bool:
+    return (
+        isinstance(cached, list)
+        and all(isinstance(values, list) for values in cached)
+        and [len(values) for values in cached] == group.lengths.tolist()
+        and all(
+            isinstance(value, int | float) and np.isfinite(value)
+            for values in cached
+            for value in values
+        )
+    )

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.offline import read_groups
+from gvpo_jax.samples import UNKNOWN, Source
+
+INF, NAN = float("inf"), float("nan")
+
+
+def encode(text):
+    return [*text.encode(), 0]
+
+
+def read(*rows, reference=5, **settings):
+    return read_groups(
+        rows,
+        [[1, 2]] * len(rows),
+        encode,
+        reference=reference,
+        max_completion_length=4,
+        **settings,
+    )
+
+
+def row(completions=("a", "bc"), rewards=(1, 0.5), **columns):
+    return {"completions": list(completions), "rewards": list(rewards), **columns}
+
+
+def test_texts_and_token_ids_become_groups():
+    (group,) = read(row(["a", [7, 8, 9], ""], [1, 0, True])).groups
+    assert group.completions.tolist() == [[97, 0, 0], [7, 8, 9], [0, 0, 0]]
+    assert group.lengths.tolist() == [2, 3, 1]
+    assert group.rewards.tolist() == [1, 0, 1]
+    assert (group.source == Source.FILE).all()
+    assert (group.version == UNKNOWN).all()
+    assert group.prompt.tolist() == [1, 2]
+    assert group.reference == UNKNOWN
+
+
+BAD = [
+    (row(["a", []]), "completion 2: it has no token"),
+    (row(["a", "abcd"]), "completion 2: 5 tokens; raise"),
+    (row(rewards=[None, 1]), "completion 1: it has no reward"),
+    (row(rewards=[1, NAN]), "completion 2: it has no reward"),
+    (row(rewards=[1, -INF]), "completion 2: its reward is infinite"),
+    (row(["a"], [1]), "at least two completions"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_what_can_not_be_used_is_an_error_or_counted(bad, message):
+    with pytest.raises(UserError, match=rf"groups, row 2.*{message}.*bad_samples=skip"):
+        read(row(), bad)
+    kept = read(row(), bad, bad_samples="skip")
+    assert len(kept.groups) == 1
+    assert kept.skipped_groups == 1
+    assert kept.skipped_completions == (0 if "at least" in message else 1)
+
+
+def test_a_group_that_keeps_two_stays():
+    (group,) = read(row(["a", "b", "c"], [1, INF, 0]), bad_samples="skip").groups
+    assert group.completions[:, 0].tolist() == [97, 99]
+    assert group.rewards.tolist() == [1, 0]
+
+
+def test_when_no_group_is_left_there_is_nothing_to_train_on():
+    with pytest.raises(UserError, match="none of the 1 groups"):
+        read(row(["a"], [1]), bad_samples="skip")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"rewards": [1, 2]}, "'completions' must be a list"),
+        (row() | {"completions": "ab"}, "'completions' must be a list"),
+        (row() | {"rewards": 1}, "'rewards' must be a list"),
+        (row(rewards=[1, "2"]), "a reward is a number, got '2'"),
+        (row(rewards=[1]), "2 completions but 1 rewards"),
+        (row(["a", 3]), "a completion is a text or a list of token ids, got 3"),
+        (row(["a", [-1]]), "token ids, got"),
+        (row(ref_logps=[[1, 1], [1, 1, 1]]), "without ref_fingerprint"),
+        (row(ref_logps=[[1, 1], [1, 1]], ref_fingerprint=5), r"\[2, 3\], end tokens included"),
+        (row(ref_logps=[[1, 1], [1, 1, NAN]], ref_fingerprint=5), "a finite number per token"),
+        (row(ref_logps=[-3.0, -4.0], ref_fingerprint=5), "a list per completion"),
+        (row(ref_logps=[[1, 1], [1, 1, 1]], ref_fingerprint=6), "of the reference 6, this run's"),
+    ],
+)
+def test_columns_that_make_no_sense_are_errors_also_where_samples_are_skipped(bad, message):
+    with pytest.raises(UserError, match=message):
+        read(row(), bad, bad_samples="skip")
+
+
+def test_reference_log_probs_come_along():
+    cached = row(ref_logps=[[-1, -2], [-3, -4, -5]], ref_fingerprint=5)
+    (group,) = read(cached).groups
+    assert group.reference == 5
+    np.testing.assert_array_equal(group.ref_logps, [[-1, -2, 0], [-3, -4, -5]])
+    # a reference that keeps changing can't use them, and need not complain
+    assert read(cached, reference=UNKNOWN).groups[0].reference == 5
