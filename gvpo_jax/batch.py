@@ -1,6 +1,6 @@
 """One batch of groups: what rollout, rewards and scoring fill in and the train step reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,9 @@ class Batch(NamedTuple):
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], longest: int | None = None
+    prompts: Sequence[Sequence[int]],
+    longest: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right-pad to the next bucket: token ids `[g, p]` and lengths `[g]`, int32.
 
@@ -48,6 +50,7 @@ def pad_prompts(
         prompts: g lists of token ids.
         longest: length of the longest prompt there will be in the run, where it is known. Then the
             buckets are that length, its half and its quarter: three widths to compile at most.
+        agree: the width needed here -> the one that all processes take.
 
     Raises:
         ValueError: no prompt, or one without a token.
@@ -56,7 +59,7 @@ def pad_prompts(
     if len(lengths) == 0 or lengths.min() == 0:
         raise ValueError("every prompt needs at least one token: give it some text")
     width = int(lengths.max())
-    width = bucket(width) if longest is None else _fraction(width, longest)
+    width = agree(bucket(width) if longest is None else _fraction(width, longest))
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -85,9 +88,29 @@ def pad_groups(batch: Batch, groups: int) -> Batch:
     if missing <= 0:
         return batch
     filled = Batch(*(np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in batch))
-    return filled._replace(
-        valid=np.concatenate([batch.valid, np.zeros_like(filled.valid[:missing])])
-    )
+    filled.valid[-missing:] = False
+    filled.lengths[-missing:] = 0
+    return filled
+
+
+def fill_up(batch: Batch, *, groups: int, completions: int) -> Batch:
+    """The batch, while tracing, with invalid groups and completions up to multiples of these."""
+    g, k = batch.valid.shape
+    missing_g, missing_k = -g % groups, -k % completions
+    if not missing_g and not missing_k:
+        return batch
+
+    def fill(x, *widths):
+        return jnp.pad(x, [*widths, *[(0, 0)] * (x.ndim - len(widths))])
+
+    filled = {
+        name: fill(x, (0, missing_g))
+        if name in ("prompts", "prompt_lengths")
+        else fill(x, (0, missing_g), (0, missing_k))
+        for name, x in batch._asdict().items()
+    }
+    filled["prompt_lengths"] = jnp.maximum(filled["prompt_lengths"], 1)
+    return Batch(**filled)
 
 
 def split_groups(tree: Any, parts: int) -> Any:
@@ -97,3 +120,20 @@ def split_groups(tree: Any, parts: int) -> Any:
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, tree)
+
+
+def join_groups(x: jax.Array) -> jax.Array:
+    """`[parts, g / parts, ...] -> [g, ...]`, the inverse of `split_groups`."""
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def split_completions(x: jax.Array, parts: int) -> jax.Array:
+    """`[n, g, k, ...] -> [n, parts, g, k / parts, ...]`, dealt out in turn."""
+    n, g, k, *rest = x.shape
+    return jnp.moveaxis(x.reshape(n, g, k // parts, parts, *rest), 3, 1)
+
+
+def join_completions(x: jax.Array) -> jax.Array:
+    """`[n, parts, g, k / parts, ...] -> [n, g, k, ...]`, the inverse of `split_completions`."""
+    n, parts, g, k, *rest = x.shape
+    return jnp.moveaxis(x, 1, 3).reshape(n, g, k * parts, *rest)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import shutil
+import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gvpo_jax.distributed import largest
 from gvpo_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -21,12 +23,15 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: its step, the state, and the values and arrays saved along."""
+    """A checkpoint read back: its step, the state, and the values and arrays saved along.
+
+    `samples` holds what each of the processes saved, in their order.
+    """
 
     step: int
     state: Any
     extra: dict[str, Any]
-    samples: dict[str, np.ndarray]
+    samples: list[dict[str, np.ndarray]]
 
 
 class Checkpoints:
@@ -52,7 +57,8 @@ class Checkpoints:
     ) -> None:
         """Save a pytree of arrays and JSON values as one atomic step, written in the background.
 
-        samples: NumPy arrays whose shapes a later session can't know, e.g. a replay buffer.
+        samples: this process's NumPy arrays, whose shapes a later session can't know, e.g. a
+            replay buffer.
 
         Raises:
             UserError: an earlier save failed, e.g. for a full disk.
@@ -63,11 +69,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         blob = _to_bytes(samples or {})
-        extra = extra | {"checksums": _checksums(state), "samples_crc": zlib.crc32(blob)}
+        extra = extra | {"checksums": _checksums(state)}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             extra=ocp.args.JsonSave(extra),
-            samples=ocp.args.StandardSave({"npz": np.frombuffer(blob, np.uint8)}),
+            samples=ocp.args.PyTreeSave(_rows_of_processes(blob)),
         )
         try:
             # Forced: Orbax would silently skip a step older than a broken one that is still there.
@@ -104,6 +110,13 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
         return None
 
+    def preempted(self, step: int) -> bool:
+        """Whether the processes were told to end (SIGTERM); all agree on the step.
+
+        Always False where there is one process that joined no others.
+        """
+        return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
+
     def wait(self) -> None:
         """Until everything saved is on disk.
 
@@ -130,7 +143,9 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(like),
             extra=ocp.args.JsonRestore(),
-            samples=ocp.args.StandardRestore(),
+            samples=ocp.args.PyTreeRestore(
+                restore_args={"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
+            ),
         )
         read = self._manager.restore(step, args=args)
         extra = dict(read["extra"])
@@ -138,10 +153,8 @@ class Checkpoints:
         wrong = [name for name in found if expected.get(name) != found[name]]
         if wrong or len(expected) != len(found):
             raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
-        blob = np.asarray(read["samples"]["npz"]).tobytes()
-        if zlib.crc32(blob) != extra.pop("samples_crc"):
-            raise ValueError("checksum of the samples differs")
-        return Restored(step, read["state"], extra, _from_bytes(blob))
+        rows = np.asarray(read["samples"]["npz"])
+        return Restored(step, read["state"], extra, [_from_bytes(row.tobytes()) for row in rows])
 
 
 def sweep(folder: Path | str) -> None:
@@ -159,14 +172,38 @@ def fingerprint(tree: Any) -> int:
 
 
 def _to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Their CRC, their length and the arrays."""
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
-    return file.getvalue()
+    content = file.getvalue()
+    return _HEADER.pack(zlib.crc32(content), len(content)) + content
 
 
 def _from_bytes(blob: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
+    crc, length = _HEADER.unpack_from(blob)
+    content = blob[_HEADER.size : _HEADER.size + length]
+    if zlib.crc32(content) != crc:
+        raise ValueError("checksum of the samples differs")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def _rows_of_processes(blob: bytes) -> dict[str, Any]:
+    """An array [processes, bytes] of which each process has its row."""
+    (width,) = largest(len(blob))
+    row = np.zeros((1, width), np.uint8)
+    row[0, : len(blob)] = np.frombuffer(blob, np.uint8)
+    if jax.process_count() == 1:
+        return {"npz": row}
+    by_process = {device.process_index: device for device in reversed(jax.devices())}
+    devices = [by_process[process] for process in range(jax.process_count())]
+    layout = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.array(devices), ("process",)), jax.sharding.PartitionSpec("process")
+    )
+    return {"npz": jax.make_array_from_process_local_data(layout, row)}
+
+
+_HEADER = struct.Struct("<IQ")
 
 
 def _checksums(tree: Any) -> dict[str, int]:

@@ -70,11 +70,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
+    from gvpo_jax.distributed import is_first
     from gvpo_jax.runs import train
 
     summary = train(config)
-    print(json.dumps(summary, indent=2))
-    print(f"report: {Path(config.run.dir) / 'report.html'}")
+    if is_first():
+        print(json.dumps(summary, indent=2))
+        print(f"report: {Path(config.run.dir) / 'report.html'}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:

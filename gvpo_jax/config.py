@@ -138,6 +138,9 @@ class TrainConfig:
     steps_per_generation: int = 1  # updates' worth of prompts that one rollout samples
     num_iterations: int = 1  # passes over each rollout
     micro_batches: int = 1  # parts of whole groups per update, to save memory; same gradient
+    # Parts that each group's completions are cut into, where a group is too large for memory: one
+    # more forward pass, same gradient.
+    completion_parts: int = 1
     stop_at: int | None = None  # end this session after so many updates; the next start goes on
 
 
@@ -165,11 +168,26 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes what is left."""
+    """Devices along each axis, inside a slice and over slices (dcn); -1 takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # copies of everything
+    fsdp: int = -1  # parameters, moments and batches are cut
+    tensor: int = 1  # layers are cut
+    dcn_data: int = -1
+    dcn_fsdp: int = 1
+    dcn_tensor: int = 1
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other, see gvpo_jax/distributed.py."""
+
+    initialize: Literal["auto", "always", "never"] = "auto"
+    coordinator_address: str | None = None  # HOST:PORT of process 0, with the next two
+    num_processes: int | None = None
+    process_id: int | None = None
+    initialization_timeout: int = 120  # seconds to wait for the others
+    heartbeat_timeout: int = 100  # seconds after which a silent process counts as dead
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -196,7 +215,7 @@ class Config:
 _MAX = sys.float_info.max
 
 # A resumed run may change these: they touch neither what was computed nor what will be.
-_FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "mesh")
+_FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "mesh", "distributed")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -381,6 +400,7 @@ def _ranges(c: Config) -> dict[str, tuple[float | None, float, float]]:
         "train.steps_per_generation": (c.train.steps_per_generation, 1, _MAX),
         "train.num_iterations": (c.train.num_iterations, 1, _MAX),
         "train.micro_batches": (c.train.micro_batches, 1, _MAX),
+        "train.completion_parts": (c.train.completion_parts, 1, _MAX),
         "train.stop_at": (c.train.stop_at, 1, _MAX),
         "eval.every": (c.eval.every, 0, _MAX),
         "eval.num_generations": (c.eval.num_generations, 1, _MAX),
@@ -390,6 +410,10 @@ def _ranges(c: Config) -> dict[str, tuple[float | None, float, float]]:
         "checkpoint.keep": (c.checkpoint.keep, 1, _MAX),
         "log.completions_every": (c.log.completions_every, 1, _MAX),
         "log.samples": (c.log.samples, 0, _MAX),
+        "distributed.num_processes": (c.distributed.num_processes, 1, _MAX),
+        "distributed.process_id": (c.distributed.process_id, 0, _MAX),
+        "distributed.initialization_timeout": (c.distributed.initialization_timeout, 1, _MAX),
+        "distributed.heartbeat_timeout": (c.distributed.heartbeat_timeout, 1, _MAX),
     }
 
 

@@ -1,15 +1,19 @@
 """What an update trains on: new groups, older ones and given ones, mixed into batches."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
 from gvpo_jax.data import EncodedPrompts, batch_indices
+from gvpo_jax.distributed import share
+from gvpo_jax.errors import UserError
 from gvpo_jax.lookahead import Lookahead
-from gvpo_jax.policy import Policy
+from gvpo_jax.policy import Policy, agreed
 from gvpo_jax.replay import ReplayBuffer
 from gvpo_jax.runlog import reward_metrics
 from gvpo_jax.sampler import Drawn, Sampler
@@ -29,14 +33,15 @@ class Fed(NamedTuple):
 class Feed(Protocol):
     """Gives the batches of a run, round by round; a round is `train.steps_per_generation` of them.
 
-    `state` and `load` carry over what the next rounds depend on, as arrays.
+    `state` is what this process's next rounds depend on, as arrays; `load` takes over what all the
+    processes had, be they more or fewer than now.
     """
 
     def round(self, number: int) -> list[Fed]: ...
 
     def state(self) -> Arrays: ...
 
-    def load(self, state: Arrays) -> None: ...
+    def load(self, states: Sequence[Arrays]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -61,6 +66,11 @@ class OnlineFeed:
 
         self._draw = draw
         self._ahead: Lookahead[list[Drawn]] | None = None
+        if config.rollout.lookahead and jax.process_count() > 1:
+            raise UserError(
+                "rollout.lookahead needs a single process: programs of two threads may reach the "
+                "devices in another order on each host"
+            )
         if config.rollout.lookahead:
             last = -(-config.train.steps // (per_round * config.train.num_iterations)) - 1
             self._ahead = Lookahead(
@@ -96,11 +106,15 @@ class OnlineFeed:
             arrays["ahead"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
         return arrays
 
-    def load(self, state: Arrays) -> None:
-        """Take over what `state` gave."""
-        if self._remembers:
-            self._replay.load(_under(state, "replay"))
-        if self._ahead and "ahead" in state:
+    def load(self, states: Sequence[Arrays]) -> None:
+        """Take over what `state` gave; other processes than before deal the buffer out again."""
+        processes, here = jax.process_count(), jax.process_index()
+        if self._remembers and len(states) == processes:
+            self._replay.load(_under(states[here], "replay"))
+        elif self._remembers:
+            everything = [g for state in states for g in unpack(_under(state, "replay"))]
+            self._replay.load(pack(everything[here::processes]))
+        if self._ahead and "ahead" in (state := states[0]):
             rounds: dict[int, list[Drawn]] = {}
             for number, place, metrics, records in json.loads(bytes(state["ahead"])):
                 groups = unpack(_under(state, f"ahead/{number}/{place}"))
@@ -121,7 +135,7 @@ class OnlineFeed:
         r = self._config.replay
         groups = [self._with_older(key, place, g) for place, g in enumerate(drawn.groups)]
         if r.groups:
-            groups += self._replay.groups(r.groups, key)
+            groups += self._replay.groups(r.groups // jax.process_count(), key)
         c = self._config
         fed, groups = feed_groups(self._policy, groups, c, self._longest, c.rollout.num_generations)
         metrics = fed.metrics | drawn.metrics
@@ -154,7 +168,7 @@ class OfflineFeed:
         """Nothing: the groups come from the data."""
         return {}
 
-    def load(self, state: Arrays) -> None:
+    def load(self, states: Sequence[Arrays]) -> None:
         """Nothing to take over."""
 
     def close(self) -> None:
@@ -162,7 +176,8 @@ class OfflineFeed:
 
     def _batch(self, number: int) -> Fed:
         c = self._config
-        indices = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)
+        here = share(c.train.batch_size)
+        indices = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)[here]
         groups = [self._groups[i] for i in indices]
         fed, groups = feed_groups(self._policy, groups, c, self._longest, self._k)
         for i, group in zip(indices, groups, strict=True):
@@ -179,9 +194,10 @@ def feed_groups(
         longest_prompt=longest_prompt,
         longest_completion=config.rollout.max_completion_length,
         k=k,
+        agree=agreed,
     )
+    batch = policy.pad(batch, -(-config.train.batch_size // jax.process_count()))
     metrics = reward_metrics(batch)
-    batch = policy.pad(batch, config.train.batch_size)
     reference = policy.reference_fingerprint
     known = np.ones(len(batch.rewards), bool)  # what only fills up needs no scores
     known[: len(groups)] = [g.reference == reference != UNKNOWN for g in groups]

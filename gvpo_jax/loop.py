@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gvpo_jax.checkpoint import Checkpoints, sweep
 from gvpo_jax.config import Config
 from gvpo_jax.data import EncodedPrompts
+from gvpo_jax.distributed import is_first, together
 from gvpo_jax.errors import UserError
 from gvpo_jax.feed import Feed
 from gvpo_jax.policy import Policy
@@ -49,18 +51,14 @@ class Loop:
 
     def run(self) -> dict[str, Any]:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds."""
-        c = self.config
-        folder = check_claim(c)
-        with (
-            lock(c) as run_dir,
-            Checkpoints(folder / "checkpoints", keep=c.checkpoint.keep) as checkpoints,
-            contextlib.closing(self.feed),
-        ):
-            sweep(run_dir / "checkpoints")
+        c, run_dir = self.config, Path(self.config.run.dir)
+        with contextlib.ExitStack() as stack:
+            together(lambda: self._open(stack))
+            stack.enter_context(contextlib.closing(self.feed))
+            checkpoints = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
+            stack.enter_context(checkpoints)
             counters = resume(checkpoints, self.policy, data=self.data, feed=self.feed)
-            if counters.step == 0:
-                check_not_lost(run_dir, c)
-            claim(c)
+            together(lambda: self._claim(counters))
             with RunLog(run_dir, counters, c) as log:
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
@@ -69,10 +67,23 @@ class Loop:
                     log.note(note)
                 self._updates(log, checkpoints)
         summary = counters.summary(self.policy.model.name)
-        if counters.step >= c.train.steps:
-            write_summary(run_dir, summary)
-        write_report(run_dir)
+        if is_first():
+            if counters.step >= c.train.steps:
+                write_summary(run_dir, summary)
+            write_report(run_dir)
         return summary
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """Hold the folder against other runs, for all processes of this one."""
+        if is_first():
+            check_claim(self.config)
+            sweep(stack.enter_context(lock(self.config)) / "checkpoints")
+
+    def _claim(self, counters: Counters) -> None:
+        if is_first():
+            if counters.step == 0:
+                check_not_lost(Path(self.config.run.dir), self.config)
+            claim(self.config)
 
     def _updates(self, log: RunLog, checkpoints: Checkpoints) -> None:
         c, counters = self.config, log.counters
@@ -85,6 +96,9 @@ class Loop:
                 self._evaluate(log, f"step_{counters.step:06d}")
             if crossed(last, counters.step, c.checkpoint.every):
                 self._save(log, checkpoints)
+            if checkpoints.preempted(counters.step):
+                log.note("this machine is being taken away: saved, the same command goes on")
+                break
         self._save(log, checkpoints)
         if counters.step >= c.train.steps and counters.accuracy_after is None:
             counters.accuracy_after = self._evaluate(log, "after")
@@ -108,7 +122,8 @@ class Loop:
         if self.held_out is None:
             return None
         metrics, records = self.sampler.evaluate(self.held_out)
-        write_evaluation(log.run_dir, name, records)
+        if is_first():
+            write_evaluation(log.run_dir, name, records)
         log.evaluation(name, metrics)
         return metrics["eval/accuracy"]
 

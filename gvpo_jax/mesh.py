@@ -1,20 +1,22 @@
-"""The device mesh and the one table that says how arrays lie on it."""
+"""The device mesh, and the tables that say how arrays lie on it."""
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-GROUPS = P(("data", "fsdp"))  # batches are cut over their groups
 
-# First match wins; a leaf of another rank (optimizer counters, factored moments) is replicated.
+# Parameters, and what has their paths and shapes, such as moments. First match wins; a leaf of
+# another rank (optimizer counters, factored moments) is replicated.
 LAYOUT: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
@@ -25,25 +27,49 @@ LAYOUT: tuple[tuple[str, P], ...] = (
     (r"scale$", P(None)),
 )
 
+# Batches, and what decoding keeps. "groups" and "completions" stand for the axes that `batch_axes`
+# finds; heads that do not divide over `tensor` stay whole.
+BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"(^|/)(prompts|prompt_lengths|prompt_ids)$", ("groups",)),
+    (r"prefix/.*(keys|values)$", ("groups", "tensor")),  # [g, n, p, d]
+    (r"prefix/", ("groups",)),
+    (r"cache/", ("groups", "completions", "tensor")),  # [g, k, n, t, d]
+    (r"", ("groups", "completions")),
+)
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices with axes `data`, `fsdp`, `tensor`; one size may be -1: what is left.
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    dcn: tuple[int, int, int] = (-1, 1, 1),
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `tensor`.
+
+    Args:
+        data, fsdp, tensor: devices along each axis inside a slice, where the fast network is; one
+            may be -1: what is left.
+        dcn: slices along each axis; one may be -1: what is left. An axis is as long as the product.
+        devices: default: all.
 
     Raises:
-        UserError: the sizes do not multiply to a number of devices that is there.
+        UserError: the sizes do not multiply to a number of devices or slices that is there.
     """
-    sizes, available = [data, fsdp, tensor], len(jax.devices())
-    asked = dict(zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh sizes are positive, with one -1 at most, got {asked}")
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = available // given
-    uneven = -1 in asked.values() and available % given
-    if math.prod(sizes) == 0 or given > available or uneven:
-        raise UserError(f"mesh {asked} does not fit {available} devices")
-    devices = jax.devices()[: math.prod(sizes)]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer = _fill(dict(zip((f"dcn_{axis}" for axis in AXES), dcn, strict=True)), slices, "slices")
+    inner = _fill(
+        dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices) // slices, "devices"
+    )
+    if slices == 1:
+        devices = devices[: math.prod(inner)]
+        return jax.make_mesh(inner, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if math.prod(inner) * slices != len(devices) or math.prod(outer) != slices:
+        raise UserError(f"a mesh over {slices} slices must use all {len(devices)} devices")
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -57,9 +83,44 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Groups cut over `data` and `fsdp`; everything inside a group stays together."""
-    return NamedSharding(mesh, GROUPS)
+def batch_shardings(mesh: Mesh, tree: Any, groups: int, k: int) -> Any:
+    """A `NamedSharding` for every array of a batch of [groups, k], from `BATCH_LAYOUT`.
+
+    Raises:
+        UserError: as for `batch_axes`.
+    """
+    over_groups, over_k = batch_axes(mesh, groups, k)
+    stands_for = {"groups": over_groups or None, "completions": over_k or None, "tensor": "tensor"}
+
+    def sharding(path, leaf):
+        name, shape = path_name(path), np.shape(leaf)
+        axes = next(axes for pattern, axes in BATCH_LAYOUT if re.search(pattern, name))
+        spec = [stands_for[axis] for axis in axes[: len(shape)]]
+        for place, axis in enumerate(spec):
+            if axis == "tensor" and shape[place] % mesh.shape["tensor"]:
+                spec[place] = None
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def batch_axes(mesh: Mesh, groups: int, k: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that a batch's groups are cut over, and those for the completions in a group.
+
+    Whole groups stay together where they can: the first of groups over `data` and `fsdp`, groups
+    over `data` and completions over `fsdp`, completions over both, that divides.
+
+    Raises:
+        UserError: none does.
+    """
+    for over_groups, over_k in ((("data", "fsdp"), ()), (("data",), ("fsdp",)), ((), AXES[:2])):
+        if groups % _size(mesh, over_groups) == 0 and k % _size(mesh, over_k) == 0:
+            return over_groups, over_k
+    shards = group_shards(mesh)
+    raise UserError(
+        f"{groups} groups of {k} completions do not divide over data x fsdp = "
+        f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices; use a multiple of {shards} groups"
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -68,13 +129,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def group_shards(mesh: Mesh) -> int:
-    """The number of parts a batch is cut into: its groups must be a multiple of this."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """The parts a batch is cut into where its groups stay whole."""
+    return _size(mesh, ("data", "fsdp"))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """`layers/0/attn/q/kernel` for a key path of `jax.tree_util`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _fill(asked: dict[str, int], available: int, what: str) -> tuple[int, ...]:
+    """The sizes, what is left in place of -1."""
+    sizes = list(asked.values())
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh sizes are positive, with one -1 at most, got {asked}")
+    given = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = available // given
+    if math.prod(sizes) == 0 or given > available or (-1 in asked.values() and available % given):
+        raise UserError(f"mesh {asked} does not fit {available} {what}")
+    return tuple(sizes)
+
+
+def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:

@@ -8,13 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gvpo_jax.baselines import Objective
 from gvpo_jax.batch import Batch, pad_groups
 from gvpo_jax.checkpoint import fingerprint
 from gvpo_jax.config import Config
+from gvpo_jax.distributed import check_rows, largest, share, to_devices, to_host
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import batch_sharding, group_shards, make_mesh, replicated, shardings
+from gvpo_jax.mesh import (
+    batch_axes,
+    batch_shardings,
+    group_shards,
+    make_mesh,
+    replicated,
+    shardings,
+)
 from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.models.decoder import make_apply
 from gvpo_jax.objectives import make_objective
@@ -39,8 +48,10 @@ class Policy:
     def __init__(self, config: Config, model: LoadedModel | None = None):
         c = config
         self._config = c
-        self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
-        self._check_batch(c.train.batch_size // c.train.micro_batches)
+        m = c.mesh
+        dcn = (m.dcn_data, m.dcn_fsdp, m.dcn_tensor)
+        self.mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, dcn=dcn)
+        self._check_batch()
         if model is None:
             model = load_model(c.model.name, place=self._place_param)
         self.model = dataclasses.replace(model, params={})
@@ -59,20 +70,15 @@ class Policy:
         self.reference = _copy(params) if c.reference.name == "ema" else params
         self.start_fingerprint = self._reference_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0
-        groups, whole = batch_sharding(self.mesh), replicated(self.mesh)
         self._engine = InProcessEngine(
             apply,
             self.stop_ids,
-            place=lambda batch: jax.device_put(batch, groups),
-            constrain=lambda tree: jax.tree.map(
-                lambda x: jax.lax.with_sharding_constraint(x, groups if x.ndim else whole), tree
-            ),
+            place=self._place,
+            constrain=self._constrain,
+            fetch=to_host,
+            agree=agreed,
         )
-        self._score = jax.jit(
-            functools.partial(score, apply),
-            in_shardings=(layout.params, groups, groups, groups),
-            out_shardings=groups,
-        )
+        self._score = jax.jit(functools.partial(_score, apply, self._constrain))
         schedule = learning_rate_schedule(c)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -84,12 +90,12 @@ class Policy:
                 objective=_objective(c),
                 beta=c.loss.beta,
                 micro_batches=c.train.micro_batches,
+                completion_parts=c.train.completion_parts,
             )
             return new, metrics | {"learning_rate": jnp.asarray(schedule(state.step))}
 
-        self._step = jax.jit(
-            step, in_shardings=(layout, groups), out_shardings=(layout, whole), donate_argnums=0
-        )
+        whole = replicated(self.mesh)
+        self._step = jax.jit(step, out_shardings=(layout, whole), donate_argnums=0)
         self._blend = jax.jit(_blend, donate_argnums=0)
 
     def generate(
@@ -108,7 +114,7 @@ class Policy:
         params: of the policy that samples, see `snapshot`; default: the current policy.
         """
         n = len(prompts)
-        missing = -n % group_shards(self.mesh)
+        missing = -n % self._unit(n, num_generations)
         rollout = self._engine.generate(
             self.state.params if params is None else params,
             [*prompts, *[prompts[0]] * missing],
@@ -135,26 +141,30 @@ class Policy:
 
         known: `[g]` booleans, the groups whose `ref_logps` are there already.
         """
-        groups = batch.prompts.shape[0]
+        groups, k = batch.rewards.shape
         missing = np.arange(groups) if known is None else np.flatnonzero(~known)
         ref_logps = np.array(batch.ref_logps)
         size = max(groups // self._config.train.micro_batches, 1)
-        for start in range(0, len(missing), size):
+        # All processes go through as many parts, also one that has fewer to score.
+        for start in range(0, agreed(len(missing)), size):
             rows = missing[start : start + size]
-            filled = np.concatenate([rows, rows[:1].repeat(-len(rows) % group_shards(self.mesh))])
-            scored = self._score(
-                self.reference,
-                batch.prompts[filled],
-                batch.prompt_lengths[filled],
-                batch.completions[filled],
-            )
-            ref_logps[rows] = jax.device_get(scored)[: len(rows)]
+            wanted = agreed(len(rows))
+            wanted += -wanted % self._unit(wanted, k)
+            filled = np.concatenate([rows, np.zeros(wanted - len(rows), np.int64)])
+            part = {
+                "prompts": batch.prompts[filled],
+                "prompt_lengths": batch.prompt_lengths[filled],
+                "completions": batch.completions[filled],
+            }
+            scored = self._score(self.reference, self._place(part, k))
+            ref_logps[rows] = to_host(scored)[: len(rows)]
         return batch._replace(ref_logps=ref_logps)
 
     def pad(self, batch: Batch, groups: int = 0) -> Batch:
         """Filled up with groups that count for nothing: to `groups`, and to divide evenly."""
-        unit = self._config.train.micro_batches * group_shards(self.mesh)
-        return pad_groups(batch, -(-max(batch.prompts.shape[0], groups) // unit) * unit)
+        parts, (here, k) = self._config.train.micro_batches, batch.rewards.shape
+        part = -(-max(here, groups) // parts)
+        return pad_groups(batch, parts * (part + -part % self._unit(part, k)))
 
     def completion_ids(self, text: str) -> list[int]:
         """A completion given as text, as token ids with the end token."""
@@ -164,7 +174,9 @@ class Policy:
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One update; returns metrics still on the device, so that the caller need not wait."""
-        self.state, metrics = self._step(self.state, batch)
+        k = batch.rewards.shape[1]
+        placed = Batch(**self._place(batch._asdict(), k))
+        self.state, metrics = self._step(self.state, placed)
         self.updates += 1
         if self._config.reference.name == "ema":
             self.reference = self._blend(
@@ -199,19 +211,41 @@ class Policy:
         self._reference_fingerprint = fingerprint(self.reference)
         self.updates, self.refreshed_at = int(self.state.step), refreshed_at
 
+    def _place(self, arrays: dict[str, Any], k: int) -> dict[str, Any]:
+        """This process's rows of a batch's arrays, on devices."""
+        groups = len(arrays["prompts"]) * jax.process_count()
+        return to_devices(arrays, batch_shardings(self.mesh, arrays, groups, k))
+
+    def _constrain(self, tree: Any) -> Any:
+        """Lays out what decoding and scoring compute, while tracing."""
+        groups, k = (tree["state"].lengths_gk if "state" in tree else tree["logps"]).shape[:2]
+        layout = batch_shardings(self.mesh, tree, groups, k)
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout)
+
+    def _unit(self, groups: int, k: int) -> int:
+        """What this process's groups must be a multiple of, to lie evenly on the mesh."""
+        processes = jax.process_count()
+        try:
+            batch_axes(self.mesh, groups * processes, k)
+            return 1
+        except UserError:
+            return -(-group_shards(self.mesh) // processes)
+
     def _place_param(self, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
         tree: Any = array
         for key in reversed(path):
             tree = {key: tree}
         return jax.tree.leaves(_place_tree(self.mesh, tree))[0]
 
-    def _check_batch(self, groups: int) -> None:
-        shards = group_shards(self.mesh)
-        if groups % shards:
-            raise UserError(
-                f"train.batch_size / train.micro_batches = {groups} prompts do not divide over "
-                f"data x fsdp = {shards} devices; use a multiple of {shards}"
-            )
+    def _check_batch(self) -> None:
+        t, k = self._config.train, self._config.rollout.num_generations
+        groups = t.batch_size // t.micro_batches
+        try:
+            over_groups, _ = batch_axes(self.mesh, groups, k)
+            check_rows(NamedSharding(self.mesh, PartitionSpec(over_groups or None)), groups)
+        except UserError as error:
+            raise UserError(f"train.batch_size / train.micro_batches = {groups}: {error}") from None
+        share(t.batch_size - self._config.replay.groups)
 
     def _check_lengths(self) -> None:
         total = self._config.data.max_prompt_length + self._config.rollout.max_completion_length
@@ -259,7 +293,22 @@ def learning_rate_schedule(c: Config) -> Callable[[Any], Any]:
 
 
 def _place_tree(mesh, tree):
-    return jax.tree.map(jax.device_put, tree, shardings(mesh, tree))
+    def place(x, sharding):
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, shardings(mesh, tree))
+
+
+def _score(apply, constrain, params, batch):
+    logps = score(apply, params, batch["prompts"], batch["prompt_lengths"], batch["completions"])
+    return constrain({"logps": logps})["logps"]
+
+
+def agreed(size: int) -> int:
+    """The largest of this size over all processes."""
+    return largest(size)[0]
 
 
 @jax.jit

@@ -1,13 +1,14 @@
 """A run's folder: claiming it for one config, and the files that are written whole."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.config import Config, difference, load_config, override, to_yaml
+from gvpo_jax.config import Config, DistributedConfig, difference, load_config, override, to_yaml
 from gvpo_jax.errors import UserError
 from gvpo_jax.runfiles import read_metrics, write_jsonl, write_text
 
@@ -25,8 +26,11 @@ def claim(config: Config) -> Path:
     folder = check_claim(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Where this session stops is not the run's business: the next start goes on.
-        write_text(folder / "config.yaml", to_yaml(override(config, train__stop_at=None)))
+        # Where this session stops, and on which machines it runs, is not the run's business.
+        config = dataclasses.replace(
+            override(config, train__stop_at=None), distributed=DistributedConfig()
+        )
+        write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise _unusable(folder, error) from None
     return folder

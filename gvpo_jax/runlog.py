@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
+from gvpo_jax.distributed import gather, is_first
 from gvpo_jax.errors import UserError
 from gvpo_jax.metrics import MetricsWriter, Progress
 from gvpo_jax.samples import Source
@@ -62,18 +64,21 @@ class RunLog:
     """Writes and shows a session's metrics, samples and evaluations; use as a context manager.
 
     An update's metrics are fetched when the next update has been sent off, so that the loop never
-    waits for them.
+    waits for them. Of several processes the first alone writes and shows.
     """
 
     def __init__(self, run_dir: Path, counters: Counters, config: Config):
         fresh = counters.step == 0
         self.run_dir, self.counters = run_dir, counters
-        self._writer = MetricsWriter(
-            run_dir,
-            tensorboard=config.log.tensorboard,
-            first_step=-1 if fresh else counters.step,
-        )
-        self._progress = Progress(config.train.steps, counters.step)
+        self._writer = None
+        if is_first():
+            self._writer = MetricsWriter(
+                run_dir,
+                tensorboard=config.log.tensorboard,
+                first_step=-1 if fresh else counters.step,
+            )
+        console = None if is_first() else Console(quiet=True)
+        self._progress = Progress(config.train.steps, counters.step, console=console)
         self._every, self._samples = config.log.completions_every, config.log.samples
         self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
         self._session_start = self._step_start = time.perf_counter()
@@ -87,7 +92,8 @@ class RunLog:
         if error[0] is None:
             self.flush()
         self._progress.__exit__(*error)
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def step(self, on_device: Mapping[str, jax.Array], here: Mapping[str, float]) -> None:
         """Book an update that was just sent off."""
@@ -111,7 +117,7 @@ class RunLog:
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Every so many updates, keep what was sampled for update `step` on disk, and show some."""
-        if (step - 1) % self._every == 0:
+        if (step - 1) % self._every == 0 and self._writer:
             self._writer.completions(step, records)
             stride = max(len(records) // max(self._samples, 1), 1)
             self._progress.samples(records[::stride][: self._samples])
@@ -119,7 +125,8 @@ class RunLog:
     def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
         """Book an evaluation at the current step; its time does not count as training."""
         self.flush()
-        self._writer.log(self.counters.step, metrics)
+        if self._writer:
+            self._writer.log(self.counters.step, metrics)
         self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
         self._step_start = time.perf_counter()
 
@@ -138,7 +145,8 @@ class RunLog:
         step, on_device, here = self._pending
         self._pending = None
         metrics = told(on_device)
-        self._writer.log(step, metrics | here)
+        if self._writer:
+            self._writer.log(step, metrics | here)
         self._progress.update(step, metrics | here)
         if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
             raise UserError(
@@ -168,25 +176,26 @@ def crossed(last: int, step: int, every: int) -> bool:
 
 
 def reward_metrics(batch: Batch) -> dict[str, float]:
-    """Rewards of a batch's valid completions, under TRL's names, and the `tokens` trained on.
+    """Rewards of all processes' valid completions, under TRL's names, and `tokens` trained on.
 
     Of the policy's new samples where there are some, else of all: older samples and demonstrations
     say nothing on how good the policy is. `reward_std` is the mean over groups of the standard
     deviation inside (with k - 1), `frac_reward_zero_std` the share of groups where all rewards are
     equal, `skipped_groups` the number of those without two completions to compare.
     """
-    rewards, valid = np.asarray(batch.rewards, np.float64), np.asarray(batch.valid)
-    tokens = (
-        np.where(valid, batch.lengths, 0).sum() + batch.prompt_lengths[valid.any(axis=-1)].sum()
+    rewards, valid, lengths, prompt_lengths, source = gather(
+        (batch.rewards, batch.valid, batch.lengths, batch.prompt_lengths, batch.source)
     )
-    new = valid & (batch.source == Source.POLICY)
+    rewards = np.asarray(rewards, np.float64)
+    tokens = np.where(valid, lengths, 0).sum() + prompt_lengths[valid.any(axis=-1)].sum()
+    new = valid & (source == Source.POLICY)
     shown = new if new.any() else valid
     stds = [float(r[v].std(ddof=1)) for r, v in zip(rewards, shown, strict=True) if v.sum() >= 2]
     return {
         "reward": float(rewards[shown].mean()) if shown.any() else float("nan"),
         "reward_std": float(np.mean(stds)) if stds else float("nan"),
         "frac_reward_zero_std": float(np.mean(np.array(stds) == 0)) if stds else float("nan"),
-        "skipped_groups": float((valid.sum(axis=-1) < 2).sum()),
+        "skipped_groups": float((lengths.any(axis=-1) & (valid.sum(axis=-1) < 2)).sum()),
         "tokens": float(tokens),
     }
 

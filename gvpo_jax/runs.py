@@ -6,6 +6,7 @@ from typing import Any
 
 from gvpo_jax.config import Config
 from gvpo_jax.data import load_rows
+from gvpo_jax.distributed import is_first, start, together
 from gvpo_jax.errors import UserError
 from gvpo_jax.rewards import load_reward_func
 from gvpo_jax.runfolder import check_claim, write_evaluation
@@ -17,13 +18,18 @@ Row = dict[str, Any]
 
 def train(config: Config) -> dict[str, Any]:
     """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
+    _join(config)
     offline = config.data.groups_path is not None
-    reward_funcs = [] if offline and not config.rewards.funcs else _reward_funcs(config)
-    rows, held_out = load_data(config)
-    if not reward_funcs:
-        held_out = []
-    check_claim(config)
-    print(f"loading {config.model.name}", flush=True)
+
+    def prepare():
+        reward_funcs = [] if offline and not config.rewards.funcs else _reward_funcs(config)
+        rows, held_out = load_data(config)
+        check_claim(config)
+        return reward_funcs, rows, held_out if reward_funcs else []
+
+    reward_funcs, rows, held_out = together(prepare)
+    if is_first():
+        print(f"loading {config.model.name}", flush=True)
     trainer = Trainer(config)
     if offline:
         return trainer.train_offline(rows, reward_funcs=reward_funcs, eval_dataset=held_out)
@@ -38,11 +44,13 @@ def evaluate_model(config: Config) -> dict[str, float]:
 def evaluate_run(config: Config) -> dict[str, float]:
     """Held-out accuracy of a run's last checkpoint, kept as eval/latest.jsonl."""
     metrics, records = _evaluate(config, lambda trainer: trainer.restore(config.run.dir))
-    write_evaluation(Path(config.run.dir), "latest", records)
+    if is_first():
+        write_evaluation(Path(config.run.dir), "latest", records)
     return metrics
 
 
 def _evaluate(config: Config, prepare: Callable[[Trainer], Any]):
+    _join(config)
     reward_funcs = _reward_funcs(config)
     _, held_out = load_data(config)
     if not held_out:
@@ -82,6 +90,19 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
     if tasks and d.eval_size:
         return rows, reasoning_gym_rows(tasks, size=d.eval_size, seed=d.eval_seed, split="eval")
     return rows, []
+
+
+def _join(config: Config) -> None:
+    """Start as one of the run's processes; before anything asks for devices."""
+    d = config.distributed
+    start(
+        initialize=d.initialize,
+        coordinator_address=d.coordinator_address,
+        num_processes=d.num_processes,
+        process_id=d.process_id,
+        initialization_timeout=d.initialization_timeout,
+        heartbeat_timeout=d.heartbeat_timeout,
+    )
 
 
 def _reward_funcs(config: Config) -> list[Callable[..., Any]]:

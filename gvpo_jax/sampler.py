@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.config import Config
 from gvpo_jax.data import EncodedPrompts, batch_indices, repeat_columns
+from gvpo_jax.distributed import gather, share, shares, together
 from gvpo_jax.errors import UserError
 from gvpo_jax.evaluate import evaluate
 from gvpo_jax.policy import Policy
@@ -48,13 +49,14 @@ class Sampler:
         """
         c = self._config
         new = c.train.batch_size - c.replay.groups
-        indices = batch_indices(len(prompts.rows), new, number, c.run.seed)
+        here = share(new)
+        indices = batch_indices(len(prompts.rows), new, number, c.run.seed)[here]
         rows = [prompts.rows[i] for i in indices]
         ids = [prompts.token_ids[i] for i in indices]
         first = number * c.train.batch_size  # visits, not rows: a row's next one gets fresh keys
         rollout = self._policy.generate(
             ids,
-            range(first, first + len(ids)),
+            range(first, first + new)[here],
             num_generations=c.rollout.num_generations
             - c.rollout.demonstrations
             - c.replay.completions,
@@ -66,8 +68,8 @@ class Sampler:
         groups = _groups(indices, ids, rollout, version)
         if demonstrations is not None:
             groups = [join(group, demonstrations[group.row]) for group in groups]
-        texts, scores = self._score(rows, groups)
-        if scores.failed == len(scores.rewards):
+        texts, scores = together(lambda: self._score(rows, groups))
+        if gather(np.array([scores.failed == len(scores.rewards)])).all():
             raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
         rewards = scores.rewards.reshape(len(rows), -1).astype(np.float32)
         groups = [
@@ -81,19 +83,22 @@ class Sampler:
         e = self._config.eval
 
         def sample_and_score(indices: Sequence[int]) -> tuple[np.ndarray, list[list[str]]]:
+            here = shares(indices)
+            ids = [held_out.token_ids[i] for i in here]
             rollout = self._policy.generate(
-                [held_out.token_ids[i] for i in indices],
-                indices,
+                ids,
+                here,
                 num_generations=e.num_generations,
                 sampling=Sampling(temperature=e.temperature),
                 seed=_EVAL_SEED,
                 longest_prompt=held_out.longest,
             )
-            groups = _groups(
-                indices, [held_out.token_ids[i] for i in indices], rollout, self._policy.updates
-            )
-            texts, scores = self._score([held_out.rows[i] for i in indices], groups)
-            return scores.rewards.reshape(rollout.lengths.shape), texts
+            groups = _groups(here, ids, rollout, self._policy.updates)
+            _, scores = together(lambda: self._score([held_out.rows[i] for i in here], groups))
+            rewards = scores.rewards.reshape(rollout.lengths.shape)
+            rollout, rewards = gather((rollout, rewards))
+            texts = texts_of(self._policy.model.tokenizer, token_lists(rollout), e.num_generations)
+            return rewards[: len(indices)], texts[: len(indices)]
 
         return evaluate(
             held_out.rows,
@@ -195,12 +200,17 @@ def _groups(indices, prompts: Sequence[Sequence[int]], rollout: Rollout, version
 
 
 def _metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """Of all processes' samples."""
+    why = np.array([[scores.abstained, scores.failed]])
+    here = (rollout.lengths, rollout.finish, scores.by_func, why)
+    lengths, finish, by_func, why = gather(here)
+    abstained, failed = why.sum(axis=0)
     return {
-        "completions/mean_length": float(rollout.lengths.mean()),
-        "completions/clipped_ratio": float((rollout.finish == FINISH_LENGTH).mean()),
-        "rewards/abstained": float(scores.abstained),
-        "rewards/failed": float(scores.failed),
-        **{f"rewards/{name}": _mean(values) for name, values in scores.by_func.items()},
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": float((finish == FINISH_LENGTH).mean()),
+        "rewards/abstained": float(abstained),
+        "rewards/failed": float(failed),
+        **{f"rewards/{name}": _mean(values) for name, values in by_func.items()},
     }
 
 

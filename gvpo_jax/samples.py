@@ -1,7 +1,7 @@
 """Completions on the host, group by group, each with where it came from: what fills a `Batch`."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,6 +123,7 @@ def make_batch(
     longest_prompt: int | None = None,
     longest_completion: int | None = None,
     k: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Batch:
     """The batch that holds these groups, of whatever sizes.
 
@@ -132,10 +133,13 @@ def make_batch(
         longest_completion: tokens of the longest completion there will be in the run, where it is
             known; the width is a bucket up to that, see `bucket`.
         k: completions of the largest group there will be; default: of the largest here.
+        agree: a size needed here -> the one that all processes take.
     """
-    prompts, prompt_lengths = pad_prompts([g.prompt.tolist() for g in groups], longest_prompt)
-    k = max(k or 0, *(len(g.lengths) for g in groups))
-    longest = max(int(g.lengths.max(initial=0)) for g in groups)
+    prompts, prompt_lengths = pad_prompts(
+        [g.prompt.tolist() for g in groups], longest_prompt, agree
+    )
+    k = agree(max(k or 0, *(len(g.lengths) for g in groups)))
+    longest = agree(max(int(g.lengths.max(initial=0)) for g in groups))
     t = max(min(bucket(longest), longest_completion or bucket(longest)), longest)
     lengths = np.stack([_widen(g.lengths, k) for g in groups])
     rewards = np.stack([_widen(g.rewards, k) for g in groups])

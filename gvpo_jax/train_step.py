@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from gvpo_jax.baselines import Objective
-from gvpo_jax.batch import Batch, split_groups
+from gvpo_jax.batch import (
+    Batch,
+    fill_up,
+    join_completions,
+    join_groups,
+    split_completions,
+    split_groups,
+)
 from gvpo_jax.logprobs import completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
 from gvpo_jax.samples import UNKNOWN, Source
@@ -48,42 +55,48 @@ def train_step(
     objective: Objective,
     beta: float,
     micro_batches: int = 1,
+    completion_parts: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of groups; what the loss is divided by is counted once, over them all.
 
+    The gradient depends neither on `micro_batches` nor on `completion_parts`, which bound memory.
+    Whole groups take one forward and one backward pass. Where groups are cut too, a first pass
+    scores every completion, so that the weights are known, and a second one goes backward over any
+    part: the gradient is linear in the weights.
+
     Args:
         state: parameters, optimizer state and step; donate it.
-        batch: see `Batch`; its number of groups is a multiple of `micro_batches`.
+        batch: see `Batch`.
         model: the model as functions, see `gvpo_jax.models.decoder.Apply`.
         optimizer: an Optax transformation.
         objective: what to minimise, e.g. `gvpo_jax.objectives.gvpo(beta=0.1)`.
         beta: of the metrics `gvpo_mse` and `weight_abs`, see `gvpo_weights`.
-        micro_batches: into how many parts of whole groups the backward pass is cut; the gradient
-            does not depend on it.
+        micro_batches: parts of whole groups that the batch is cut into; where they do not divide,
+            the last one is filled up.
+        completion_parts: parts that the completions of each group are cut into, likewise.
 
     Returns:
         The new state, and scalar metrics of the policy before the update.
 
     Raises:
-        ValueError: the groups do not divide into the micro-batches.
         AssertionError: the batch's arrays do not have the shapes that `Batch` says.
     """
     _check_shapes(batch)
-    groups = batch.prompts.shape[0]
-    if groups % micro_batches:
-        raise ValueError(f"{groups} groups do not divide into {micro_batches} micro-batches")
-    gradient = jax.grad(functools.partial(_share, model, objective), has_aux=True)
+    batch = fill_up(batch, groups=micro_batches, completions=completion_parts)
     advantages_gk = objective.advantages(batch.rewards, batch.valid)
     count = objective.count(advantages_gk, _mask(batch), batch.valid)
-    if micro_batches == 1:
-        grads, logps = gradient(state.params, batch, advantages_gk, count)
+    if completion_parts > 1:
+        loss = functools.partial(_share_of, objective, batch, advantages_gk, count)
+        grads, logps = _two_passes(
+            model, state.params, batch, loss, micro_batches, completion_parts
+        )
     else:
+        gradient = jax.grad(functools.partial(_share, model, objective), has_aux=True)
         parts = split_groups((batch, advantages_gk), micro_batches)
         grads, logps = _accumulate(gradient, state.params, parts, count)
-        batch, advantages_gk = jax.tree.map(lambda x: x.reshape(groups, *x.shape[2:]), parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    loss = _total(objective, logps, batch, advantages_gk) / count
+    loss = _share_of(objective, batch, advantages_gk, count, logps)
     metrics = _metrics(logps, batch, beta) | _by_source(logps, batch, beta, state.step)
     metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(params, opt_state, state.step + 1), metrics
@@ -102,26 +115,60 @@ def _check_shapes(batch: Batch) -> None:
 def _share(model, objective, params, batch: Batch, advantages_gk, count):
     """This part's share of the batch's loss, and its token log-probs."""
     logps_gkt = score(model, params, batch.prompts, batch.prompt_lengths, batch.completions)
-    total = _total(objective, logps_gkt, batch, advantages_gk)
-    return total / count, jax.lax.stop_gradient(logps_gkt)
+    share = _share_of(objective, batch, advantages_gk, count, logps_gkt)
+    return share, jax.lax.stop_gradient(logps_gkt)
 
 
-def _total(objective, logps_gkt, batch: Batch, advantages_gk):
+def _share_of(objective, batch: Batch, advantages_gk, count, logps_gkt):
     here = jax.lax.stop_gradient(logps_gkt)
     old_gkt = jnp.where(jnp.isnan(batch.old_logps), here, batch.old_logps)
-    return objective.total(
+    total = objective.total(
         logps_gkt, old_gkt, batch.ref_logps, advantages_gk, _mask(batch), batch.valid
     )
+    return total / count
 
 
 def _accumulate(gradient, params, parts, count):
+    """The parts' gradients added up, and all token log-probs."""
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        grads, logps = gradient(params, *jax.tree.map(lambda x: x[0], parts), count)
+        return grads, logps
+
     def add(total, part):
         grads, logps = gradient(params, *part, count)
         return jax.tree.map(jnp.add, total, grads), logps
 
+    grads, logps = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    return grads, join_groups(logps)
+
+
+def _two_passes(model, params, batch: Batch, loss, micro_batches, completion_parts):
+    """As `_accumulate`, over parts of groups: scores first, then backward with known weights."""
+
+    def cut(x_gkt):
+        x = split_completions(split_groups(x_gkt, micro_batches), completion_parts)
+        return x.reshape(-1, *x.shape[2:])
+
+    def repeat(x):
+        return jnp.repeat(split_groups(x, micro_batches), completion_parts, axis=0)
+
+    def score_part(part_params, part):
+        return score(model, part_params, *part)
+
+    parts = (repeat(batch.prompts), repeat(batch.prompt_lengths), cut(batch.completions))
+    _, scored = jax.lax.scan(lambda _, part: (None, score_part(params, part)), None, parts)
+    scored = scored.reshape(micro_batches, completion_parts, *scored.shape[1:])
+    logps_gkt = join_groups(join_completions(scored))
+    weights = cut(jax.grad(loss)(logps_gkt))
+
+    def add(total, part_and_weights):
+        part, part_weights = part_and_weights
+        _, backward = jax.vjp(lambda p: score_part(p, part), params)
+        return jax.tree.map(jnp.add, total, backward(part_weights)[0]), None
+
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, logps = jax.lax.scan(add, zeros, parts)
-    return grads, logps.reshape(-1, *logps.shape[2:])
+    grads, _ = jax.lax.scan(add, zeros, (parts, weights))
+    return grads, logps_gkt
 
 
 def _metrics(logps_gkt, batch: Batch, beta) -> Metrics:

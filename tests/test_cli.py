@@ -112,7 +112,6 @@ def _start():
         ("rollout.top_p=0", "rollout.top_p must be > 0"),
         ("loss.beta", "'loss.beta' is not an override: write key=value"),
         ("--loss.beta=1", "unrecognized arguments: --loss.beta=1"),
-        ("train.batch_size=3", "use a multiple of 8"),  # conftest.py sets up eight devices
         ("mesh.fsdp=16", "does not fit 8 devices"),
         ("data.max_prompt_length=9999", "debug was made for 2048"),
         ("data.max_prompt_length=5", "row 1: the prompt is 22 tokens long"),
@@ -127,6 +126,12 @@ def _start():
 )
 def test_a_wrong_setting(train, override, message):
     assert message in train(override)
+
+
+def test_a_batch_that_does_not_lie_on_the_devices(train):  # conftest.py sets up eight
+    said = train("train.batch_size=3", "rollout.num_generations=4")
+    assert "train.batch_size / train.micro_batches = 3: 3 groups of 4 completions" in said
+    assert "use a multiple of 8 groups" in said
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 
-# Floors from the ground up; a line is a room. A module may import the rooms of lower floors and its
-# own room's; CORRIDORS are floors whose rooms also import each other.
+# Floors from the ground up; a string is a room, or several. A module may import the rooms of lower
+# floors and its own room's; on CORRIDORS all rooms of the floor.
 HOUSE = {
     "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs", "precision"],
-    "ground": ["errors", "config", "mesh", "batch", "samples", "runfiles", "formats", "intervals"],
+    "ground": ["errors config mesh distributed batch samples runfiles formats intervals"],
     "models": ["models"],
     "stages": [
         "data tasks",

@@ -7,14 +7,14 @@ from jax.sharding import PartitionSpec as P
 from gvpo_jax.batch import pad_prompts
 from gvpo_jax.config import Config, override
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import LAYOUT, group_shards, make_mesh, path_name, shardings
+from gvpo_jax.mesh import LAYOUT, batch_axes, group_shards, make_mesh, path_name, shardings
 from gvpo_jax.models import load_model
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.policy import Policy
 from gvpo_jax.rollout import Sampling
 from gvpo_jax.samples import Source, make_batch, make_group
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
 def policy(data, fsdp, tensor, **settings):
@@ -29,13 +29,13 @@ def policy(data, fsdp, tensor, **settings):
     return Policy(override(Config(), **base | sizes | settings), load_model("debug"))
 
 
-def five_updates(policy):
+def five_updates(policy, groups=8):
     """Sample, score by token value, update, five times: losses and what was sampled."""
-    prompts = [[65 + i, 66, 67] for i in range(8)]
+    prompts = [[65 + i, 66, 67] for i in range(groups)]
     losses, samples = [], []
     for step in range(5):
         rollout = policy.generate(
-            prompts, range(8), num_generations=4, sampling=Sampling(), seed=step
+            prompts, range(groups), num_generations=4, sampling=Sampling(), seed=step
         )
         rewards = (rollout.completions[..., 0] % 7) / 7.0
         batch = make_batch(
@@ -67,6 +67,21 @@ def test_any_mesh_gives_the_single_devices_samples_and_trajectory(alone, sizes):
     np.testing.assert_allclose(many_losses, losses, atol=1e-6)
     for a, b in zip(samples, many_samples, strict=True):
         np.testing.assert_array_equal(a.lengths, b.lengths)
+        np.testing.assert_array_equal(a.completions, b.completions)
+    for a, b in zip(
+        jax.tree.leaves(one.state.params), jax.tree.leaves(many.state.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_completions_of_a_group_may_lie_on_different_devices():
+    """Two groups of four on eight devices: groups over `data`, completions over `fsdp`."""
+    settings = {"train__batch_size": 2}
+    one, many = policy(1, 1, 1, **settings), policy(2, 4, 1, **settings)
+    assert batch_axes(many.mesh, 2, 4) == (("data",), ("fsdp",))
+    (losses, samples), (many_losses, many_samples) = (five_updates(p, 2) for p in (one, many))
+    np.testing.assert_allclose(many_losses, losses, atol=1e-6)
+    for a, b in zip(samples, many_samples, strict=True):
         np.testing.assert_array_equal(a.completions, b.completions)
     for a, b in zip(
         jax.tree.leaves(one.state.params), jax.tree.leaves(many.state.params), strict=True
@@ -110,7 +125,7 @@ def test_sizes_that_do_not_fit_are_refused():
     tree = {"layers": {0: {"mlp": {"gate": {"kernel": jnp.zeros((6, 4))}}}}}
     with pytest.raises(UserError, match=r"gate/kernel.*\(6, 4\).*fsdp=4"):
         shardings(make_mesh(fsdp=4, tensor=2), tree)
-    with pytest.raises(UserError, match=r"= 6 prompts do not divide over data x fsdp = 8"):
+    with pytest.raises(UserError, match=r"batch_size / .* = 6: 6 groups of 4 .* 1 x 8 devices"):
         policy(1, 8, 1, train__batch_size=6)
 
 
@@ -118,7 +133,8 @@ def test_caches_are_cut_over_the_groups_and_odd_shapes_are_replicated():
     many = policy(1, 8, 1)
     engine = many._engine
     prompts, lengths = pad_prompts([[65, 66]] * 8)
-    prompts, lengths = engine._place((prompts, lengths))
+    placed = engine._place({"prompts": prompts, "prompt_lengths": lengths}, 4)
+    prompts, lengths = placed["prompts"], placed["prompt_lengths"]
     state, prefix = engine._prefill(
         many.state.params, prompts, lengths, k=4, max_completion_length=6
     )

@@ -35,10 +35,12 @@ class InProcessEngine:
     Args:
         model: the model's functions.
         stop_ids: tokens that end a completion and belong to it.
-        place: how a batch's arrays are put on devices, e.g. sharded over the groups; default: as
-            they are.
-        constrain: lays out, while tracing, the caches and states that stay on devices; all arrays
-            there have the groups as first axis.
+        place: `(tree, k) -> tree` puts a batch's arrays on devices, e.g. sharded over the groups;
+            default: as they are.
+        constrain: lays out, while tracing, what stays on devices: a tree {"state": DecodeState,
+            "prefix": the model's} or one of the two.
+        fetch: brings arrays back to the host.
+        agree: a padded width -> the one that all processes take.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class InProcessEngine:
         model: Any,
         stop_ids: Sequence[int],
         *,
-        place: Callable[[Any], Any] = lambda batch: batch,
+        place: Callable[[Any, int], Any] = lambda tree, k: tree,
         constrain: Callable[[Any], Any] = lambda tree: tree,
+        fetch: Callable[[Any], Any] = jax.device_get,
+        agree: Callable[[int], int] = int,
     ):
-        self._stop_ids, self._place = tuple(stop_ids), place
+        self._stop_ids = tuple(stop_ids)
+        self._place, self._fetch, self._agree = place, fetch, agree
         self._prefill = jax.jit(
             functools.partial(prefill, model, constrain=constrain),
             static_argnames=("k", "max_completion_length"),
@@ -73,20 +78,25 @@ class InProcessEngine:
         longest_prompt: int | None = None,
     ) -> Rollout:
         """See `Engine.generate`."""
-        prompts_gp, lengths_g = pad_prompts(prompts, longest_prompt)
-        ids = np.asarray(prompt_ids, np.uint32)
-        prompts_gp, lengths_g, ids = self._place((prompts_gp, lengths_g, ids))
+        prompts_gp, lengths_g = pad_prompts(prompts, longest_prompt, self._agree)
+        batch = {
+            "prompts": prompts_gp,
+            "prompt_lengths": lengths_g,
+            "prompt_ids": np.asarray(prompt_ids, np.uint32),
+        }
+        batch = self._place(batch, num_generations)
         state, prefix = self._prefill(
             params,
-            prompts_gp,
-            lengths_g,
+            batch["prompts"],
+            batch["prompt_lengths"],
             k=num_generations,
             max_completion_length=max_completion_length,
         )
-        key = jax.random.key(seed)
+        key, ids = jax.random.key(seed), batch["prompt_ids"]
+        lengths_g = batch["prompt_lengths"]
         state = self._decode(params, lengths_g, ids, key, prefix, state=state, sampling=sampling)
         fetched = (state.completions_gkt, state.lengths_gk, state.stopped_gk, state.logps_gkt)
-        completions, lengths, stopped, logps = (np.asarray(x) for x in jax.device_get(fetched))
+        completions, lengths, stopped, logps = (np.asarray(x) for x in self._fetch(fetched))
         finish = np.where(stopped, FINISH_STOP, FINISH_LENGTH).astype(np.int32)
         return Rollout(completions, lengths, finish, logps)
 
@@ -104,7 +114,8 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, c
         stopped_gk=jnp.zeros((g, k), bool),
         at=jnp.zeros((), jnp.int32),
     )
-    return constrain((state, prefix))
+    laid_out = constrain({"state": state, "prefix": prefix})
+    return laid_out["state"], laid_out["prefix"]
 
 
 def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, stop_ids, constrain):
@@ -127,7 +138,8 @@ def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, sto
         )
         return s._replace(hidden_gkd=hidden, cache=cache)
 
-    return constrain(jax.lax.while_loop(unfinished, step, constrain(state)))
+    state = constrain({"state": state})["state"]
+    return constrain({"state": jax.lax.while_loop(unfinished, step, state)})["state"]
 
 
 def _draw_token(s: DecodeState, head_vd, row_keys, sampling, stop_ids):

@@ -1,0 +1,205 @@
+"""Two processes of four CPU devices each, through the command line, beside one process of eight."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gvpo_jax import distributed
+from gvpo_jax.config import load_config
+from gvpo_jax.errors import UserError
+from gvpo_jax.models import load_model
+from gvpo_jax.runfiles import read_jsonl, read_metrics
+from gvpo_jax.trainer import Trainer
+
+# Plain descent, because Adam makes much of the rounding of tiny gradients. A draw that lies within
+# rounding of the boundary between two tokens may fall on either side, one in some ten thousand
+# here: this seed has none.
+SETTINGS = [
+    "train.steps=2", "data.eval_size=4", "checkpoint.every=1", "log.samples=0", "mesh.data=2",
+    "mesh.fsdp=4", "replay.completions=2", "replay.groups=2", "data.train_size=8",
+    "optimizer.name=sgd", "optimizer.learning_rate=0.1", "run.seed=1",
+]  # fmt: skip
+CLOCKS = re.compile("time|second|memory")
+
+
+def start(arguments, *, devices):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "gvpo_jax", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_two(*arguments):
+    """Exit status, output and errors of both processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    join = [f"distributed.coordinator_address=127.0.0.1:{port}", "distributed.num_processes=2"]
+    processes = [
+        start([*arguments, *join, f"distributed.process_id={i}"], devices=4) for i in (0, 1)
+    ]
+    return [(p.wait(300), *p.communicate()) for p in processes]
+
+
+def train_two(run_dir, *settings):
+    ended = run_two("train", "debug", *SETTINGS, f"run.dir={run_dir}", *settings)
+    assert [status for status, *_ in ended] == [0, 0], ended
+    return [out for _, out, _ in ended]
+
+
+def train_one(run_dir, *settings):
+    process = start(["train", "debug", *SETTINGS, f"run.dir={run_dir}", *settings], devices=8)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def assert_same(a: Path, b: Path):
+    for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            if not CLOCKS.search(name):
+                np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for x, y in zip(
+        read_jsonl(a / "eval" / "after.jsonl"), read_jsonl(b / "eval" / "after.jsonl"), strict=True
+    ):
+        assert x == y
+    trainers = []
+    for run in (a, b):
+        trainer = Trainer(load_config(run / "config.yaml"), load_model("debug"))
+        assert trainer.restore(run) == 2
+        trainers.append(trainer)
+    for x, y in zip(*(jax.tree.leaves(t.policy.state.params) for t in trainers), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_resume_as_one_and_back(tmp_path):
+    """Without replay: a buffer is dealt out over the processes, so it draws other groups."""
+    plain = ["replay.completions=0", "replay.groups=0"]
+    train_one(tmp_path / "one", *plain)
+    first, second = train_two(tmp_path / "two", *plain)
+    assert_same(tmp_path / "one", tmp_path / "two")
+    assert "step" in first
+    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    assert "process_id: null" in (tmp_path / "two" / "config.yaml").read_text()
+    train_two(tmp_path / "mixed", *plain, "train.stop_at=1")
+    train_one(tmp_path / "mixed", *plain)
+    assert_same(tmp_path / "one", tmp_path / "mixed")
+
+
+@pytest.mark.slow
+def test_a_replay_buffer_moves_between_topologies(tmp_path):
+    train_two(tmp_path / "run", "train.stop_at=1")
+    train_one(tmp_path / "run")
+    shares = [line.get("source/replay/share", 0) for line in read_metrics(tmp_path / "run")]
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 2]
+    assert shares[-1] > 0
+
+
+FAILING = """
+def broken(prompts, completions, **_):
+    import jax
+    if jax.process_index() == 1:
+        raise ZeroDivisionError("on purpose")
+    return [0.0] * len(prompts)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_on_one_host_ends_all_with_one_line(tmp_path):
+    (tmp_path / "broken.py").write_text(FAILING)
+    ended = run_two(
+        "train", "debug", *SETTINGS, f"run.dir={tmp_path / 'run'}", "data.eval_size=0",
+        f"rewards.funcs=[{tmp_path / 'broken.py'}:broken]",
+    )  # fmt: skip
+    for status, _, err in ended:
+        assert status == 2
+        lines = [line for line in err.splitlines() if line.startswith("gvpo-jax: error: ")]
+        assert len(lines) == 1
+        assert "on purpose" in lines[0]
+        assert "Traceback" not in err
+
+
+def test_a_coordinator_that_is_not_there_is_a_line_after_a_bounded_wait(tmp_path):
+    process = start(
+        [
+            "train", "debug", f"run.dir={tmp_path}", "distributed.coordinator_address=127.0.0.1:9",
+            "distributed.num_processes=2", "distributed.process_id=1",
+            "distributed.initialization_timeout=2",
+        ],
+        devices=4,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert "could not reach the coordinator at 127.0.0.1:9 within 2 s" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinator_address": "a:1"}, "belong together"),
+        ({"num_processes": 2, "process_id": 0}, "belong together"),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
+            "process_id=2 must be less than distributed.num_processes=2",
+        ),
+    ],
+)
+def test_half_of_the_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(**settings)
+
+
+def test_alone_nothing_is_gathered_or_shared(monkeypatch):
+    x = np.arange(3)
+    assert distributed.gather(x) is x
+    assert distributed.share(6) == slice(0, 6)
+    assert distributed.shares([1, 2, 3]) == [1, 2, 3]
+    assert distributed.together(lambda: 5) == 5
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    assert distributed.share(8) == slice(6, 8)
+    assert distributed.shares([1, 2, 3, 4, 5]) == [5, 5]
+    with pytest.raises(UserError, match="6 new groups do not divide over 4 processes"):
+        distributed.share(6)
+
+
+def test_the_environment_tells_of_a_cluster(monkeypatch):
+    names = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS",
+             "MEGASCALE_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES")  # fmt: skip
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed._in_a_cluster()
+    for name, alone, several in (
+        ("SLURM_NTASKS", "1", "2"),
+        ("TPU_WORKER_HOSTNAMES", "a", "a,b"),
+        ("JAX_COORDINATOR_ADDRESS", None, "a:1"),
+    ):
+        if alone:
+            monkeypatch.setenv(name, alone)
+            assert not distributed._in_a_cluster(), name
+        monkeypatch.setenv(name, several)
+        assert distributed._in_a_cluster(), name
+        monkeypatch.delenv(name)
+
+
+def test_pathways_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "proxy,cpu")
+    with pytest.raises(UserError, match="pip install pathwaysutils"):
+        distributed.start()
