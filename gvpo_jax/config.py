@@ -1,7 +1,6 @@
 """A run's settings: frozen dataclasses whose comments are the manual, from YAML and `key=value`."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from gvpo_jax.config_check import check
 from gvpo_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
@@ -209,10 +209,8 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
 
-
-_MAX = sys.float_info.max
 
 # A resumed run may change these: they touch neither what was computed nor what will be.
 _FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "mesh", "distributed")
@@ -315,106 +313,6 @@ def _as_config(merged: Any) -> Config:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
-
-
-def _check(c: Config) -> None:
-    for key, (value, least, most) in _ranges(c).items():
-        if value is not None and not least <= value <= most:
-            limits = f"at least {least}" if most == _MAX else f"between {least} and {most}"
-            raise UserError(f"{key} must be {limits}, got {value}")
-    if not 0 < c.loss.beta <= _MAX:
-        raise UserError(f"loss.beta must be > 0, got {c.loss.beta}; the paper uses 0.01 to 0.5")
-    if c.loss.huber_delta is not None and not 0 < c.loss.huber_delta <= _MAX:
-        raise UserError(
-            f"loss.huber_delta must be > 0, got {c.loss.huber_delta}; null: no clipping"
-        )
-    given = c.rollout.demonstrations + c.replay.completions
-    if c.rollout.num_generations - given < 2:
-        raise UserError(
-            f"rollout.num_generations={c.rollout.num_generations} leaves fewer than two samples "
-            f"beside {c.rollout.demonstrations} demonstrations and {c.replay.completions} replayed"
-        )
-    if c.replay.groups >= c.train.batch_size:
-        raise UserError(
-            f"replay.groups={c.replay.groups} must be less than "
-            f"train.batch_size={c.train.batch_size}: some groups have to be new"
-        )
-    if c.loss.name not in ("gvpo", "dpo") and (c.rollout.demonstrations or c.data.groups_path):
-        raise UserError(
-            f"loss.name={c.loss.name} needs the probability with which each completion was "
-            "sampled; demonstrations and data.groups_path have none: use gvpo or dpo"
-        )
-    if not c.train.batch_size % c.train.micro_batches == 0:
-        raise UserError(
-            f"train.batch_size={c.train.batch_size} does not divide into "
-            f"train.micro_batches={c.train.micro_batches}; use a multiple"
-        )
-    if not 0 < c.rollout.temperature <= _MAX:
-        raise UserError(f"rollout.temperature must be > 0 in training, got {c.rollout.temperature}")
-    if not (c.optimizer.b1 < 1 and c.optimizer.b2 < 1):
-        raise UserError(
-            f"optimizer.b1 and b2 must be < 1, got {c.optimizer.b1} and {c.optimizer.b2}"
-        )
-    if c.optimizer.max_grad_norm == 0:
-        raise UserError("optimizer.max_grad_norm must be > 0; null switches clipping off")
-    if not c.rollout.top_p > 0:
-        raise UserError(f"rollout.top_p must be > 0, got {c.rollout.top_p}; 1 keeps every token")
-    if c.rewards.weights and len(c.rewards.weights) != len(c.rewards.funcs):
-        raise UserError(
-            f"rewards.weights has {len(c.rewards.weights)} numbers for "
-            f"{len(c.rewards.funcs)} functions"
-        )
-
-
-def _ranges(c: Config) -> dict[str, tuple[float | None, float, float]]:
-    """Value, least and most of every key that has such limits; NaN and infinities lie outside."""
-    return {
-        "run.seed": (c.run.seed, 0, 2**31 - 1),
-        "data.train_size": (c.data.train_size, 1, _MAX),
-        "data.eval_size": (c.data.eval_size, 0, _MAX),
-        "data.max_prompt_length": (c.data.max_prompt_length, 1, _MAX),
-        "rollout.num_generations": (c.rollout.num_generations, 2, _MAX),
-        "rollout.max_completion_length": (c.rollout.max_completion_length, 1, _MAX),
-        "rollout.top_k": (c.rollout.top_k, 0, _MAX),
-        "rollout.top_p": (c.rollout.top_p, 0, 1),
-        "rollout.min_p": (c.rollout.min_p, 0, 1),
-        "rollout.demonstrations": (c.rollout.demonstrations, 0, _MAX),
-        "rollout.lookahead": (c.rollout.lookahead, 0, _MAX),
-        "replay.completions": (c.replay.completions, 0, _MAX),
-        "replay.groups": (c.replay.groups, 0, _MAX),
-        "replay.capacity": (c.replay.capacity, 1, _MAX),
-        "loss.epsilon": (c.loss.epsilon, 0, _MAX),
-        "loss.epsilon_high": (c.loss.epsilon_high, 0, _MAX),
-        "loss.kl_coef": (c.loss.kl_coef, 0, _MAX),
-        "reference.refresh_every": (c.reference.refresh_every, 1, _MAX),
-        "reference.decay": (c.reference.decay, 0, 1),
-        "optimizer.learning_rate": (c.optimizer.learning_rate, 0, _MAX),
-        "optimizer.warmup_steps": (c.optimizer.warmup_steps, 0, _MAX),
-        "optimizer.b1": (c.optimizer.b1, 0, 1),
-        "optimizer.b2": (c.optimizer.b2, 0, 1),
-        "optimizer.eps": (c.optimizer.eps, 0, _MAX),
-        "optimizer.weight_decay": (c.optimizer.weight_decay, 0, _MAX),
-        "optimizer.max_grad_norm": (c.optimizer.max_grad_norm, 0, _MAX),
-        "train.steps": (c.train.steps, 1, _MAX),
-        "train.batch_size": (c.train.batch_size, 1, _MAX),
-        "train.steps_per_generation": (c.train.steps_per_generation, 1, _MAX),
-        "train.num_iterations": (c.train.num_iterations, 1, _MAX),
-        "train.micro_batches": (c.train.micro_batches, 1, _MAX),
-        "train.completion_parts": (c.train.completion_parts, 1, _MAX),
-        "train.stop_at": (c.train.stop_at, 1, _MAX),
-        "eval.every": (c.eval.every, 0, _MAX),
-        "eval.num_generations": (c.eval.num_generations, 1, _MAX),
-        "eval.temperature": (c.eval.temperature, 0, _MAX),
-        "eval.batch_size": (c.eval.batch_size, 1, _MAX),
-        "checkpoint.every": (c.checkpoint.every, 1, _MAX),
-        "checkpoint.keep": (c.checkpoint.keep, 1, _MAX),
-        "log.completions_every": (c.log.completions_every, 1, _MAX),
-        "log.samples": (c.log.samples, 0, _MAX),
-        "distributed.num_processes": (c.distributed.num_processes, 1, _MAX),
-        "distributed.process_id": (c.distributed.process_id, 0, _MAX),
-        "distributed.initialization_timeout": (c.distributed.initialization_timeout, 1, _MAX),
-        "distributed.heartbeat_timeout": (c.distributed.heartbeat_timeout, 1, _MAX),
-    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -122,6 +122,21 @@ def test_a_value_out_of_range_names_key_and_limit(write, given, message):
     assert refused(write(""), given).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["loss.name=grpo", "loss.huber_delta=1"], "loss.huber_delta is for gvpo"),
+        (["loss.epsilon=0.1"], "loss.name=gvpo has neither clipping .* leave out loss.epsilon"),
+        (["loss.name=dpo", "loss.kl_coef=0.1"], "leave out loss.kl_coef"),
+        (["loss.name=rloo", "rollout.temperature=0.7"], "rollout.temperature must be 1, got 0.7"),
+        (["data.groups_path=g.jsonl", "replay.groups=1"], "replay.groups: nothing is sampled"),
+        (["data.groups_path=g.jsonl", "rollout.lookahead=1"], "rollout.lookahead: nothing is"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_wrong_are_refused(write, given, message):
+    assert re.search(message, refused(write(""), *given))
+
+
 @pytest.mark.parametrize("other", ["data.groups_path=g.jsonl", "rollout.demonstrations=1"])
 def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
     assert "use gvpo or dpo" in refused(write(""), "loss.name=grpo", other)

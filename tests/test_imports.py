@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 # floors and its own room's; on CORRIDORS all rooms of the floor.
 HOUSE = {
     "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs", "precision"],
-    "ground": ["errors config mesh distributed batch samples runfiles formats intervals"],
+    "ground": [
+        "errors config config_check mesh distributed batch samples runfiles formats intervals"
+    ],
     "models": ["models"],
     "stages": [
         "data tasks",
@@ -30,8 +32,13 @@ HOUSE = {
         "metrics",
         "evaluate",
         "report svg curves report_page report_answers",
+        "hlo",
+        "roofline",
     ],
-    "story": ["policy sampler feed loop trainer runlog runfolder runs cli __main__"],
+    "story": [
+        "policy sampler feed loop trainer runlog runfolder runs programs compile_report "
+        "cli __main__",
+    ],
     "doors": ["integrations"],
 }
 CORRIDORS = ("core", "ground", "story")
