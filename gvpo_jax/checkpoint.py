@@ -140,20 +140,21 @@ class Checkpoints:
         self.close()
 
     def _read(self, step: int, like: Any) -> Restored:
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like),
-            extra=ocp.args.JsonRestore(),
-            samples=ocp.args.PyTreeRestore(
-                restore_args={"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
-            ),
-        )
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardRestore(like),
+            "extra": ocp.args.JsonRestore(),
+        }
+        if (self._folder / str(step) / "samples").exists():  # older versions saved none
+            as_numpy = {"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
+            items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        args = ocp.args.Composite(**items)
         read = self._manager.restore(step, args=args)
         extra = dict(read["extra"])
         expected, found = extra.pop("checksums"), _checksums(read["state"])
         wrong = [name for name in found if expected.get(name) != found[name]]
         if wrong or len(expected) != len(found):
             raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
-        rows = np.asarray(read["samples"]["npz"])
+        rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
         return Restored(step, read["state"], extra, [_from_bytes(row.tobytes()) for row in rows])
 
 

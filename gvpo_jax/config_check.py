@@ -68,6 +68,11 @@ def _check_loss(c: Any) -> None:
                 f"loss.name={loss.name} is right for samples of the policy itself: "
                 f"rollout.temperature must be 1, got {c.rollout.temperature}; gvpo takes any"
             )
+        if c.rollout.top_k or c.rollout.top_p < 1 or c.rollout.min_p:
+            raise UserError(
+                f"loss.name={loss.name} is right for samples of the policy itself: leave out "
+                "rollout.top_k, top_p and min_p"
+            )
 
 
 def _check_sources(c: Any) -> None:

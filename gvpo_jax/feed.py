@@ -15,6 +15,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.lookahead import Lookahead
 from gvpo_jax.policy import Policy, agreed
 from gvpo_jax.replay import ReplayBuffer
+from gvpo_jax.runfiles import to_json
 from gvpo_jax.runlog import reward_metrics
 from gvpo_jax.sampler import Drawn, Sampler
 from gvpo_jax.samples import UNKNOWN, Group, cut, join, make_batch, pack, unpack
@@ -51,6 +52,11 @@ class OnlineFeed:
 
     def __init__(self, policy: Policy, config: Config, sampler: Sampler, prompts: EncodedPrompts):
         self._policy, self._config, self._longest = policy, config, prompts.longest
+        if config.replay.completions and len(prompts.rows) > config.replay.capacity:
+            raise UserError(
+                f"replay.capacity={config.replay.capacity} groups are forgotten before one of "
+                f"{len(prompts.rows)} prompts comes again: raise it to at least as many"
+            )
         self._replay = ReplayBuffer(config.replay.capacity, config.run.seed)
         per_round = config.train.steps_per_generation
         given = sampler.demonstrations(prompts) if config.rollout.demonstrations else None
@@ -101,7 +107,8 @@ class OnlineFeed:
         for number, batches in pending.items():
             for place, (groups, metrics, records) in enumerate(batches):
                 arrays |= _over(pack(groups), f"ahead/{number}/{place}")
-                told.append([number, place, metrics, records])
+                # Rows of data may hold what JSON does not know.
+                told.append([number, place, metrics, json.loads(to_json(records))])
         if told:
             arrays["ahead"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
         return arrays
@@ -144,6 +151,7 @@ class OnlineFeed:
     def _with_older(self, key: int, place: int, group: Group) -> Group:
         if not self._config.replay.completions:
             return group
+        key = key * self._config.train.batch_size + place  # a row may come twice in a batch
         older = self._replay.completions(group.row, self._config.replay.completions, key)
         return group if older is None else join(group, older)
 
@@ -165,11 +173,21 @@ class OfflineFeed:
         return [self._batch(number * per_round + place) for place in range(per_round)]
 
     def state(self) -> Arrays:
-        """Nothing: the groups come from the data."""
-        return {}
+        """The reference log-probs so far: scored in other batches they would round otherwise."""
+        places = [i for i, group in enumerate(self._groups) if group.reference != UNKNOWN]
+        if not places:
+            return {}
+        packed = pack([self._groups[i] for i in places])
+        return {"places": np.array(places), **_over(packed, "groups")}
 
     def load(self, states: Sequence[Arrays]) -> None:
-        """Nothing to take over."""
+        """Take over what `state` gave, whichever process had it."""
+        for state in states:
+            if "places" in state:
+                for place, group in zip(
+                    state["places"].tolist(), unpack(_under(state, "groups")), strict=True
+                ):
+                    self._groups[place] = group
 
     def close(self) -> None:
         """Nothing to end."""

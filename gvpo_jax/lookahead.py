@@ -37,8 +37,12 @@ class Lookahead(Generic[T]):
         return self._pending.pop(number).result()
 
     def pending(self) -> dict[int, T]:
-        """The rounds that were begun and not yet taken, once they are done."""
-        return {number: future.result() for number, future in sorted(self._pending.items())}
+        """The rounds that were begun and not yet taken, once they are done.
+
+        Without one that failed: its error is for `take`, and what came before can be saved.
+        """
+        done = sorted(self._pending.items())
+        return {n: future.result() for n, future in done if future.exception() is None}
 
     def load(self, rounds: Mapping[int, T]) -> None:
         """Take over what `pending` gave."""

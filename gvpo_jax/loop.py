@@ -128,6 +128,7 @@ class Loop:
         return metrics["eval/accuracy"]
 
     def _save(self, log: RunLog, checkpoints: Checkpoints) -> None:
+        state, samples = self.policy.checkpoint(), self.feed.state()  # waits for rounds drawn ahead
         log.flush()
         extra = {
             "counters": log.counters.as_dict(),
@@ -135,7 +136,6 @@ class Loop:
             "start_fingerprint": self.policy.start_fingerprint,
             "data_fingerprint": self.data,
         }
-        state, samples = self.policy.checkpoint(), self.feed.state()
         checkpoints.save(log.counters.step, state, extra, samples)
 
     def _opening(self, counters: Counters) -> list[str]:

@@ -4,17 +4,28 @@
 
 A completion is a text, to which the end token is added, or a list of token ids, taken as it is.
 `ref_logps` may hold the reference's log-probs in nats: per completion a list with one number per
-token, end token included. Then `ref_fingerprint` says whose they are.
+token, end token included. Then `ref_fingerprint` says of which reference and which tokens they are:
+`gvpo_jax.samples.cache_key`, which `Trainer.with_reference_logps` writes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.samples import UNKNOWN, Group, Source, completion_problem, make_group, take
+from gvpo_jax.samples import (
+    UNKNOWN,
+    Group,
+    Source,
+    cache_key,
+    length_problem,
+    make_group,
+    read_reward,
+    take,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ def read_groups(
     encode: Callable[[str], list[int]],
     *,
     reference: int,
+    vocab_size: int,
     max_completion_length: int,
     bad_samples: Literal["error", "skip"] = "error",
 ) -> OfflineGroups:
@@ -42,6 +54,7 @@ def read_groups(
         prompts: the rows' prompts as token ids.
         encode: a completion's text -> token ids, end token included.
         reference: fingerprint of the run's reference, or `UNKNOWN` where it keeps changing.
+        vocab_size: token ids are less.
         max_completion_length: tokens.
         bad_samples: what becomes of a completion that is empty, too long or without a finite
             reward, and of a group that keeps fewer than two: `skip` counts them.
@@ -54,16 +67,27 @@ def read_groups(
     skipped = 0
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
         name = f"groups, row {number}"
-        ids, rewards = _completions(name, row, encode), _rewards(name, row)
-        if len(ids) != len(rewards):
-            raise UserError(f"{name}: {len(ids)} completions but {len(rewards)} rewards")
+        ids = _completions(name, row, encode, vocab_size)
+        values: Any = row.get("rewards")
+        if not _is_list(values):
+            raise UserError(f"{name}: the column 'rewards' must be a list of numbers")
+        if len(ids) != len(values):
+            raise UserError(f"{name}: {len(ids)} completions but {len(values)} rewards")
+        rewards: list[float | None] = [None] * len(ids)
+        problems: dict[int, str] = {}
+        for place, value in enumerate(values):
+            if value is not None and not isinstance(value, Real):
+                raise UserError(f"{name}: a reward is a number, got {value!r}")
+            try:
+                rewards[place] = read_reward(value)
+                problem = length_problem(ids[place], max_completion_length)
+                problem = problem or ("it has no reward" if rewards[place] is None else None)
+            except UserError as error:
+                problem = str(error)
+            if problem:
+                problems[place] = problem
         group = make_group(prompt, ids, rewards, source=Source.FILE, row=number - 1)
         group = _with_cache(name, row, group, reference)
-        problems = {
-            place: problem
-            for place, pair in enumerate(zip(ids, rewards, strict=True))
-            if (problem := completion_problem(*pair, max_completion_length))
-        }
         good = [place for place in range(len(ids)) if place not in problems]
         if bad_samples == "error":
             for place, problem in problems.items():
@@ -81,29 +105,28 @@ def read_groups(
 _HINT = "; data.bad_samples=skip leaves out what can't be used"
 
 
-def _completions(name: str, row: Mapping[str, Any], encode: Callable[[str], list[int]]):
-    texts = row.get("completions")
-    if not isinstance(texts, list):
+def _completions(name: str, row: Mapping[str, Any], encode, vocab_size: int) -> list[list[int]]:
+    texts: Any = row.get("completions")
+    if not _is_list(texts):
         raise UserError(f"{name}: the column 'completions' must be a list of texts")
     ids = []
     for text in texts:
         if isinstance(text, str):
             ids.append(encode(text))
-        elif isinstance(text, list) and all(type(token) is int and token >= 0 for token in text):
-            ids.append(text)
+        elif _is_list(text) and all(
+            isinstance(t, int | np.integer) and 0 <= t < vocab_size for t in text
+        ):
+            ids.append([int(token) for token in text])
         else:
-            raise UserError(f"{name}: a completion is a text or a list of token ids, got {text!r}")
+            raise UserError(
+                f"{name}: a completion is a text or a list of token ids below {vocab_size}, "
+                f"got {str(text)[:80]!r}"
+            )
     return ids
 
 
-def _rewards(name: str, row: Mapping[str, Any]) -> list[float | None]:
-    rewards = row.get("rewards")
-    if not isinstance(rewards, list):
-        raise UserError(f"{name}: the column 'rewards' must be a list of numbers")
-    for reward in rewards:
-        if reward is not None and not isinstance(reward, int | float):
-            raise UserError(f"{name}: a reward is a number, got {reward!r}")
-    return rewards
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
 
 
 def _with_cache(name: str, row: Mapping[str, Any], group: Group, reference: int) -> Group:
@@ -117,10 +140,12 @@ def _with_cache(name: str, row: Mapping[str, Any], group: Group, reference: int)
             f"{name}: ref_logps without ref_fingerprint, which says whose they are; leave them "
             "out, and they are computed"
         )
-    if UNKNOWN not in (theirs, reference) and theirs != reference:
+    if reference == UNKNOWN:
+        return group
+    if theirs != cache_key(reference, group):
         raise UserError(
-            f"{name}: its ref_logps are of the reference {theirs}, this run's is {reference}; "
-            "leave them out, and they are computed"
+            f"{name}: its ref_logps are of another reference, or of other tokens (chat template, "
+            "system prompt, tokenizer) than this run's; leave them out, and they are computed"
         )
     if not _fits(cached, group):
         raise UserError(
@@ -130,17 +155,13 @@ def _with_cache(name: str, row: Mapping[str, Any], group: Group, reference: int)
     ref_logps = np.zeros_like(group.ref_logps)
     for place, values in zip(ref_logps, cached, strict=True):
         place[: len(values)] = values
-    return group._replace(ref_logps=ref_logps, reference=theirs)
+    return group._replace(ref_logps=ref_logps, reference=reference)
 
 
 def _fits(cached: Any, group: Group) -> bool:
     return (
-        isinstance(cached, list)
-        and all(isinstance(values, list) for values in cached)
+        _is_list(cached)
+        and all(_is_list(values) for values in cached)
         and [len(values) for values in cached] == group.lengths.tolist()
-        and all(
-            isinstance(value, int | float) and np.isfinite(value)
-            for values in cached
-            for value in values
-        )
+        and all(isinstance(v, float | int) and abs(v) < 1e30 for values in cached for v in values)
     )

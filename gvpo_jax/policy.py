@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,8 +134,10 @@ class Policy:
 
     @property
     def reference_fingerprint(self) -> int:
-        """Tells the reference from others; `UNKNOWN` for one that changes with every update."""
-        return UNKNOWN if self._config.reference.name == "ema" else self._reference_fingerprint
+        """Tells the reference, in its dtype, from others; `UNKNOWN` if every update changes it."""
+        if self._config.reference.name == "ema":
+            return UNKNOWN
+        return zlib.crc32(f"{self._reference_fingerprint} {self._config.model.dtype}".encode())
 
     def with_reference(self, batch: Batch, known: np.ndarray | None = None) -> Batch:
         """The batch with the reference's token log-probs, scored in the update's micro-batches.
@@ -148,8 +151,7 @@ class Policy:
         # All processes go through as many parts, also one that has fewer to score.
         for start in range(0, agreed(len(missing)), size):
             rows = missing[start : start + size]
-            wanted = agreed(len(rows))
-            wanted += -wanted % self._unit(wanted, k)
+            wanted = size + -size % self._unit(size, k)  # one program, however many are missing
             filled = np.concatenate([rows, np.zeros(wanted - len(rows), np.int64)])
             part = {
                 "prompts": batch.prompts[filled],

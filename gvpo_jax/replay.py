@@ -6,6 +6,8 @@ import numpy as np
 
 from gvpo_jax.samples import Group, Source, join, pack, take, unpack
 
+_TAG = 7  # keeps the draws apart from the order of the data
+
 
 class ReplayBuffer:
     """The last `capacity` groups that the policy sampled; what it draws depends on its key alone.
@@ -27,7 +29,7 @@ class ReplayBuffer:
         for group in groups:
             own = (group.source == Source.POLICY) & ~np.isnan(group.rewards) & (group.lengths > 0)
             if own.sum() >= 2:
-                self._groups.append(take(group, np.flatnonzero(own)))
+                self._groups.append(_trim(take(group, np.flatnonzero(own))))
         del self._groups[: -self._capacity]
 
     def groups(self, count: int, key: int) -> list[Group]:
@@ -40,10 +42,12 @@ class ReplayBuffer:
         past = [group for group in self._groups if group.row == row]
         if not past:
             return None
-        pool = past[0]
-        for group in past[1:]:
-            pool = join(pool, group)
-        return _as_replay(take(pool, self._order(len(pool.lengths), key, row + 1)[:count]))
+        places = [(group, i) for group in past for i in range(len(group.lengths))]
+        drawn = [places[i] for i in self._order(len(places), key, row + 1)[:count]]
+        pool, *rest = (take(group, [i]) for group, i in drawn)
+        for one in rest:
+            pool = join(pool, one)
+        return _as_replay(pool)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything, as a few arrays."""
@@ -55,8 +59,16 @@ class ReplayBuffer:
 
     def _order(self, n: int, *key: int) -> np.ndarray:
         # Raw bits keep their values across NumPy versions; permutations need not.
-        bits = np.random.PCG64(np.random.SeedSequence([self._seed, *key])).random_raw(n)
+        sequence = np.random.SeedSequence([_TAG, self._seed, *key])
+        bits = np.random.PCG64(sequence).random_raw(n)
         return np.argsort(bits, kind="stable")
+
+
+def _trim(group: Group) -> Group:
+    """Without the padding that no completion needs."""
+    t = int(group.lengths.max())
+    names = ("completions", "old_logps", "ref_logps")
+    return group._replace(**{name: getattr(group, name)[:, :t].copy() for name in names})
 
 
 def _as_replay(group: Group) -> Group:

@@ -148,17 +148,27 @@ class RunLog:
         if self._writer:
             self._writer.log(step, metrics | here)
         self._progress.update(step, metrics | here)
-        if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
-            raise UserError(
-                f"step {step}: loss or gradient is not finite; lower optimizer.learning_rate, or "
-                "look at the rewards. The last checkpoint is from before"
-            )
+        check_finite(metrics, f"step {step}")
+
+
+def check_finite(metrics: Mapping[str, float], what: str) -> None:
+    """That an update made sense.
+
+    Raises:
+        UserError: it did not.
+    """
+    if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
+        raise UserError(
+            f"{what}: loss or gradient is not finite; lower optimizer.learning_rate, or "
+            "look at the rewards. The last checkpoint is from before"
+        )
 
 
 def told(on_device: Mapping[str, Any]) -> dict[str, float]:
     """An update's metrics as numbers, without what says nothing.
 
-    That is sources that gave it no completion, and the shares where there is one source alone.
+    That is sources that gave it no completion, shares where there is one source alone, and ages of
+    completions that bear no date.
     """
     metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
     sources = [name.removesuffix("/share") for name in metrics if name.endswith("/share")]
@@ -167,7 +177,8 @@ def told(on_device: Mapping[str, Any]) -> dict[str, float]:
     if len(present) > 1:
         dropped -= {name for name in dropped if name.rpartition("/")[0] in present}
     dropped |= {f"{source}/staleness" for source in sources if source not in present}
-    return {name: value for name, value in metrics.items() if name not in dropped}
+    undated = {name for name, value in metrics.items() if name.endswith("/staleness") and value < 0}
+    return {name: value for name, value in metrics.items() if name not in dropped | undated}
 
 
 def crossed(last: int, step: int, every: int) -> bool:

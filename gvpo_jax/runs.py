@@ -25,7 +25,12 @@ def train(config: Config) -> dict[str, Any]:
         reward_funcs = [] if offline and not config.rewards.funcs else _reward_funcs(config)
         rows, held_out = load_data(config)
         check_claim(config)
-        return reward_funcs, rows, held_out if reward_funcs else []
+        if held_out and not reward_funcs:
+            raise UserError(
+                "held-out rows need reward functions: name some in rewards.funcs, or give "
+                "data.eval_size=0"
+            )
+        return reward_funcs, rows, held_out
 
     reward_funcs, rows, held_out = together(prepare)
     if is_first():

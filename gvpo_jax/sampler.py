@@ -1,5 +1,7 @@
 """Groups drawn from the policy and scored: everything between token ids and rewards."""
 
+import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from gvpo_jax.evaluate import evaluate
 from gvpo_jax.policy import Policy
 from gvpo_jax.rewards import Scores, score
 from gvpo_jax.rollout import FINISH_LENGTH, Rollout, Sampling
-from gvpo_jax.samples import Group, Source, completion_problem, join, make_group
+from gvpo_jax.samples import Group, Source, join, length_problem, make_group, token_lists
 
 Row = dict[str, Any]
 SOLUTION = "solution"  # the column with demonstrations
@@ -34,6 +36,7 @@ class Sampler:
 
     def __init__(self, policy: Policy, config: Config, reward_funcs: Sequence[Callable[..., Any]]):
         self._policy, self._config, self.reward_funcs = policy, config, reward_funcs
+        self._one_at_a_time = threading.Lock()  # rounds drawn ahead, and evaluations
 
     def draw(
         self,
@@ -76,7 +79,8 @@ class Sampler:
             group._replace(rewards=np.where(group.lengths > 0, values, np.nan))
             for group, values in zip(groups, rewards, strict=True)
         ]
-        return Drawn(groups, _metrics(rollout, scores), _records(rows, texts, groups))
+        k = rollout.lengths.shape[1]
+        return Drawn(groups, _metrics(rollout, scores, k), _records(rows, texts, groups))
 
     def evaluate(self, held_out: EncodedPrompts) -> tuple[dict[str, float], list[Row]]:
         """Accuracy on held-out prompts and what was sampled, with the same keys every time."""
@@ -127,7 +131,7 @@ class Sampler:
                 )
             ids = [self._policy.completion_ids(text) for text in texts[:count]]
             for number, tokens in enumerate(ids):
-                problem = completion_problem(tokens, 0.0, c.rollout.max_completion_length)
+                problem = length_problem(tokens, c.rollout.max_completion_length)
                 if problem and c.data.bad_samples == "error":
                     raise UserError(f"row {place + 1}, {SOLUTION}: {problem}")
                 ids[number] = [] if problem else tokens
@@ -142,20 +146,28 @@ class Sampler:
         k = len(groups[0].lengths)
         token_ids = [ids for group in groups for ids in token_lists(group)]
         texts = texts_of(self._policy.model.tokenizer, token_ids, k)
+        all_rows = [row for row in rows for _ in range(k)]
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for row, group in zip(rows, texts, strict=True)
-            for text in group
+            for row, text in zip(all_rows, (text for group in texts for text in group), strict=True)
         ]
-        scores = score(
-            self.reward_funcs,
-            self._config.rewards.weights or None,
-            prompts=[row["prompt"] for row in rows for _ in range(k)],
-            completions=completions,
-            completion_ids=token_ids,
-            columns=repeat_columns(rows, k),
-            on_error=self._config.rewards.on_error,
-        )
+        there = [place for place, ids in enumerate(token_ids) if ids]  # not a skipped demonstration
+        with self._one_at_a_time:
+            scores = score(
+                self.reward_funcs,
+                self._config.rewards.weights or None,
+                prompts=[all_rows[i]["prompt"] for i in there],
+                completions=[completions[i] for i in there],
+                completion_ids=[token_ids[i] for i in there],
+                columns=repeat_columns([all_rows[i] for i in there], 1),
+                on_error=self._config.rewards.on_error,
+            )
+        rewards = np.full(len(token_ids), np.nan)
+        rewards[there] = scores.rewards
+        by_func = {name: np.full(len(token_ids), np.nan) for name in scores.by_func}
+        for name, values in scores.by_func.items():
+            by_func[name][there] = values
+        scores = dataclasses.replace(scores, rewards=rewards, by_func=by_func)
         return texts, scores
 
 
@@ -171,13 +183,6 @@ def texts_of(
     """Completions as text, lists of k, without special tokens."""
     texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
     return [texts[i : i + k] for i in range(0, len(texts), k)]
-
-
-def token_lists(group: Group | Rollout) -> list[list[int]]:
-    """The token ids of every completion, without padding."""
-    t = group.completions.shape[-1]
-    rows = zip(group.completions.reshape(-1, t), group.lengths.ravel(), strict=True)
-    return [row[:n].tolist() for row, n in rows]
 
 
 def _groups(indices, prompts: Sequence[Sequence[int]], rollout: Rollout, version: int):
@@ -199,10 +204,14 @@ def _groups(indices, prompts: Sequence[Sequence[int]], rollout: Rollout, version
     ]
 
 
-def _metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """Of all processes' samples."""
+def _metrics(rollout: Rollout, scores: Scores, k: int) -> dict[str, float]:
+    """Of all processes' samples: of each group the first k, without demonstrations."""
+    own = {
+        name: values.reshape(len(rollout.lengths), -1)[:, :k]
+        for name, values in scores.by_func.items()
+    }
     why = np.array([[scores.abstained, scores.failed]])
-    here = (rollout.lengths, rollout.finish, scores.by_func, why)
+    here = (rollout.lengths, rollout.finish, own, why)
     lengths, finish, by_func, why = gather(here)
     abstained, failed = why.sum(axis=0)
     return {

@@ -1,8 +1,10 @@
 """Completions on the host, group by group, each with where it came from: what fills a `Batch`."""
 
 import enum
+import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,45 +78,52 @@ def make_group(
     )
 
 
-def check_group(
-    name: str,
-    completions: Sequence[Sequence[int]],
-    rewards: Sequence[float | None],
-    *,
-    max_completion_length: int,
-) -> None:
-    """That a group can be trained on, but for completions without a reward (None or NaN).
+def read_reward(value: Any) -> float | None:
+    """A reward as it will be stored: a float32, None where there is none (None or NaN).
 
     Raises:
-        UserError: lists of unequal length, an empty or too long completion, an infinite reward.
+        UserError: no number, or an infinite one.
     """
-    if len(completions) != len(rewards):
-        raise UserError(f"{name} has {len(completions)} completions but {len(rewards)} rewards")
-    for place, (ids, reward) in enumerate(zip(completions, rewards, strict=True), start=1):
-        problem = completion_problem(ids, reward, max_completion_length)
-        if problem and not _missing(reward):
-            raise UserError(f"{name}, completion {place}: {problem}")
+    if value is None:
+        return None
+    if not isinstance(value, Real):
+        raise UserError(f"a reward is a number, got {value!r}")
+    try:
+        reward = float(value)
+    except OverflowError:
+        reward = float("inf")
+    if abs(reward) > float(np.finfo(np.float32).max):
+        raise UserError(
+            f"its reward is infinite, at least in float32: {str(value)[:20]}; give a smaller "
+            "number, or None to leave it out"
+        )
+    return None if np.isnan(reward) else reward
 
 
-def completion_problem(
-    ids: Sequence[int], reward: float | None, max_completion_length: int
-) -> str | None:
-    """Why a completion can't be trained on, or None."""
+def length_problem(ids: Sequence[int], max_completion_length: int) -> str | None:
+    """Why a completion's tokens can't be trained on, or None."""
     if len(ids) == 0:
         return "it has no token, not even an end token"
     if len(ids) > max_completion_length:
         return (
             f"{len(ids)} tokens; raise rollout.max_completion_length, now {max_completion_length}"
         )
-    if _missing(reward):
-        return "it has no reward"
-    if np.isinf(float(reward)):  # type: ignore[arg-type]
-        return "its reward is infinite; give a finite number, or None to leave it out"
     return None
 
 
-def _missing(reward: float | None) -> bool:
-    return reward is None or bool(np.isnan(float(reward)))
+def cache_key(reference: int, group: Group) -> int:
+    """Tells reference log-probs of this group's very tokens from others; `UNKNOWN` for UNKNOWN."""
+    if reference == UNKNOWN:
+        return UNKNOWN
+    content = [reference, group.prompt.tolist(), *(ids for ids in token_lists(group))]
+    return zlib.crc32(repr(content).encode())
+
+
+def token_lists(group: Any) -> list[list[int]]:
+    """The token ids of every completion of a group or a rollout, without padding."""
+    t = group.completions.shape[-1]
+    rows = zip(group.completions.reshape(-1, t), group.lengths.ravel(), strict=True)
+    return [row[:n].tolist() for row, n in rows]
 
 
 def make_batch(
@@ -211,7 +220,8 @@ def unpack(packed: dict[str, np.ndarray]) -> list[Group]:
         for name in _DTYPES:
             shape = (p,) if name == "prompt" else (k, t) if name in _PER_TOKEN else (k,)
             size = int(np.prod(shape))
-            fields[name] = packed[name][at[name] : at[name] + size].reshape(shape)
+            part = packed[name][at[name] : at[name] + size]
+            fields[name] = part.reshape(shape).copy()  # a view would keep all of them alive
             at[name] += size
         groups.append(Group(row=int(row), reference=int(reference), **fields))
     return groups

@@ -83,6 +83,9 @@ def train_step(
     """
     _check_shapes(batch)
     batch = fill_up(batch, groups=micro_batches, completions=completion_parts)
+    # The policy's own new samples: the ratio to itself is 1, whatever the sampler's rounding.
+    own = (batch.version == state.step)[..., None]
+    batch = batch._replace(old_logps=jnp.where(own, jnp.nan, batch.old_logps))
     advantages_gk = objective.advantages(batch.rewards, batch.valid)
     count = objective.count(advantages_gk, _mask(batch), batch.valid)
     if completion_parts > 1:
@@ -193,7 +196,10 @@ def _metrics(logps_gkt, batch: Batch, beta) -> Metrics:
 
 
 def _by_source(logps_gkt, batch: Batch, beta, step) -> Metrics:
-    """Share of the completions, mean residual and mean age in updates, by where they came from."""
+    """Share of the completions, mean residual and mean age in updates, by where they came from.
+
+    The age is -1 where no completion bears a date.
+    """
     weights = _weights(jnp.where(_mask(batch), logps_gkt - batch.ref_logps, 0), batch, beta)
     completions = jnp.maximum(jnp.sum(batch.valid), 1)
     metrics = {}
@@ -207,7 +213,10 @@ def _by_source(logps_gkt, batch: Batch, beta, step) -> Metrics:
         metrics[f"{name}/residual"] = jnp.sum(jnp.where(of_source, weights, 0)) / jnp.maximum(
             count, 1
         )
-        metrics[f"{name}/staleness"] = jnp.sum(age) / jnp.maximum(jnp.sum(dated), 1)
+        dates = jnp.sum(dated)
+        metrics[f"{name}/staleness"] = jnp.where(
+            dates > 0, jnp.sum(age) / jnp.maximum(dates, 1), -1
+        )
     return metrics
 
 

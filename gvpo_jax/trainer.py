@@ -14,9 +14,19 @@ from gvpo_jax.models import LoadedModel, export_model
 from gvpo_jax.offline import OfflineGroups, read_groups
 from gvpo_jax.policy import Policy
 from gvpo_jax.rewards import batched
-from gvpo_jax.runlog import reward_metrics, told
-from gvpo_jax.sampler import Sampler, texts_of, token_lists, training_sampling
-from gvpo_jax.samples import UNKNOWN, Source, check_group, make_batch, make_group
+from gvpo_jax.runlog import check_finite, reward_metrics, told
+from gvpo_jax.sampler import Sampler, texts_of, training_sampling
+from gvpo_jax.samples import (
+    UNKNOWN,
+    Group,
+    Source,
+    cache_key,
+    length_problem,
+    make_batch,
+    make_group,
+    read_reward,
+    token_lists,
+)
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
@@ -85,7 +95,8 @@ class Trainer:
         """One update on given text: k completions, with rewards, of each prompt.
 
         Groups may differ in size; a reward of None or NaN leaves its completion out. The end token
-        is added to every completion.
+        is added to every completion. With another `loss.name` than gvpo, the texts count as samples
+        of the current policy.
 
         Args:
             prompts: G texts, or lists of chat messages.
@@ -110,9 +121,7 @@ class Trainer:
         for place, (ids, texts, values) in enumerate(
             zip(encoded.token_ids, completions, rewards, strict=True), start=1
         ):
-            tokens = [self.policy.completion_ids(text) for text in texts]
-            check_group(f"group {place}", tokens, values, max_completion_length=limit)
-            groups.append(make_group(ids, tokens, values, source=Source.FILE))
+            groups.append(self._group(f"group {place}", ids, texts, values, limit))
         batch = make_batch(groups, longest_completion=limit)
         if not (batch.valid.sum(axis=-1) >= 2).any():
             raise UserError(
@@ -120,8 +129,10 @@ class Trainer:
             )
         if self.config.reference.name == "previous":
             self.policy.refresh_reference_if_due()
-        metrics = self.policy.update(self.policy.with_reference(self.policy.pad(batch)))
-        return told(metrics) | reward_metrics(batch)
+        batch = self.policy.with_reference(self.policy.pad(batch))
+        metrics = told(self.policy.update(batch))
+        check_finite(metrics, "the step")
+        return metrics | reward_metrics(batch)
 
     def train(
         self, dataset: Dataset, reward_funcs: RewardFuncs, *, eval_dataset: Dataset = ()
@@ -164,6 +175,11 @@ class Trainer:
             eval_dataset: held-out rows.
         """
         c = self.config
+        if c.loss.name not in ("gvpo", "dpo"):
+            raise UserError(
+                f"loss.name={c.loss.name} needs the probability with which each completion was "
+                "sampled, which given groups do not have: use gvpo or dpo"
+            )
         if eval_dataset and not reward_funcs:
             raise UserError("held-out rows need reward functions that judge them")
         prompts = self._encode(dataset)
@@ -200,11 +216,12 @@ class Trainer:
                 {
                     **row,
                     "completions": token_lists(group),
+                    "rewards": [float(reward) for reward in group.rewards],
                     "ref_logps": [
                         values[:n].tolist()
                         for values, n in zip(group.ref_logps, group.lengths, strict=True)
                     ],
-                    "ref_fingerprint": group.reference,
+                    "ref_fingerprint": cache_key(group.reference, group),
                 }
                 for row, group in zip(prompts.rows[start : start + size], scored, strict=True)
             ]
@@ -251,6 +268,23 @@ class Trainer:
             raise UserError(f"{run_dir} has no checkpoint yet")
         return step
 
+    def _group(self, name: str, prompt_ids, texts, values, limit: int) -> Group:
+        """A group handed over as text, checked."""
+        if len(texts) != len(values):
+            raise UserError(f"{name} has {len(texts)} completions but {len(values)} rewards")
+        tokens, rewards = [], []
+        for place, (text, value) in enumerate(zip(texts, values, strict=True), start=1):
+            if not isinstance(text, str):
+                raise UserError(f"{name}, completion {place}: must be a text, got {text!r}")
+            tokens.append(self.policy.completion_ids(text))
+            try:
+                rewards.append(read_reward(value))
+            except UserError as error:
+                raise UserError(f"{name}, completion {place}: {error}") from None
+            if problem := length_problem(tokens[-1], limit):
+                raise UserError(f"{name}, completion {place}: {problem}")
+        return make_group(prompt_ids, tokens, rewards, source=Source.FILE)
+
     def _run(
         self,
         feed: Feed,
@@ -285,6 +319,7 @@ class Trainer:
             prompts.token_ids,
             self.policy.completion_ids,
             reference=self.policy.reference_fingerprint,
+            vocab_size=self.policy.model.config.vocab_size,
             max_completion_length=self.config.rollout.max_completion_length,
             bad_samples=self.config.data.bad_samples,
         )

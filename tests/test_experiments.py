@@ -63,6 +63,17 @@ def test_optimum(tmp_path):
             assert row["worst"] > 0.1
 
 
+def test_mutants(tmp_path):
+    run("mutants", "--out", tmp_path / "results.json")
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    tests = ("tests/test_loss.py::", "tests/test_identities.py::")
+    assert [row["caught_by"].startswith(tests) for row in rows] == [True] * 3
+    saved = json.loads((ROOT / "experiments" / "mutants" / "results.json").read_text())["rows"]
+    page = (ROOT / "experiments" / "mutants" / "README.md").read_text()
+    assert len(saved) >= 10
+    assert all(f"| {row['name']} |" in page and row["caught_by"] for row in saved)
+
+
 def test_saved_results_are_those_of_the_readme():
     """The quickstart's promise, on every seed: 25 points, in 10 minutes and 10 GB."""
     saved = json.loads((ROOT / "experiments" / "quickstart" / "results.json").read_text())

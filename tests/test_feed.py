@@ -1,5 +1,6 @@
 """Batches from every source, through whole runs of the debug model."""
 
+import datetime
 import json
 
 import jax
@@ -16,7 +17,7 @@ from gvpo_jax.trainer import Trainer
 
 GROUPS = [
     {"prompt": "Spell ash: ", "completions": ["ash", "x1", "zz!"], "rewards": [1.0, 0.3, 0.5]},
-    {"prompt": "Spell oak: ", "completions": ["oak", "9"], "rewards": [1.0, 0.0]},
+    {"prompt": "Spell oak, please: ", "completions": ["oak", "9"], "rewards": [1.0, 0.0]},
     {
         "prompt": "Spell fir: ",
         "completions": ["fir", "f-", "7", "??"],
@@ -147,7 +148,7 @@ def test_groups_from_elsewhere_train_the_policy_and_resume_bitwise(tmp_path, cap
     lines = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
     assert lines[-1]["gvpo_mse"] < lines[0]["gvpo_mse"] / 3
     assert not [name for name in lines[0] if name.startswith(("source/policy", "source/replay"))]
-    offline(tmp_path / "parts", train__steps=20, train__stop_at=10)
+    offline(tmp_path / "parts", train__steps=20, train__stop_at=3)
     resumed, _ = offline(tmp_path / "parts", train__steps=20)
     for run in ("whole", "parts"):
         (tmp_path / run / "completions").mkdir(exist_ok=True)
@@ -183,7 +184,7 @@ def test_scored_groups_need_no_scoring_and_fit_their_reference_alone(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
     other = load_model("debug")
     other.params["final_norm"]["scale"] = other.params["final_norm"]["scale"] * 1.1
-    with pytest.raises(UserError, match="row 1: its ref_logps are of the reference"):
+    with pytest.raises(UserError, match="row 1: its ref_logps are of another reference"):
         Trainer(config(tmp_path / "d"), other).train_offline(rows)
     assert not (tmp_path / "d").exists()
 
@@ -207,6 +208,50 @@ def test_offline_groups_move_the_policy_as_the_same_texts_do_in_single_steps(tmp
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_rows_that_json_can_not_hold_are_drawn_ahead_too(tmp_path):
+    rows = [row | {"when": datetime.date(2026, 1, 1)} for row in ROWS]
+    trainer(tmp_path, rollout__lookahead=1, checkpoint__every=1).train(rows, letter_share)
+    assert read_metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_a_round_that_fails_does_not_take_the_checkpoint_before_it_along(tmp_path):
+    calls = []
+
+    def fails_at_last(prompts, completions, **_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError("on purpose")
+        return [0.0] * (len(prompts) - 1) + [1.0]
+
+    settings = {"rollout__lookahead": 1, "checkpoint__every": 2}
+    with pytest.raises(UserError, match="on purpose"):
+        trainer(tmp_path, **settings).train(ROWS, fails_at_last)
+    assert trainer(tmp_path, **settings).restore(tmp_path) == 2
+
+
+def test_replay_of_prompts_that_are_forgotten_first_is_refused(tmp_path):
+    with pytest.raises(UserError, match="raise it to at least as many"):
+        trainer(tmp_path, replay__completions=1, replay__capacity=3).train(ROWS, letter_share)
+
+
+def test_a_reward_function_never_sees_a_demonstration_that_was_skipped(tmp_path):
+    seen = []
+
+    def strict(prompts, completions, **_):
+        seen.extend(completions)
+        return [1 / len(text) if text else 0.0 for text in completions]
+
+    rows = [{"prompt": "Spell a: ", "solution": "x" * 9}]
+    settings = {"rollout__demonstrations": 1, "data__bad_samples": "skip", "train__steps": 1}
+    trainer(tmp_path, **settings).train(rows, strict)
+    assert len(seen) == 2 * 3
+
+
+def test_a_baseline_is_not_fed_groups_of_unknown_origin(tmp_path):
+    with pytest.raises(UserError, match="given groups do not have: use gvpo or dpo"):
+        trainer(tmp_path, loss__name="grpo").train_offline(GROUPS)
 
 
 def test_a_function_of_one_sample_is_a_reward_function(tmp_path):

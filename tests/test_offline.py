@@ -3,7 +3,7 @@ import pytest
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.offline import read_groups
-from gvpo_jax.samples import UNKNOWN, Source
+from gvpo_jax.samples import UNKNOWN, Source, cache_key
 
 INF, NAN = float("inf"), float("nan")
 
@@ -18,6 +18,7 @@ def read(*rows, reference=5, **settings):
         [[1, 2]] * len(rows),
         encode,
         reference=reference,
+        vocab_size=256,
         max_completion_length=4,
         **settings,
     )
@@ -38,6 +39,7 @@ def test_texts_and_token_ids_become_groups():
     assert group.reference == UNKNOWN
 
 
+KEY = cache_key(5, read(row()).groups[0])
 BAD = [
     (row(["a", []]), "completion 2: it has no token"),
     (row(["a", "abcd"]), "completion 2: 5 tokens; raise"),
@@ -77,13 +79,17 @@ def test_when_no_group_is_left_there_is_nothing_to_train_on():
         (row() | {"rewards": 1}, "'rewards' must be a list"),
         (row(rewards=[1, "2"]), "a reward is a number, got '2'"),
         (row(rewards=[1]), "2 completions but 1 rewards"),
-        (row(["a", 3]), "a completion is a text or a list of token ids, got 3"),
-        (row(["a", [-1]]), "token ids, got"),
+        (row(["a", 3]), "a completion is a text or a list of token ids below 256, got '3'"),
+        (row(["a", [-1]]), "token ids below 256, got"),
+        (row(["a", [256]]), "token ids below 256, got"),
+        (row(["a", [2**40]]), "token ids below 256, got"),
         (row(ref_logps=[[1, 1], [1, 1, 1]]), "without ref_fingerprint"),
-        (row(ref_logps=[[1, 1], [1, 1]], ref_fingerprint=5), r"\[2, 3\], end tokens included"),
-        (row(ref_logps=[[1, 1], [1, 1, NAN]], ref_fingerprint=5), "a finite number per token"),
-        (row(ref_logps=[-3.0, -4.0], ref_fingerprint=5), "a list per completion"),
-        (row(ref_logps=[[1, 1], [1, 1, 1]], ref_fingerprint=6), "of the reference 6, this run's"),
+        (row(ref_logps=[[1, 1], [1, 1]], ref_fingerprint=KEY), r"\[2, 3\], end tokens included"),
+        (row(ref_logps=[[1, 1], [1, 1, NAN]], ref_fingerprint=KEY), "a finite number per token"),
+        (row(ref_logps=[[1, 1], [1, 1, 10**400]], ref_fingerprint=KEY), "a finite number per"),
+        (row(ref_logps=[-3.0, -4.0], ref_fingerprint=KEY), "a list per completion"),
+        (row(ref_logps=[[1, 1], [1, 1, 1]], ref_fingerprint=6), "of another reference, or of"),
+        (row(ref_logps=[[1, 1], [1, 1, 1]], ref_fingerprint=-1), "of another reference, or of"),
     ],
 )
 def test_columns_that_make_no_sense_are_errors_also_where_samples_are_skipped(bad, message):
@@ -92,9 +98,15 @@ def test_columns_that_make_no_sense_are_errors_also_where_samples_are_skipped(ba
 
 
 def test_reference_log_probs_come_along():
-    cached = row(ref_logps=[[-1, -2], [-3, -4, -5]], ref_fingerprint=5)
+    cached = row(ref_logps=[[-1, -2], [-3, -4, -5]], ref_fingerprint=KEY)
     (group,) = read(cached).groups
     assert group.reference == 5
     np.testing.assert_array_equal(group.ref_logps, [[-1, -2, 0], [-3, -4, -5]])
     # a reference that keeps changing can't use them, and need not complain
-    assert read(cached, reference=UNKNOWN).groups[0].reference == 5
+    assert read(cached, reference=UNKNOWN).groups[0].reference == UNKNOWN
+
+
+def test_numpys_numbers_and_lists_are_as_good():
+    (group,) = read(row(["a", np.array([7, 8])], (np.float32(1), np.float64(0)))).groups
+    assert group.completions.tolist() == [[97, 0], [7, 8]]
+    assert group.rewards.tolist() == [1, 0]

@@ -5,12 +5,13 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.samples import (
     UNKNOWN,
     Source,
-    check_group,
+    cache_key,
     cut,
     join,
     make_batch,
     make_group,
     pack,
+    read_reward,
     take,
     unpack,
 )
@@ -82,18 +83,29 @@ def test_reference_scores_go_back_into_the_group():
 
 
 @pytest.mark.parametrize(
-    ("completions", "rewards", "message"),
-    [
-        ([[1], [2]], [1.0], "2 completions but 1 rewards"),
-        ([[1], []], [1.0, 0.0], "completion 2: it has no token"),
-        ([[1] * 9, [2]], [1.0, 0.0], "completion 1: 9 tokens; raise"),
-        ([[1], [2]], [1.0, float("-inf")], "completion 2: its reward is infinite"),
-    ],
+    ("value", "read"),
+    [(1, 1.0), (True, 1.0), (np.float32(0.5), 0.5), (None, None), (float("nan"), None)],
 )
-def test_bad_completions_are_named(completions, rewards, message):
-    with pytest.raises(UserError, match=f"group 3.* {message}|group 3 has {message}"):
-        check_group("group 3", completions, rewards, max_completion_length=8)
+def test_rewards_are_numbers_or_missing(value, read):
+    assert read_reward(value) == read
 
 
-def test_completions_without_a_reward_are_no_mistake():
-    check_group("group 3", [[1], [2], [3]], [None, float("nan"), 0.0], max_completion_length=8)
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e39, 10**400])
+def test_rewards_that_float32_can_not_hold_are_refused(value):
+    with pytest.raises(UserError, match="infinite"):
+        read_reward(value)
+
+
+@pytest.mark.parametrize("value", ["1", "abc", [1.0]])
+def test_what_is_no_number_is_no_reward(value):
+    with pytest.raises(UserError, match="a reward is a number, got"):
+        read_reward(value)
+
+
+def test_a_cache_key_is_of_these_tokens_and_this_reference():
+    one, other = group([[4, 5], [6]], [1.0, 0.0]), group([[4, 5], [7]], [1.0, 0.0])
+    assert cache_key(1, one) == cache_key(1, one._replace(rewards=other.rewards))
+    keys = [cache_key(1, one), cache_key(2, one), cache_key(1, other)]
+    keys.append(cache_key(1, one._replace(prompt=np.array([1, 2], np.int32))))
+    assert len(set(keys)) == 4
+    assert cache_key(UNKNOWN, one) == UNKNOWN

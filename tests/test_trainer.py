@@ -78,7 +78,7 @@ VARIANTS = {
     "replay": {
         "replay__completions": 2,
         "replay__groups": 1,
-        "replay__capacity": 3,
+        "replay__capacity": 6,
         "train__steps": 8,
         "rollout__lookahead": 1,
     },
@@ -173,6 +173,10 @@ def test_steps_on_text_raise_the_probability_of_what_was_rewarded(tmp_path):
         (["a"], [["x", "y"]], [[1.0, None]], "no group has two"),
         (["a"], [["x", "y" * 50]], [[1.0, 0.0]], "51 tokens"),
         (["a"], [["x", "y"]], [[1.0, float("inf")]], "infinite"),
+        (["a"], [["x", "y"]], [[1.0, 1e39]], "completion 2: .*infinite, at least in float32"),
+        (["a"], [["x", "y"]], [[1.0, "1"]], "a reward is a number, got '1'"),
+        (["a"], [["x", None]], [[1.0, 0.0]], "must be a text, got None"),
+        (["a"], [["x", "y", "z" * 50]], [[1.0, 0.0, None]], "51 tokens"),
         (["a" * 50], [["x", "y"]], [[1.0, 0.0]], "max_prompt_length"),
     ],
 )  # fmt: skip

@@ -1,0 +1,268 @@
+"""The mutants: ways to get GVPO wrong, each as one small change of the code."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`old` occurs exactly once in `gvpo_jax/<file>` and becomes `new`; `tests` must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+LOSS = ("tests/test_loss.py", "tests/test_identities.py")
+STEP = ("tests/test_logprobs.py", "tests/test_train_step.py")
+ROLLOUT = ("tests/test_rollout.py",)
+# One test each: the others of the file take long, and are about other things.
+FILLING = ("tests/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
+TEXT = (
+    "tests/test_trainer.py::test_steps_on_text_raise_the_probability_of_what_was_rewarded",
+    "tests/test_trainer.py::test_texts_end_with_the_tokenizers_own_end_token",
+)
+
+# The first three are those that `--small` runs.
+MUTANTS = (
+    Mutant(
+        "gradients flow through the weights",
+        "loss.py",
+        "weights = jax.lax.stop_gradient(",
+        "weights = (",
+        LOSS,
+    ),
+    Mutant(
+        "divided by k instead of k - 1",
+        "loss.py",
+        "jnp.maximum(count - 1, 1)",
+        "jnp.maximum(count, 1)",
+        LOSS,
+    ),
+    Mutant(
+        "the reference left out",
+        "loss.py",
+        "beta * (logps - ref_logps)",
+        "beta * logps",
+        LOSS,
+    ),
+    Mutant(
+        "the sign of the loss turned",
+        "loss.py",
+        "return -jnp.sum(",
+        "return jnp.sum(",
+        LOSS,
+    ),
+    Mutant(
+        "the sign of the log-ratio turned",
+        "loss.py",
+        "rewards - beta *",
+        "rewards + beta *",
+        LOSS,
+    ),
+    Mutant(
+        "beta times the rewards, not the log-ratios",
+        "loss.py",
+        "rewards - beta *",
+        "beta * rewards -",
+        LOSS,
+    ),
+    Mutant(
+        "beta not in front of the loss",
+        "loss.py",
+        "-jnp.sum(beta * weights",
+        "-jnp.sum(weights",
+        LOSS,
+    ),
+    Mutant(
+        "rewards divided by their standard deviation",
+        "loss.py",
+        "rewards - beta *",
+        "rewards / jnp.std(rewards, axis=-1, keepdims=True) - beta *",
+        LOSS,
+    ),
+    Mutant(
+        "the log-ratio not centred",
+        "loss.py",
+        "_center(rewards - beta * (logps - ref_logps), where)",
+        "_center(rewards, where) - beta * (logps - ref_logps)",
+        LOSS,
+    ),
+    Mutant(
+        "the rewards not centred",
+        "loss.py",
+        "_center(rewards - beta * (logps - ref_logps), where)",
+        "rewards - _center(beta * (logps - ref_logps), where)",
+        LOSS,
+    ),
+    Mutant(
+        "centred over the batch, not inside the group",
+        "loss.py",
+        "(x - jnp.sum(x * mask, axis=-1, keepdims=True) / count)",
+        "(x - jnp.sum(x * mask) / jnp.sum(mask))",
+        LOSS,
+    ),
+    Mutant(
+        "missing completions counted in the mean, as zeros",
+        "loss.py",
+        "count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)",
+        "count = x.shape[-1]",
+        LOSS,
+    ),
+    Mutant(
+        "missing completions counted in k - 1",
+        "loss.py",
+        "jnp.maximum(count - 1, 1)",
+        "(rewards.shape[-1] - 1)",
+        LOSS,
+    ),
+    Mutant(
+        "groups with nothing to compare counted in the average",
+        "loss.py",
+        "jnp.sum(counts.astype(dtype))",
+        "counts.size",
+        LOSS,
+    ),
+    Mutant(
+        "every second completion not differentiated",
+        "loss.py",
+        "weights * logps * per_group",
+        "weights * per_group * logps.at[..., 1::2].set(jax.lax.stop_gradient(logps[..., 1::2]))",
+        LOSS,
+    ),
+    Mutant(
+        "bfloat16 inputs computed in bfloat16",
+        "loss.py",
+        "(logps, ref_logps, rewards, jnp.float32)",
+        "(logps, ref_logps, rewards)",
+        LOSS,
+    ),
+    Mutant(
+        "clipped residuals not centred again (Huber)",
+        "loss.py",
+        "_center(jnp.clip(residuals, -delta, delta), where)",
+        "jnp.clip(residuals, -delta, delta)",
+        LOSS,
+    ),
+    Mutant(
+        "the last token, the end token, left out of the log-prob",
+        "logprobs.py",
+        "        < lengths\n",
+        "        < lengths - 1\n",
+        STEP,
+    ),
+    Mutant(
+        "log-probs from bfloat16 logits",
+        "logprobs.py",
+        "    picked = jnp.take_along_axis(logits",
+        "    logits = logits.astype(jnp.bfloat16)\n    picked = jnp.take_along_axis(logits",
+        STEP,
+    ),
+    Mutant(
+        "mean over a completion's tokens instead of their sum",
+        "objectives.py",
+        "return jnp.sum(jnp.where(mask, token_logps, 0), axis=-1)",
+        "return jnp.sum(jnp.where(mask, token_logps, 0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)",
+        STEP,
+    ),
+    Mutant(
+        "the reference's log-probs left out of the step",
+        "objectives.py",
+        "_sum(logps_gkt - ref_logps_gkt, mask_gkt)",
+        "_sum(logps_gkt, mask_gkt)",
+        STEP,
+    ),
+    Mutant(
+        "completions without a reward trained on",
+        "objectives.py",
+        "beta=beta, where=where_gk",
+        "beta=beta",
+        STEP,
+    ),
+    Mutant(
+        "padding behind a completion counted",
+        "train_step.py",
+        "completion_mask(batch.lengths, batch.completions.shape[-1]) &",
+        "jnp.ones(batch.completions.shape, bool) &",
+        STEP,
+    ),
+    Mutant(
+        "the mask taken from token values: token 0 is padding",
+        "train_step.py",
+        "completion_mask(batch.lengths, batch.completions.shape[-1]) &",
+        "(batch.completions != 0) &",
+        STEP,
+    ),
+    Mutant(
+        "micro-batches' mean losses added up: the gradient grows with their number",
+        "train_step.py",
+        "gradient(params, *part, count)",
+        "gradient(params, *part, jnp.maximum(jnp.sum(jnp.sum(part[0].valid, -1) >= 2), 1))",
+        STEP,
+    ),
+    Mutant(
+        "micro-batches' mean losses averaged, however many groups each has",
+        "train_step.py",
+        "gradient(params, *part, count)",
+        "gradient(params, *part, "
+        "len(parts[1]) * jnp.maximum(jnp.sum(jnp.sum(part[0].valid, -1) >= 2), 1))",
+        STEP,
+    ),
+    Mutant(
+        "only the last micro-batch's gradient used",
+        "train_step.py",
+        "jax.tree.map(jnp.add, total, grads)",
+        "grads",
+        STEP,
+    ),
+    Mutant(
+        "only the last part of every group differentiated, where groups are cut",
+        "train_step.py",
+        "jax.tree.map(jnp.add, total, backward(part_weights)[0])",
+        "backward(part_weights)[0]",
+        STEP,
+    ),
+    Mutant(
+        "parts of groups differentiated with each other's weights",
+        "train_step.py",
+        "weights = cut(jax.grad(loss)(logps_gkt))",
+        "weights = cut(jax.grad(loss)(logps_gkt))[::-1]",
+        STEP,
+    ),
+    Mutant(
+        "groups that fill up the batch counted",
+        "batch.py",
+        "missing, axis=0)]) for x in batch))",
+        "missing, axis=0)]) for x in batch))\n    return filled",
+        STEP,
+    ),
+    Mutant(
+        "no reward taken for a reward of 0",
+        "samples.py",
+        "rewards = np.stack([_widen(g.rewards, k) for g in groups])",
+        "rewards = np.nan_to_num(np.stack([_widen(g.rewards, k) for g in groups]))",
+        FILLING,
+    ),
+    Mutant(
+        "the end token left out of a sampled completion",
+        "rollout/inprocess.py",
+        "s.lengths_gk + ~s.stopped_gk",
+        "s.lengths_gk + ~(s.stopped_gk | stops)",
+        ROLLOUT,
+    ),
+    Mutant(
+        "no end token behind completions given as text",
+        "policy.py",
+        "return [*ids, *([end] if isinstance(end, int) else self.stop_ids[:1])]",
+        "return ids",
+        TEXT,
+    ),
+    Mutant(
+        "the policy scored as its own reference",
+        "policy.py",
+        "self._score(self.reference,",
+        "self._score(self.state.params,",
+        TEXT,
+    ),
+)
+SMALL = MUTANTS[:3]
