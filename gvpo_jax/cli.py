@@ -1,4 +1,4 @@
-"""The command `gvpo-jax`: train, eval, report, export."""
+"""The command `gvpo-jax`: train, eval, report, export, compile."""
 
 import argparse
 import json
@@ -13,12 +13,16 @@ from gvpo_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 2 for the user's mistakes, 130 if interrupted."""
+    """Run the command line.
+
+    The exit status is 0, 1 if `compile` finds what does not fit, 2 for the user's mistakes, 130 if
+    interrupted.
+    """
     # Else transformers advises everyone to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        arguments = _parse(argv)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"gvpo-jax: error: {error}", file=sys.stderr)
         return 2
@@ -29,12 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse does not expect them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = getattr(arguments, "overrides", None)
+    strangers = [arg for arg in rest if overrides is None or arg.startswith("-")]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if overrides is not None:
+        arguments.overrides = [*overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +67,24 @@ def _parser() -> argparse.ArgumentParser:
         "config", help="a run folder (its last checkpoint), or a config (the model it starts from)"
     )
     evaluate.set_defaults(run=_eval)
-    for command in (train, evaluate):
+    compiling = commands.add_parser(
+        "compile", help="compile a run's programs for a TPU that is not there: do they fit?"
+    )
+    compiling.add_argument("config", help="a YAML config, or a run folder")
+    compiling.add_argument("--topology", required=True, help="chip and shape, e.g. v5e:4x4")
+    compiling.add_argument("--slices", type=int, default=1, help="of that topology; default: 1")
+    compiling.add_argument(
+        "--model-config", metavar="FILE", help="a config.json to take in place of model.name"
+    )
+    compiling.add_argument(
+        "--only",
+        action="append",
+        choices=("train", "reference", "rollout"),
+        help="compile this program alone; may be given twice",
+    )
+    compiling.add_argument("--out", metavar="FILE", help="where to write the report as JSON")
+    compiling.set_defaults(run=_compile)
+    for command in (train, evaluate, compiling):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loss.beta=0.2")
     report = commands.add_parser("report", help="draw report.html again")
     report.add_argument("run_dir", help="a run folder")
@@ -99,6 +132,24 @@ def _export(arguments: argparse.Namespace) -> None:
 
     config = open_run(arguments.run_dir)
     print(export(config, Path(arguments.folder or Path(arguments.run_dir) / "export")))
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from gvpo_jax.compile_report import as_text, compile_run, write_report
+
+    report = compile_run(
+        config,
+        arguments.topology,
+        slices=arguments.slices,
+        model_config=arguments.model_config,
+        only=arguments.only or (),
+    )
+    print(as_text(report))
+    if arguments.out:
+        write_report(report, Path(arguments.out))
+        print(f"\nreport: {arguments.out}")
+    return 0 if report["fits"] else 1
 
 
 def _config(arguments: argparse.Namespace):

@@ -1,0 +1,314 @@
+"""What a compiled XLA program's text tells: loops, collectives, and what its memory holds."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication in a program, over one kind of device group.
+
+    Attributes:
+        kind: "all-gather", ...
+        devices: in each group that communicates.
+        between_slices: whether a group reaches over several slices.
+        count: how often it runs.
+        bytes: of its results on one device, over all runs.
+        wire_bytes: received by each device, over all runs, by the usual ring algorithms.
+    """
+
+    kind: str
+    devices: int
+    between_slices: bool
+    count: int
+    bytes: float
+    wire_bytes: float
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Something in memory: bytes of one, how many alike, its shape and where it comes from."""
+
+    bytes: int
+    count: int
+    shape: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on one device, from XLA's buffer assignment; `total` is what has to fit."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    constants: int
+    total: int
+    largest: tuple[Buffer, ...]
+
+
+def collectives(hlo: str, *, devices: int, slices: int = 1, trips: int = 1) -> list[Collective]:
+    """The collectives of an optimized program, largest traffic first.
+
+    Loops count as often as they run. Operations that share a channel are one, cut up to overlap
+    with computation.
+
+    Args:
+        hlo: text of the optimized module.
+        devices: in all.
+        slices: that the devices lie in, in order.
+        trips: of a loop whose number of rounds the text does not tell.
+    """
+    computations = _computations(hlo)
+    runs = _runs(computations, trips)
+    seen: dict[str, tuple[tuple[str, int, bool], float, float, float]] = {}
+    for name, lines in computations.items():
+        for line in lines:
+            if (found := _collective(name, line, devices, slices)) is None:
+                continue
+            channel, key, size, wire = found
+            count = runs.get(name, 0.0)
+            if channel not in seen or seen[channel][1] < count:
+                seen[channel] = (key, count, size, wire)
+    totals: dict[tuple[str, int, bool], list[float]] = defaultdict(lambda: [0, 0, 0])
+    for key, count, size, wire in seen.values():
+        for i, value in enumerate((count, count * size, count * wire)):
+            totals[key][i] += value
+    rows = [Collective(*key, int(c), size, wire) for key, (c, size, wire) in totals.items()]
+    return sorted(rows, key=lambda row: -row.wire_bytes)
+
+
+def loops(hlo: str) -> dict[str, int | None]:
+    """Name of each loop's body -> how often it runs there, None where the text does not tell."""
+    computations = _computations(hlo)
+    return {
+        body: trips
+        for lines in computations.values()
+        for line in lines
+        if (found := _INSTRUCTION.match(line)) and found[3] == "while"
+        for body, trips in [_loop(line, computations)]
+    }
+
+
+def memory(assignment: str, hlo: str = "", *, most: int = 8) -> Memory:
+    """What a dumped buffer assignment holds in HBM.
+
+    Args:
+        assignment: text of XLA's "buffer-assignment" dump.
+        hlo: text of the optimized module, to say where buffers come from.
+        most: buffers to name.
+    """
+    origins = _origins(hlo)
+    sums = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "constants"), 0)
+    total, rows = 0, []
+    for head, values in _allocations(assignment):
+        size = int(head["size"])
+        total += size
+        kind = head["kind"]
+        if "parameter" in kind:
+            sums["arguments"] += size
+            sums["aliased"] += size * ("maybe-live-out" in kind)
+        if "maybe-live-out" in kind:
+            sums["outputs"] += size
+        if "temp" in kind:
+            sums["temporaries"] += size
+        if "constant" in kind:
+            sums["constants"] += size
+        rows += _rows(kind, values, origins)
+    return Memory(**sums, total=total, largest=_largest(rows, most))
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    """Name -> lines; the entry is also there as "ENTRY"."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] | None = None
+    for line in hlo.splitlines():
+        if line[:1] in (" ", "}", ""):
+            if lines is not None and line[:1] == " ":
+                lines.append(line)
+        elif head := _COMPUTATION.match(line):
+            lines = found.setdefault(head[2], [])
+            if head[1]:
+                found["ENTRY"] = lines
+    return found
+
+
+def _runs(computations: dict[str, list[str]], trips: int) -> dict[str, float]:
+    """How often each computation runs in one run of the program; branches count as taken."""
+    runs: dict[str, float] = {}
+    todo = [("ENTRY", 1.0)]
+    while todo:
+        name, times = todo.pop()
+        if runs.get(name, 0.0) >= times or name not in computations:
+            continue
+        runs[name] = times
+        for line in computations[name]:
+            called = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                called += [part.strip().lstrip("%") for part in branches.split(",")]
+            here = times
+            if called and " while(" in line:
+                here *= _loop(line, computations)[1] or trips
+            todo += [(target, here) for target in called]
+    return runs
+
+
+def _loop(line: str, computations: dict[str, list[str]]) -> tuple[str, int | None]:
+    body = re.search(r"\bbody=%?([\w.\-]+)", line)
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
+    name = body[1] if body else ""
+    if known := _TRIPS.search(line):
+        return name, int(known[1])
+    # On TPU the count is gone from the text; a loop runs until its counter reaches a constant.
+    bounds = []
+    todo = [condition[1]] if condition else []
+    while todo:
+        for inner in computations.get(todo.pop(), []):
+            bounds += [int(found) for found in _CONSTANT.findall(inner)]
+            todo += re.findall(r"\bcalls=%?([\w.\-]+)", inner)
+    return name, max(bounds) if bounds and max(bounds) > 0 else None
+
+
+def _collective(computation: str, line: str, devices: int, slices: int):
+    found = _INSTRUCTION.match(line)
+    if not found:
+        return None
+    name, shape, opcode, _ = found.groups()
+    kind = opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+        return None
+    arrays = [_size(*array) for array in _ARRAY.findall(shape)]
+    if opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        arrays = arrays[1:2]  # (operand, result, ...)
+    size = sum(arrays)
+    group, between = _groups(line, devices, slices)
+    if kind == "collective-permute":
+        group = devices
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        kind, size = "reduce-scatter", size / group
+    share = (group - 1) / group
+    wire = {
+        "all-gather": size * share,
+        "all-reduce": 2 * size * share,
+        "reduce-scatter": size * (group - 1),
+        "all-to-all": size * share,
+        "collective-permute": size,
+    }[kind]
+    channel = re.search(r"channel_id=(\d+)", line)
+    return (channel[1] if channel else name), (kind, group, between), size, wire
+
+
+def _groups(line: str, devices: int, slices: int) -> tuple[int, bool]:
+    """Devices in a group, and whether one group has devices of several slices."""
+    groups = _replica_groups(line, devices)
+    slice_of = groups * slices // devices
+    return groups.shape[1], bool((slice_of != slice_of[:, :1]).any())
+
+
+def _replica_groups(line: str, devices: int) -> np.ndarray:
+    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line):
+        return _matrix(found[1])
+    if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", line):
+        return _matrix(found[1])
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        ids = np.arange(devices).reshape([int(n) for n in found[3].split(",")])
+        if found[4]:
+            ids = ids.transpose([int(n) for n in found[4].split(",")])
+        return ids.reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", line):
+        return _mesh_groups(found, devices)
+    return np.arange(devices)[None]
+
+
+def _mesh_groups(found: re.Match[str], devices: int) -> np.ndarray:
+    """`mesh['a'=2,'b'=4] {'b'}`: groups along axis b, one for each place along a."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+    ids = np.arange(devices)
+    if given := re.search(r"\[(\d+(?:,\d+)*)\]", found[2]):
+        listed = [int(n) for n in given[1].split(",")]
+        ids = np.array(listed) if len(listed) == devices else ids
+    along = [name for name in re.findall(r"'([^']+)'", found[3]) if name in sizes]
+    order = [name for name in sizes if name not in along] + along
+    places = list(sizes)
+    grid = ids.reshape(list(sizes.values())).transpose([places.index(name) for name in order])
+    return grid.reshape(-1, math.prod(sizes[name] for name in along))
+
+
+def _matrix(text: str) -> np.ndarray:
+    rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", text)]
+    return np.array(rows or [[0]])
+
+
+def _size(dtype: str, dims: str) -> float:
+    width = _BYTES.get(dtype)
+    if width is None:
+        digits = re.search(r"\d+", dtype)
+        width = int(digits[0]) / 8 if digits else 0
+    return width * math.prod(int(n) for n in dims.split(",") if n)
+
+
+def _origins(hlo: str) -> dict[str, str]:
+    """Instruction -> the JAX operation or the argument that it comes from."""
+    found = {}
+    for line in hlo.splitlines():
+        if (head := _INSTRUCTION.match(line)) and (origin := _OP_NAME.search(line)):
+            found[head[1]] = origin[1].replace("\\'", "'")
+    return found
+
+
+def _allocations(text: str) -> Iterable[tuple[dict[str, str], list[str]]]:
+    """Allocations in HBM (no color, or color 0) and the lines of their values."""
+    blocks = re.split(r"^allocation ", text, flags=re.MULTILINE)[1:]
+    for block in blocks:
+        head, *lines = block.splitlines()
+        found = re.match(r"\d+: size (\d+),(?: color (\d+),)?(.*)$", head)
+        if found is not None and found[2] in (None, "0"):
+            values = [line for line in lines if line.startswith(" value:")]
+            yield {"size": found[1], "kind": found[3]}, values
+
+
+def _rows(
+    kind: str, values: list[str], origins: dict[str, str]
+) -> Iterable[tuple[int, int, str, str]]:
+    """(size, offset, shape, origin) of what an allocation holds: one row, or one per temporary."""
+    what = "argument " if "parameter" in kind else "result " if "live-out" in kind else ""
+    for line in values if "temp" in kind else values[:1]:
+        found = re.search(r"<\d+ (\S+) .*\(size=(\d+),offset=(\d+)\): (.*)$", line)
+        if found is None:
+            continue
+        name = found[1].split("{")[0]
+        yield int(found[2]), int(found[3]), _plain(found[4]), what + origins.get(name, name)
+
+
+def _plain(shape: str) -> str:
+    return re.sub(r"\{[^}]*\}", "", shape)
+
+
+def _largest(rows: list[tuple[int, int, str, str]], most: int) -> tuple[Buffer, ...]:
+    """Buffers of one shape and origin are one row; those at one place in memory count once."""
+    places: dict[tuple[int, str, str], set[int]] = defaultdict(set)
+    for i, (size, offset, shape, origin) in enumerate(rows):
+        place = -i - 1 if origin.startswith(("argument", "result")) else offset
+        places[size, shape, re.sub(r"\d+", "N", origin)].add(place)
+    buffers = [Buffer(size, len(at), shape, origin) for (size, shape, origin), at in places.items()]
+    return tuple(sorted(buffers, key=lambda b: -b.bytes * b.count)[:most])

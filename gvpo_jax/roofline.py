@@ -1,0 +1,144 @@
+"""How fast a program could be at best: its floating-point work, and what a TPU chip can do."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has, in bytes, FLOP and seconds.
+
+    Attributes:
+        hbm: bytes of memory.
+        flops: bfloat16 FLOP/s at peak.
+        hbm_bandwidth: bytes/s.
+        ici_bandwidth: bytes/s that a chip receives over all its links to its neighbours; half of
+            the documented figure, which counts both directions.
+        dcn_bandwidth: bytes/s that a chip receives from other slices: its share of its host's
+            network cards.
+    """
+
+    hbm: int
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dcn_bandwidth: float
+
+
+_GIB = 1 << 30
+RESERVED = _GIB // 4  # of HBM, by the runtime: XLA:TPU offers 15.75 GiB of a v5e's 16
+
+# From https://cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (key specifications); dcn: network
+# cards of a host (v4 and v5p: 200 Gbit/s for 4 chips; v5e: 2 x 100 Gbit/s for 8; v6e: 4 x 200
+# Gbit/s for 8).
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(32 * _GIB, 275e12, 1228e9, 150e9, 6.25e9),
+    "v5e": Chip(16 * _GIB, 197e12, 819e9, 200e9, 3.125e9),
+    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(32 * _GIB, 918e12, 1640e9, 400e9, 12.5e9),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP of one run of a program over all devices.
+
+    Attributes:
+        model: what the mathematics asks for: counts for MFU.
+        executed: with what is computed twice to save memory.
+    """
+
+    model: float
+    executed: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds that each of a program's limits alone would allow; `bound` names the largest."""
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.hbm, self.ici, self.dcn)
+
+    @property
+    def bound(self) -> str:
+        return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a decoder its products depend on."""
+
+    layers: int
+    matmul_params_per_layer: int
+    attention_width: int  # query heads x head_dim
+    head_params: int  # vocabulary x hidden size
+
+
+def forward_flops(s: Shape, *, groups: int, k: int, p: int, t: int, tokens_scored: int) -> float:
+    """FLOP of one forward pass over prompts of p and k completions of t - 1 tokens each.
+
+    The prompt is computed once for its k completions. 2 FLOP per parameter and token in the
+    layers, 4 x width per pair of a query and a key (the whole square: nothing skips what the
+    causal mask hides), 2 per parameter of the head and scored token.
+    """
+    tokens = groups * (p + k * max(t - 1, 0))
+    pairs = groups * (p * p + k * max(t - 1, 0) * (p + max(t - 1, 0)))
+    layers = s.layers * (2 * s.matmul_params_per_layer * tokens + 4 * s.attention_width * pairs)
+    return layers + 2 * s.head_params * tokens_scored
+
+
+def score_work(s: Shape, *, groups: int, k: int, p: int, t: int) -> Work:
+    """One forward pass, and the head at every completion token."""
+    flops = forward_flops(s, groups=groups, k=k, p=p, t=t, tokens_scored=groups * k * t)
+    return Work(flops, flops)
+
+
+def train_work(
+    s: Shape, *, groups: int, k: int, p: int, t: int, remat: bool, two_passes: bool
+) -> Work:
+    """Forward, and backward at twice its price; the head, and with `remat` the layers, run twice.
+
+    two_passes: whether every completion is scored once more beforehand (`completion_parts`).
+    """
+    forward = score_work(s, groups=groups, k=k, p=p, t=t).model
+    head = 2 * s.head_params * groups * k * t
+    again = forward if remat else head
+    return Work(3 * forward, 3 * forward + again + (forward if two_passes else 0))
+
+
+def prefill_work(s: Shape, *, groups: int, p: int) -> Work:
+    """The prompts alone; the head comes with decoding."""
+    flops = forward_flops(s, groups=groups, k=0, p=p, t=1, tokens_scored=0)
+    return Work(flops, flops)
+
+
+def decode_work(s: Shape, *, groups: int, k: int, p: int, t: int) -> Work:
+    """t tokens of every completion; attention looks at the prompt and all t slots each time."""
+    rows = groups * k
+    layers = s.layers * 2 * s.matmul_params_per_layer * rows * (t - 1)
+    head = 2 * s.head_params * rows * t
+    seen, looked_at = rows * (t - 1) * (p + t / 2), rows * (t - 1) * (p + t)
+    width = 4 * s.layers * s.attention_width
+    return Work(layers + head + width * seen, layers + head + width * looked_at)
+
+
+def estimate(
+    chip: Chip,
+    *,
+    flops: float,
+    hbm_bytes: float,
+    ici_bytes: float,
+    dcn_bytes: float,
+) -> Estimate:
+    """Seconds on one chip, from what each chip computes, moves and receives."""
+    return Estimate(
+        compute=flops / chip.flops,
+        hbm=hbm_bytes / chip.hbm_bandwidth,
+        ici=ici_bytes / chip.ici_bandwidth,
+        dcn=dcn_bytes / chip.dcn_bandwidth,
+    )

@@ -1,0 +1,288 @@
+"""`gvpo-jax compile`: programs compiled for TPUs that are not there, and what is read from them."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gvpo_jax import compile_report, roofline
+from gvpo_jax.cli import main
+from gvpo_jax.compile_report import as_text, compile_run
+from gvpo_jax.config import load_config
+from gvpo_jax.errors import UserError
+from gvpo_jax.hlo import collectives, loops, memory
+from gvpo_jax.models.decoder import param_shapes
+from gvpo_jax.models.shapes import KNOWN, model_shape
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+OVERRIDES = [
+    "train.batch_size=4",
+    "rollout.num_generations=2",
+    "rollout.max_completion_length=8",
+    "model.dtype=bfloat16",
+]
+TOPOLOGY = "v5e:2x2"
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum.1 = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (x: f32[64]) -> f32[16] {
+  %all-reduce.9 = f32[64]{0:T(256)} all-reduce(%x), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice.1 = f32[16]{0} dynamic-slice(%all-reduce.9, %i), dynamic_slice_sizes={16}
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %all-gather.1 = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
+  %all-gather.2 = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} all-gather(%y), channel_id=1, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %z)
+}
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0), metadata={op_name="state.params[\\'embed\\']"}
+  %fusion.1 = f32[16]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %all-reduce.2 = (f32[4,4]{1,0:T(8,128)}, f32[2]{0}) all-reduce(%a, %b), channel_id=2, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %permute = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=7, source_target_pairs={{0,1},{1,0}}
+  ROOT %while.1 = (s32[], f32[8,4]{1,0}) while(%init), condition=%cond, body=%body
+}
+"""  # noqa: E501
+
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 4096, parameter 0, shape |f32[8,4]| at ShapeIndex {}, maybe-live-out:
+ value: <1 a @0> (size=4096,offset=0): f32[8,4]{1,0:T(8,128)}
+allocation 1: size 512, parameter 1, shape |f32[2]| at ShapeIndex {}:
+ value: <2 b @0> (size=512,offset=0): f32[2]{0}
+allocation 2: size 1024, output shape is |f32[2]|, maybe-live-out:
+ value: <3 all-reduce.2{1} @0> (size=1024,offset=0): f32[2]{0}
+allocation 3: size 9000, preallocated-temp:
+ value: <4 all-gather.1 @0> (size=6000,offset=0): bf16[8,4]{1,0}
+ value: <5 all-gather.2 @0> (size=6000,offset=0): bf16[8,4]{1,0}
+ value: <6 fusion.1 @0> (size=3000,offset=6000): f32[16]{0}
+allocation 4: size 7777, color 1, preallocated-temp:
+ value: <7 vmem @1> (size=7777,offset=0): f32[16]{0:S(1)}
+
+Total bytes used: 22409
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    file = tmp_path_factory.mktemp("tiny") / "config.json"
+    file.write_text(json.dumps(TINY))
+    return file
+
+
+@pytest.fixture(scope="module")
+def report(tiny, tmp_path_factory):
+    """Of a whole run, by the command in a process of its own."""
+    out = tmp_path_factory.mktemp("out") / "report.json"
+    command = [sys.executable, "-m", "gvpo_jax", "compile", "debug", "--topology", TOPOLOGY]
+    options = ["--model-config", str(tiny), "--out", str(out)]
+    done = subprocess.run([*command, *options, *OVERRIDES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train step: fits" in done.stdout
+    return json.loads(out.read_text())
+
+
+def program(report, name):
+    return next(row for row in report["programs"] if row["name"] == name)
+
+
+def test_every_program_of_a_run_is_compiled(report):
+    names = ["train step", "reference scoring", "rollout: prefill", "rollout: decode"]
+    assert [row["name"] for row in report["programs"]] == names
+    assert report["devices"] == 4
+    assert report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert report["fits"] is True
+    for row in report["programs"]:
+        hbm = row["hbm"]
+        assert row["cost_analysis"]["flops"] > 0
+        assert hbm["aliased"] <= min(hbm["arguments"], hbm["outputs"])
+        assert hbm["temporaries"] > 0
+        assert hbm["peak"] == hbm["total"] + hbm["beside"]
+        parts = ("arguments", "outputs", "temporaries", "constants")
+        assert hbm["total"] >= sum(hbm[part] for part in parts) - hbm["aliased"]
+        assert row["seconds"]["estimate"] == max(
+            row["seconds"][limit] for limit in ("compute", "hbm", "ici", "dcn")
+        )
+        assert 0 < row["mfu"] < 1
+
+
+def expected_bytes():
+    """By hand: the matrices are cut into four, as float32; norms lie whole on every chip."""
+    d, v, ff, kv = 64, 256, 128, 32
+    matrices = 2 * v * d + 2 * d * d + 2 * d * kv + 3 * d * ff
+    return 4 * (matrices // 4 + 3 * d)
+
+
+def test_arguments_are_the_parameters_and_both_moments(report):
+    """XLA rounds each buffer up to whole tiles, so its sum is larger, but not by much."""
+    params = expected_bytes()
+    held = program(report, "train step")["hbm"]["arguments"]
+    assert 3 * params <= held < 3.6 * params + 60 * 1024
+    for name in ("reference scoring", "rollout: prefill"):
+        assert params <= program(report, name)["hbm"]["arguments"] < 1.2 * params + 30 * 1024
+
+
+def test_beside_each_program_lies_the_rest_of_the_run(report):
+    params = expected_bytes()
+    counters = 64
+    train, score, prefill, decode = (row["hbm"]["beside"] for row in report["programs"])
+    assert train == params  # the reference
+    assert 3 * params < score < 3 * params + counters  # the state
+    assert 3 * params < prefill < 3 * params + counters  # both moments and the reference
+    assert prefill == decode
+
+
+def test_fsdp_gathers_parameters_and_scatters_gradients(report):
+    kinds = {c["kind"] for c in program(report, "train step")["collectives"]}
+    assert "all-gather" in kinds
+    assert kinds & {"reduce-scatter", "all-reduce"}
+    assert all(not c["between_slices"] for row in report["programs"] for c in row["collectives"])
+
+
+def test_what_does_not_fit_ends_with_status_one(tmp_path, capsys):
+    """The compiler itself gives up here; its dump still says what was too large."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY | {"vocab_size": 2**25, "hidden_size": 512, "head_dim": 16}))
+    out = tmp_path / "new" / "report.json"
+    options = ["--model-config", str(file), "--out", str(out), "--only", "rollout"]
+    assert main(["compile", "debug", "--topology", TOPOLOGY, *options, *OVERRIDES]) == 1
+    shown = capsys.readouterr().out
+    row = json.loads(out.read_text())["programs"][0]
+    assert "Ran out of memory" in row["error"]
+    assert row["fits"] is False
+    assert row["hbm"]["peak"] > row["hbm"]["usable"] == 15.75 * 2**30
+    assert "params['embed']" in row["largest"][0]["origin"] + row["largest"][1]["origin"]
+    for word in ("DOES NOT FIT", "largest buffers", "train.batch_size", "more chips"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v9z:2x2"], "v5e:4x4"),
+        (["--topology", "v5e"], "v5e:4x4"),
+        (["--topology", "v5e:3x3"], "there is no topology v5e:3x3"),
+        (
+            ["--topology", TOPOLOGY, "train.batch_size=3", "rollout.num_generations=3"],
+            "use a multiple of 4 groups",
+        ),
+        (["--topology", TOPOLOGY, "model.name=a/b"], "--model-config"),
+        (["--topology", TOPOLOGY, "--model-config", "none.json"], "there is no file none.json"),
+        (["--topology", TOPOLOGY, "--wrong"], "unrecognized arguments: --wrong"),
+        (["--topology", TOPOLOGY, "mesh.fsdp=3", "mesh.tensor=2"], "does not fit 4 devices"),
+        (["--topology", TOPOLOGY, "data.max_prompt_length=9000"], "made for 2048"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_two(arguments, words, capsys):
+    assert main(["compile", "debug", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(compile_report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gvpo-jax\[compile\]'"):
+        compile_run(load_config("debug"), TOPOLOGY)
+
+
+def test_collectives_count_loops_and_join_the_pieces_of_a_channel():
+    found = {c.kind: c for c in collectives(HLO, devices=4)}
+    assert loops(HLO) == {"body": 5}
+    gather = found["all-gather"]  # 2 pieces of 1 channel, 5 rounds, 8 x 4 bfloat16, half received
+    assert (gather.devices, gather.count, gather.bytes) == (2, 5, 5 * 64)
+    assert gather.wire_bytes == 5 * 64 / 2
+    reduce = found["all-reduce"]  # 16 + 2 float32, over 2 devices
+    assert (reduce.devices, reduce.count, reduce.bytes) == (2, 1, 72)
+    assert reduce.wire_bytes == 72
+    scatter = found["reduce-scatter"]  # TPU's fusion: 64 float32 over 4 devices
+    assert (scatter.devices, scatter.bytes, scatter.wire_bytes) == (4, 64, 192)
+    permute = found["collective-permute"]  # of (operand, result, ...) the result alone
+    assert (permute.count, permute.bytes, permute.wire_bytes) == (1, 32, 32)
+
+
+def test_groups_over_slices_are_told_from_those_within():
+    """Slices are devices 0, 1 and 2, 3: 'b' and {0,1} stay inside, T(1,0) and {0,1,2,3} do not."""
+    found = {c.kind: c.between_slices for c in collectives(HLO, devices=4, slices=2)}
+    assert found == {
+        "all-gather": False,
+        "all-reduce": True,
+        "reduce-scatter": True,
+        "collective-permute": False,
+    }
+
+
+def test_memory_counts_donated_arguments_once():
+    held = memory(ASSIGNMENT, HLO)
+    assert (held.arguments, held.outputs, held.aliased) == (4608, 5120, 4096)
+    assert (held.temporaries, held.constants) == (9000, 0)
+    assert held.total == 4096 + 512 + 1024 + 9000  # nothing of the vector memory
+    first, second, third = held.largest[:3]
+    assert (first.bytes, first.count, first.origin) == (6000, 1, "all-gather.N")  # one place
+    assert (second.bytes, second.origin) == (4096, "argument state.params['embed']")
+    assert (third.bytes, third.shape) == (3000, "f32[16]")
+
+
+def test_known_models_have_their_published_numbers_of_parameters():
+    counts = {
+        name: sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(model_shape(name))))
+        for name in KNOWN
+    }
+    assert counts == {
+        "Qwen/Qwen2.5-Math-7B": 7_615_616_512,
+        "Qwen/Qwen2.5-Math-1.5B": 1_543_714_304,
+        "Qwen/Qwen2.5-0.5B": 494_032_768,
+        "Qwen/Qwen3-0.6B": 596_049_920,
+        "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    }
+    assert model_shape("Qwen2.5-Math-7B-Instruct") == model_shape("Qwen/Qwen2.5-Math-7B")
+
+
+def test_flops_follow_the_six_per_parameter_rule():
+    """Without attention and head: 2 forward, 6 in training, 8 with layers computed again."""
+    shape = roofline.Shape(layers=3, matmul_params_per_layer=100, attention_width=0, head_params=0)
+    sizes = {"groups": 2, "k": 4, "p": 10, "t": 6}
+    tokens = 2 * (10 + 4 * 5)  # the last token of a completion needs no pass of its own
+    assert roofline.score_work(shape, **sizes).model == 2 * 300 * tokens
+    work = roofline.train_work(shape, **sizes, remat=True, two_passes=False)
+    assert (work.model, work.executed) == (6 * 300 * tokens, 8 * 300 * tokens)
+    pairs = roofline.Shape(layers=1, matmul_params_per_layer=0, attention_width=8, head_params=0)
+    assert roofline.score_work(pairs, **sizes).model == 4 * 8 * 2 * (10 * 10 + 4 * 5 * (10 + 5))
+    head = roofline.Shape(layers=0, matmul_params_per_layer=0, attention_width=0, head_params=70)
+    assert roofline.score_work(head, **sizes).model == 2 * 70 * 2 * 4 * 6
+    assert roofline.decode_work(head, **sizes).model == 2 * 70 * 2 * 4 * 6
+
+
+def test_the_estimate_is_the_slowest_limit():
+    chip = roofline.Chip(hbm=1, flops=10.0, hbm_bandwidth=5.0, ici_bandwidth=2.0, dcn_bandwidth=1.0)
+    limits = roofline.estimate(chip, flops=30, hbm_bytes=20, ici_bytes=6, dcn_bytes=1)
+    assert (limits.compute, limits.hbm, limits.ici, limits.dcn) == (3, 4, 3, 1)
+    assert (limits.seconds, limits.bound) == (4, "hbm")
+
+
+def test_the_report_reads_well(report):
+    text = as_text(report)
+    assert "v5e:2x2: 4 chips, mesh data 1 x fsdp 4 x tensor 1" in text
+    assert "Assumptions:" in text
+    assert "all-gather over 4" in text
