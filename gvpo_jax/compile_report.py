@@ -20,9 +20,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.hlo import Memory, collectives, loops, memory
+from gvpo_jax.lowering import Program, Sizes, batch_sizes, run_programs
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.models.shapes import model_shape
-from gvpo_jax.programs import Program, Sizes, batch_sizes, mesh_on, run_programs
+from gvpo_jax.programs import mesh_on
 from gvpo_jax.roofline import (
     CHIPS,
     RESERVED,

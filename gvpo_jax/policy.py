@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,27 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gvpo_jax.baselines import Objective
 from gvpo_jax.batch import Batch, pad_groups
 from gvpo_jax.checkpoint import fingerprint
 from gvpo_jax.config import Config
 from gvpo_jax.distributed import check_rows, largest, share, to_devices, to_host
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import (
-    batch_axes,
-    batch_shardings,
-    group_shards,
-    make_mesh,
-    replicated,
-    shardings,
-)
+from gvpo_jax.mesh import batch_axes, batch_shardings, group_shards, shardings
 from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
-from gvpo_jax.models.decoder import make_apply
-from gvpo_jax.objectives import make_objective
-from gvpo_jax.optimizer import make_optimizer, make_schedule
+from gvpo_jax.programs import constrain, make_programs, mesh_on
 from gvpo_jax.rollout import InProcessEngine, Rollout, Sampling
 from gvpo_jax.samples import UNKNOWN
-from gvpo_jax.train_step import TrainState, init_state, score, train_step
+from gvpo_jax.train_step import TrainState
 
 
 class Policy:
@@ -49,55 +39,28 @@ class Policy:
     def __init__(self, config: Config, model: LoadedModel | None = None):
         c = config
         self._config = c
-        m = c.mesh
-        dcn = (m.dcn_data, m.dcn_fsdp, m.dcn_tensor)
-        self.mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, dcn=dcn)
+        self.mesh = mesh_on(c)
         self._check_batch()
         if model is None:
             model = load_model(c.model.name, place=self._place_param)
         self.model = dataclasses.replace(model, params={})
         self._check_lengths()
         self.stop_ids = tuple(dict.fromkeys((*stop_token_ids(model), *c.rollout.stop_token_ids)))
-        apply = make_apply(
-            model.config, dtype=jnp.dtype(c.model.dtype), remat=c.model.remat == "layer"
-        )
-        optimizer = _optimizer(c)
+        self._programs = make_programs(c, model.config, self.mesh)
         params = _place_tree(self.mesh, model.params)
-        init = functools.partial(init_state, optimizer=optimizer)
-        layout = shardings(self.mesh, jax.eval_shape(init, params))
-        init = jax.jit(init, out_shardings=layout, donate_argnums=0)
-        self.state: TrainState = init(_copy(params))
+        self.state: TrainState = self._programs.init(_copy(params))
         # Updates are written into the state's copy, so these may be the reference; ema has its own.
         self.reference = _copy(params) if c.reference.name == "ema" else params
         self.start_fingerprint = self._reference_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0
         self._engine = InProcessEngine(
-            apply,
+            self._programs.model,
             self.stop_ids,
             place=self._place,
-            constrain=self._constrain,
+            constrain=functools.partial(constrain, self.mesh),
             fetch=to_host,
             agree=agreed,
         )
-        self._score = jax.jit(functools.partial(_score, apply, self._constrain))
-        schedule = learning_rate_schedule(c)
-
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-            new, metrics = train_step(
-                state,
-                batch,
-                model=apply,
-                optimizer=optimizer,
-                objective=_objective(c),
-                beta=c.loss.beta,
-                micro_batches=c.train.micro_batches,
-                completion_parts=c.train.completion_parts,
-            )
-            return new, metrics | {"learning_rate": jnp.asarray(schedule(state.step))}
-
-        whole = replicated(self.mesh)
-        self._step = jax.jit(step, out_shardings=(layout, whole), donate_argnums=0)
-        self._blend = jax.jit(_blend, donate_argnums=0)
 
     def generate(
         self,
@@ -158,7 +121,7 @@ class Policy:
                 "prompt_lengths": batch.prompt_lengths[filled],
                 "completions": batch.completions[filled],
             }
-            scored = self._score(self.reference, self._place(part, k))
+            scored = self._programs.score(self.reference, self._place(part, k))
             ref_logps[rows] = to_host(scored)[: len(rows)]
         return batch._replace(ref_logps=ref_logps)
 
@@ -178,10 +141,10 @@ class Policy:
         """One update; returns metrics still on the device, so that the caller need not wait."""
         k = batch.rewards.shape[1]
         placed = Batch(**self._place(batch._asdict(), k))
-        self.state, metrics = self._step(self.state, placed)
+        self.state, metrics = self._programs.step(self.state, placed)
         self.updates += 1
         if self._config.reference.name == "ema":
-            self.reference = self._blend(
+            self.reference = self._programs.blend(
                 self.reference, self.state.params, self._config.reference.decay
             )
         return metrics
@@ -218,12 +181,6 @@ class Policy:
         groups = len(arrays["prompts"]) * jax.process_count()
         return to_devices(arrays, batch_shardings(self.mesh, arrays, groups, k))
 
-    def _constrain(self, tree: Any) -> Any:
-        """Lays out what decoding and scoring compute, while tracing."""
-        groups, k = (tree["state"].lengths_gk if "state" in tree else tree["logps"]).shape[:2]
-        layout = batch_shardings(self.mesh, tree, groups, k)
-        return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout)
-
     def _unit(self, groups: int, k: int) -> int:
         """What this process's groups must be a multiple of, to lie evenly on the mesh."""
         processes = jax.process_count()
@@ -259,41 +216,6 @@ class Policy:
             )
 
 
-def _optimizer(c: Config):
-    o = c.optimizer
-    return make_optimizer(
-        o.name,
-        learning_rate_schedule(c),
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        max_grad_norm=o.max_grad_norm,
-    )
-
-
-def _objective(c: Config) -> Objective:
-    return make_objective(
-        c.loss.name,
-        beta=c.loss.beta,
-        huber_delta=c.loss.huber_delta,
-        epsilon=c.loss.epsilon,
-        epsilon_high=c.loss.epsilon_high,
-        kl_coef=c.loss.kl_coef,
-        max_completion_length=c.rollout.max_completion_length,
-    )
-
-
-def learning_rate_schedule(c: Config) -> Callable[[Any], Any]:
-    """Update number -> learning rate, from the config."""
-    return make_schedule(
-        c.optimizer.schedule,
-        learning_rate=c.optimizer.learning_rate,
-        warmup_steps=c.optimizer.warmup_steps,
-        total_steps=c.train.steps,
-    )
-
-
 def _place_tree(mesh, tree):
     def place(x, sharding):
         if isinstance(x, jax.Array):
@@ -301,11 +223,6 @@ def _place_tree(mesh, tree):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree, shardings(mesh, tree))
-
-
-def _score(apply, constrain, params, batch):
-    logps = score(apply, params, batch["prompts"], batch["prompt_lengths"], batch["completions"])
-    return constrain({"logps": logps})["logps"]
 
 
 def agreed(size: int) -> int:
@@ -316,7 +233,3 @@ def agreed(size: int) -> int:
 @jax.jit
 def _copy(tree):
     return jax.tree.map(jnp.copy, tree)
-
-
-def _blend(average, params, decay):
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)

@@ -36,7 +36,7 @@ HOUSE = {
         "roofline",
     ],
     "story": [
-        "policy sampler feed loop trainer runlog runfolder runs programs compile_report "
+        "programs policy sampler feed loop trainer runlog runfolder runs lowering compile_report "
         "cli __main__",
     ],
     "doors": ["integrations"],

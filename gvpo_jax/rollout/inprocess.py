@@ -55,15 +55,7 @@ class InProcessEngine:
     ):
         self._stop_ids = tuple(stop_ids)
         self._place, self._fetch, self._agree = place, fetch, agree
-        self._prefill = jax.jit(
-            functools.partial(prefill, model, constrain=constrain),
-            static_argnames=("k", "max_completion_length"),
-        )
-        self._decode = jax.jit(
-            functools.partial(decode, model, stop_ids=self._stop_ids, constrain=constrain),
-            static_argnames=("sampling",),
-            donate_argnames=("state",),
-        )
+        self._prefill, self._decode = compiled(model, self._stop_ids, constrain)
 
     def generate(
         self,
@@ -99,6 +91,21 @@ class InProcessEngine:
         completions, lengths, stopped, logps = (np.asarray(x) for x in self._fetch(fetched))
         finish = np.where(stopped, FINISH_STOP, FINISH_LENGTH).astype(np.int32)
         return Rollout(completions, lengths, finish, logps)
+
+
+def compiled(model: Any, stop_ids: Sequence[int], constrain: Callable[[Any], Any]):
+    """`prefill` and `decode`, jitted."""
+    return (
+        jax.jit(
+            functools.partial(prefill, model, constrain=constrain),
+            static_argnames=("k", "max_completion_length"),
+        ),
+        jax.jit(
+            functools.partial(decode, model, stop_ids=tuple(stop_ids), constrain=constrain),
+            static_argnames=("sampling",),
+            donate_argnames=("state",),
+        ),
+    )
 
 
 def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, constrain):

@@ -1,0 +1,185 @@
+"""A run's programs, lowered from shapes alone: no weights, no live devices."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from gvpo_jax.batch import Batch
+from gvpo_jax.config import Config
+from gvpo_jax.errors import UserError
+from gvpo_jax.mesh import batch_axes, batch_shardings, replicated, shardings
+from gvpo_jax.models.decoder import Apply, DecoderConfig, param_shapes
+from gvpo_jax.programs import constrain, make_programs
+from gvpo_jax.rollout.inprocess import compiled, prefill
+from gvpo_jax.sampler import training_sampling
+
+_STOP_IDS = (0, 1)  # which they are changes no size
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled function of a run.
+
+    Attributes:
+        name: what it does.
+        lower: traces it for its mesh.
+        beside: bytes on a device that it does not touch but that lie there meanwhile.
+        loop: how often its main loop's body runs: micro-batches, or tokens; 1: there is none.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside: int
+    loop: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a batch: g groups of k completions; prompts of p and completions of t tokens."""
+
+    groups: int
+    k: int
+    p: int
+    t: int
+
+
+def batch_sizes(config: Config) -> dict[str, Sizes]:
+    """The largest batch that each program is given: "train", "score" and "rollout"."""
+    c = config
+    longest = -(-c.data.max_prompt_length // 8) * 8  # as `pad_prompts` rounds
+    t, k = c.rollout.max_completion_length, c.rollout.num_generations
+    part = max(c.train.batch_size // c.train.micro_batches, 1)
+    new = c.train.batch_size - c.replay.groups
+    drawn = k - c.rollout.demonstrations - c.replay.completions
+    return {
+        "train": Sizes(c.train.batch_size, k, longest, t),
+        "score": Sizes(part, k, longest, t),
+        "rollout": Sizes(new, drawn, longest, t),
+    }
+
+
+def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Program]:
+    """Update, scoring by the reference, prefill and decoding, as a `Policy` compiles them.
+
+    Raises:
+        UserError: a batch or a parameter does not divide over the mesh, or the lengths are more
+            than the model was made for.
+    """
+    sizes = batch_sizes(config)
+    _check(config, model, mesh, sizes)
+    programs = make_programs(config, model, mesh)
+    state = _laid_out(shardings, mesh, jax.eval_shape(programs.init, param_shapes(model)))
+    params, all_state = device_bytes(state.params), device_bytes(state)
+    snapshot = params if config.rollout.lookahead else 0
+
+    def lower_step():
+        return programs.step.lower(state, Batch(**_arrays(mesh, sizes["train"], Batch._fields)))
+
+    def lower_score():
+        names = ("prompts", "prompt_lengths", "completions")
+        return programs.score.lower(state.params, _arrays(mesh, sizes["score"], names))
+
+    lower_prefill, lower_decode = _rollout(
+        config, mesh, programs.model, state.params, sizes["rollout"]
+    )
+    # A fixed reference is another copy of the parameters, whatever its name.
+    others = all_state - params + params + snapshot
+    return [
+        Program("train step", lower_step, params + snapshot, config.train.micro_batches),
+        Program("reference scoring", lower_score, all_state + snapshot, 1),
+        Program("rollout: prefill", lower_prefill, others, 1),
+        Program("rollout: decode", lower_decode, others, config.rollout.max_completion_length),
+    ]
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of laid out arrays, or of their shapes, on one device."""
+
+    def of(x) -> int:
+        count = 1
+        for size in x.sharding.shard_shape(x.shape):
+            count *= size
+        return count * x.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
+
+
+def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
+    for key, name in (
+        ("score", "train.batch_size / train.micro_batches"),
+        ("rollout", "train.batch_size"),
+    ):
+        try:
+            batch_axes(mesh, sizes[key].groups, sizes[key].k)
+        except UserError as error:
+            raise UserError(f"{name} = {sizes[key].groups}: {error}") from None
+    total = config.data.max_prompt_length + config.rollout.max_completion_length
+    if total > model.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + rollout.max_completion_length = {total} tokens, but the "
+            f"model was made for {model.max_position_embeddings}; lower one of them"
+        )
+
+
+def _rollout(config: Config, mesh: Mesh, model: Apply, params, sizes: Sizes):
+    arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
+    first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
+
+    def lower_prefill():
+        prompts = arrays["prompts"], arrays["prompt_lengths"]
+        return first.lower(params, *prompts, k=sizes.k, max_completion_length=sizes.t)
+
+    def lower_decode():
+        options = {"k": sizes.k, "max_completion_length": sizes.t, "constrain": lambda tree: tree}
+        start = functools.partial(prefill, model, **options)
+        state, prefix = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
+        tree = {"state": state, "prefix": prefix}
+        tree = _with_shardings(tree, batch_shardings(mesh, tree, sizes.groups, sizes.k))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+        return then.lower(
+            params,
+            arrays["prompt_lengths"],
+            arrays["prompt_ids"],
+            key,
+            tree["prefix"],
+            state=tree["state"],
+            sampling=training_sampling(config),
+        )
+
+    return lower_prefill, lower_decode
+
+
+def _arrays(mesh: Mesh, s: Sizes, names) -> dict[str, Any]:
+    gk, gkt = (s.groups, s.k), (s.groups, s.k, s.t)
+    shapes = {
+        "prompts": ((s.groups, s.p), jnp.int32),
+        "prompt_lengths": ((s.groups,), jnp.int32),
+        "prompt_ids": ((s.groups,), jnp.uint32),
+        "completions": (gkt, jnp.int32),
+        "lengths": (gk, jnp.int32),
+        "rewards": (gk, jnp.float32),
+        "valid": (gk, jnp.bool_),
+        "ref_logps": (gkt, jnp.float32),
+        "old_logps": (gkt, jnp.float32),
+        "source": (gk, jnp.int32),
+        "version": (gk, jnp.int32),
+    }
+    tree = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in names}
+    return _with_shardings(tree, batch_shardings(mesh, tree, s.groups, s.k))
+
+
+def _laid_out(layout, mesh: Mesh, tree: Any) -> Any:
+    return _with_shardings(tree, layout(mesh, tree))
+
+
+def _with_shardings(tree: Any, layout: Any) -> Any:
+    def put(x, sharding: NamedSharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(put, tree, layout)
