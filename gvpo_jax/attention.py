@@ -63,3 +63,15 @@ def attend(
         out = out + einsum_f32("gknrtp,gnpd->gktnrd", weights, prefix.values)
     total_gktnr1 = jnp.moveaxis(total, -1, 2)[..., None]
     return (out / total_gktnr1).astype(queries_gkthd.dtype).reshape(g, k, t, h, d)
+
+
+def causal(
+    queries_gkthd: jax.Array,
+    keys_gknsd: jax.Array,
+    values_gknsd: jax.Array,
+    prefix: Prefix | None = None,
+) -> jax.Array:
+    """`attend` where each query sees the prefix, the suffix up to its own place, and no further."""
+    t = queries_gkthd.shape[2]
+    mask_gkts = jnp.tril(jnp.ones((t, t), bool))[None, None]
+    return attend(queries_gkthd, keys_gknsd, values_gknsd, mask_gkts, prefix)

@@ -91,6 +91,7 @@ def compile_run(
             work = _work(program.name, shape, config, sizes)
             rows.append(_row(program, chip, work, mesh.size, slices))
     fits = all(row["fits"] for row in rows)
+    advice = _faster(config, rows) if fits else _advice(config, rows, dict(mesh.shape))
     return {
         "topology": topology,
         "slices": slices,
@@ -103,7 +104,8 @@ def compile_run(
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
         "programs": rows,
         "fits": fits,
-        "advice": [] if fits else _advice(config, rows, dict(mesh.shape)),
+        "advice": advice,
+        "config": dataclasses.asdict(config),
         "assumptions": list(ASSUMPTIONS),
     }
 
@@ -124,7 +126,9 @@ def _devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
             f"--topology is CHIP:SHAPE, e.g. v5e:4x4 or v5p:2x2x2, with a chip of "
             f"{', '.join(CHIPS)}; got {topology}"
         )
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.endswith(":1x1"):  # libtpu thinks of whole hosts, of 2 x 2 chips at least
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(topology, platform="tpu", **options)
     except Exception as error:  # jaxlib's own, without a common class for a wrong name
@@ -232,7 +236,7 @@ def _work(name: str, shape: Shape, config: Config, sizes: dict[str, Sizes]) -> W
         return train_work(
             shape,
             **train,
-            remat=config.model.remat == "layer",
+            remat=config.model.remat != "none",
             two_passes=config.train.completion_parts > 1,
         )
     if name == "reference scoring":
@@ -272,6 +276,17 @@ def _advice(config: Config, rows: list[dict[str, Any]], mesh: dict[str, int]) ->
     return found
 
 
+def _faster(config: Config, rows: list[dict[str, Any]]) -> list[str]:
+    """What a run that fits could do better."""
+    slow = [row["name"] for row in rows if row["bound"] in ("ici", "dcn")]
+    if "rollout: decode" in slow and config.rollout.tensor is None:
+        return [
+            "rollout.tensor=N: decoding waits for weights; let each N chips hold a copy to sample "
+            "with, the fewest that it fits on"
+        ]
+    return []
+
+
 def _libtpu_version() -> str:
     try:
         return importlib.metadata.version("libtpu")
@@ -293,7 +308,9 @@ def as_text(report: dict[str, Any]) -> str:
     if not report["fits"]:
         misfits = ", ".join(row["name"] for row in report["programs"] if not row["fits"])
         lines += ["", f"DOES NOT FIT: {misfits}. To change, the cheapest first:"]
-        lines += [f"- {line}" for line in report["advice"]]
+    elif report["advice"]:
+        lines += ["", "To make it faster:"]
+    lines += [f"- {line}" for line in report["advice"]]
     return "\n".join(lines)
 
 

@@ -27,8 +27,11 @@ class ModelConfig:
     # A hub name, a folder of safetensors, a .gguf file, package://PACKAGE/FILE.gguf, or "debug".
     name: str = "debug"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
-    # "layer" computes each layer again in the backward pass, to save memory.
-    remat: Literal["none", "layer"] = "none"
+    # What the backward pass computes again, to save memory: nothing; all but products with weights;
+    # whole layers.
+    remat: Literal["none", "dots", "layer"] = "none"
+    # Of prompts, scoring and training. "auto": in bfloat16 splash on TPU, cuDNN on GPU; else XLA.
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,23 @@ class RolloutConfig:
     demonstrations: int = 0  # how many of the k are texts from the column `solution`, not samples
     # Rollouts sampled ahead while the policy trains; they are that much staler. 0: none.
     lookahead: int = 0
+    # Chips that share a copy of the weights, in model.dtype, while sampling; null: they stay cut as
+    # for training, and every token of a completion collects them.
+    tensor: int | None = None
+    # What samples: this process, or servers that run elsewhere ("vllm-tpu" is vLLM without seeds).
+    # The rest is for servers.
+    engine: Literal["in_process", "vllm", "vllm-tpu", "sglang"] = "in_process"
+    # Addresses, e.g. http://host:8000; a server can work for one run at a time.
+    servers: list[str] = field(default_factory=list)
+    # Folder for new weights, which every server sees under this path; null: `weights` in run.dir.
+    weights_dir: str | None = None
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"  # of the files
+    timeout: float = 600.0  # seconds that a request may take
+    retries: int = 6  # tries of a request after the first
+    concurrency: int = 64  # requests under way at each server, from each process
+    # Nats a token by which a server's log-probs may differ from the trainer's, on average.
+    logp_tolerance: float = 0.05
+    api_key_env: str | None = None  # name of the environment variable that holds the servers' key
 
 
 @dataclass(frozen=True)
@@ -213,7 +233,22 @@ class Config:
 
 
 # A resumed run may change these: they touch neither what was computed nor what will be.
-_FREE = ("run.dir", "train.stop_at", "checkpoint", "log", "eval.batch_size", "mesh", "distributed")
+_FREE = (
+    "run.dir",
+    "rollout.servers",
+    "rollout.weights_dir",
+    "rollout.timeout",
+    "rollout.retries",
+    "rollout.concurrency",
+    "rollout.logp_tolerance",
+    "rollout.api_key_env",
+    "train.stop_at",
+    "checkpoint",
+    "log",
+    "eval.batch_size",
+    "mesh",
+    "distributed",
+)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -1,11 +1,22 @@
 """What a config must fulfil: ranges, and settings that go together."""
 
+import re
 import sys
 from typing import Any
 
 from gvpo_jax.errors import UserError
 
 _MAX = sys.float_info.max
+_FOR_SERVERS = (
+    "servers",
+    "weights_dir",
+    "weights_dtype",
+    "timeout",
+    "retries",
+    "concurrency",
+    "logp_tolerance",
+    "api_key_env",
+)
 
 
 def check(c: Any) -> None:
@@ -22,6 +33,7 @@ def check(c: Any) -> None:
         raise UserError(f"loss.beta must be > 0, got {c.loss.beta}; the paper uses 0.01 to 0.5")
     _check_loss(c)
     _check_sources(c)
+    _check_servers(c)
     if not c.train.batch_size % c.train.micro_batches == 0:
         raise UserError(
             f"train.batch_size={c.train.batch_size} does not divide into "
@@ -101,6 +113,40 @@ def _check_sources(c: Any) -> None:
         )
 
 
+def _check_servers(c: Any) -> None:
+    r, default = c.rollout, type(c.rollout)()
+    if r.engine == "in_process":
+        given = [name for name in _FOR_SERVERS if getattr(r, name) != getattr(default, name)]
+        if given:
+            values = [_as_override(f"rollout.{name}", getattr(default, name)) for name in given]
+            raise UserError(
+                "rollout.engine=in_process asks no servers: leave out "
+                f"{', '.join(f'rollout.{name}' for name in given)} ({' '.join(values)})"
+            )
+        return
+    if r.tensor is not None:
+        raise UserError(f"rollout.tensor is for rollout.engine=in_process, not {r.engine}")
+    if not r.servers:
+        raise UserError(
+            f"rollout.engine={r.engine} needs rollout.servers, e.g. [http://localhost:8000]"
+        )
+    if len(set(r.servers)) < len(r.servers):
+        raise UserError("rollout.servers names a server twice")
+    if not r.logp_tolerance > 0:
+        raise UserError(f"rollout.logp_tolerance must be > 0, got {r.logp_tolerance}")
+    if r.api_key_env is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", r.api_key_env):
+        raise UserError("rollout.api_key_env is the name of an environment variable, not a key")
+    if c.data.groups_path and not (c.data.eval_size and (c.data.eval_path or c.data.tasks)):
+        raise UserError(
+            f"rollout.engine={r.engine}: nothing is sampled with data.groups_path and without "
+            "held-out rows; leave it out"
+        )
+
+
+def _as_override(key: str, value: Any) -> str:
+    return f"{key}={'null' if value is None else value}"
+
+
 def _ranges(c: Any) -> dict[str, tuple[float | None, float, float]]:
     """Value, least and most of every key that has such limits; NaN and infinities lie outside."""
     return {
@@ -115,6 +161,11 @@ def _ranges(c: Any) -> dict[str, tuple[float | None, float, float]]:
         "rollout.min_p": (c.rollout.min_p, 0, 1),
         "rollout.demonstrations": (c.rollout.demonstrations, 0, _MAX),
         "rollout.lookahead": (c.rollout.lookahead, 0, _MAX),
+        "rollout.tensor": (c.rollout.tensor, 1, _MAX),
+        "rollout.timeout": (c.rollout.timeout, 1, 86_400),
+        "rollout.retries": (c.rollout.retries, 0, 100),
+        "rollout.concurrency": (c.rollout.concurrency, 1, _MAX),
+        "rollout.logp_tolerance": (c.rollout.logp_tolerance, 0, _MAX),
         "replay.completions": (c.replay.completions, 0, _MAX),
         "replay.groups": (c.replay.groups, 0, _MAX),
         "replay.capacity": (c.replay.capacity, 1, _MAX),

@@ -83,6 +83,19 @@ METRICS = (
     Metric("skipped_groups", "Groups left out", "With fewer than two rewards.", include=(0.0,)),
     Metric("rewards/failed", "Failed rewards", "Completions left out, per step.", include=(0.0,)),
     Metric("rewards/abstained", "No reward", "Completions left out, per step.", include=(0.0,)),
+    Metric(
+        "sync/logp_difference/mean",
+        "Server against trainer",
+        "Distance of a token's log-probs under the same weights: mean, in nats.",
+        include=(0.0,),
+    ),
+    Metric(
+        "sync/logp_difference/max", "Server against trainer, at most", "In nats.", include=(0.0,)
+    ),
+    Metric("sync/write_seconds", "Writing weights", "For servers.", show=duration, include=(0.0,)),
+    Metric(
+        "sync/load_seconds", "Loading weights", "Slowest server.", show=duration, include=(0.0,)
+    ),
 )
 
 

@@ -6,6 +6,7 @@ With one process everything here hands its arguments back.
 """
 
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gvpo_jax.errors import UserError
 
@@ -147,6 +148,16 @@ def to_host(tree: Any) -> Any:
     )
 
 
+def to_first_host(tree: Any) -> Any:
+    """Arrays on all devices as arrays that the first process can read in full; None elsewhere.
+
+    One after the other: a device needs room for one of them.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(_to_first_host, tree)
+
+
 def gather(local: Any) -> Any:
     """NumPy arrays of all processes' rows, one process's after the other, on each of them."""
     if jax.process_count() == 1:
@@ -185,6 +196,33 @@ def together(work: Callable[[], Any]) -> Any:
             told = bytes(row).rstrip(b"\0").decode(errors="replace")
             raise UserError(told if process == jax.process_index() else f"host {process}: {told}")
     return result
+
+
+def lead(work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, which alone does it, on every one.
+
+    Raises:
+        UserError: as `work` raises it there.
+    """
+    result = together(lambda: work() if is_first() else None)
+    if jax.process_count() == 1:
+        return result
+    data = np.frombuffer(pickle.dumps(result), np.uint8)
+    (size,) = largest(len(data))
+    told = gather(np.pad(data, (0, size - len(data)))[None])
+    return pickle.loads(told[0].tobytes())
+
+
+def _to_first_host(x: jax.Array) -> np.ndarray | None:
+    assert isinstance(x.sharding, NamedSharding)
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    copied = jax.jit(_same, out_shardings=everywhere)(x)
+    jax.block_until_ready(copied)  # who reads nothing would run ahead and hold many at once
+    return np.asarray(copied.addressable_data(0)) if is_first() else None
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def _wait_for(address: str, seconds: int) -> None:

@@ -84,6 +84,7 @@ class OnlineFeed:
                 lambda: _Version(policy.snapshot(), policy.updates),
                 ahead=config.rollout.lookahead,
                 last=last,
+                interrupt=policy.close,
             )
 
     def round(self, number: int) -> list[Fed]:

@@ -17,12 +17,21 @@ class Lookahead(Generic[T]):
         draw: (number of a round, parameters) -> the round; called in one other thread, in order.
         snapshot: the current parameters, in a copy that training does not overwrite.
         ahead: rounds, at least 1.
+        last: number of the last round.
+        interrupt: makes what is being drawn fail soon, where it can.
     """
 
     def __init__(
-        self, draw: Callable[[int, Any], T], snapshot: Callable[[], Any], *, ahead: int, last: int
+        self,
+        draw: Callable[[int, Any], T],
+        snapshot: Callable[[], Any],
+        *,
+        ahead: int,
+        last: int,
+        interrupt: Callable[[], None] = lambda: None,
     ):
         self._draw, self._snapshot, self._ahead, self._last = draw, snapshot, ahead, last
+        self._interrupt = interrupt
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._pending: dict[int, Future[T]] = {}
 
@@ -51,5 +60,7 @@ class Lookahead(Generic[T]):
             future.set_result(drawn)
 
     def close(self) -> None:
-        """Drop what was not begun; what is being drawn ends on its own."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Drop what was not begun, and interrupt what is being drawn."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._interrupt()
+        self._thread.shutdown(wait=True)

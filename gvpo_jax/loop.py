@@ -53,6 +53,7 @@ class Loop:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds."""
         c, run_dir = self.config, Path(self.config.run.dir)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(self.policy))
             together(lambda: self._open(stack))
             stack.enter_context(contextlib.closing(self.feed))
             checkpoints = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)

@@ -13,8 +13,8 @@ from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import batch_axes, batch_shardings, replicated, shardings
-from gvpo_jax.models.decoder import Apply, DecoderConfig, param_shapes
-from gvpo_jax.programs import constrain, make_programs
+from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.programs import Sampler, constrain, make_programs
 from gvpo_jax.rollout.inprocess import compiled, prefill
 from gvpo_jax.sampler import training_sampling
 
@@ -66,6 +66,8 @@ def batch_sizes(config: Config) -> dict[str, Sizes]:
 def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Program]:
     """Update, scoring by the reference, prefill and decoding, as a `Policy` compiles them.
 
+    Without the last two where servers sample.
+
     Raises:
         UserError: a batch or a parameter does not divide over the mesh, or the lengths are more
             than the model was made for.
@@ -84,14 +86,20 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
         names = ("prompts", "prompt_lengths", "completions")
         return programs.score.lower(state.params, _arrays(mesh, sizes["score"], names))
 
-    lower_prefill, lower_decode = _rollout(
-        config, mesh, programs.model, state.params, sizes["rollout"]
-    )
-    # A fixed reference is another copy of the parameters, whatever its name.
-    others = all_state - params + params + snapshot
-    return [
+    training = [
         Program("train step", lower_step, params + snapshot, config.train.micro_batches),
         Program("reference scoring", lower_score, all_state + snapshot, 1),
+    ]
+    if config.rollout.engine != "in_process":
+        return training
+    sampler = programs.sampler
+    weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
+    lower_prefill, lower_decode = _rollout(config, sampler, weights, sizes["rollout"])
+    # A fixed reference is another copy of the parameters, whatever its name.
+    own = 0 if config.rollout.tensor else params  # sampled with; else a copy of them is
+    others = all_state - own + params + snapshot
+    return [
+        *training,
         Program("rollout: prefill", lower_prefill, others, 1),
         Program("rollout: decode", lower_decode, others, config.rollout.max_completion_length),
     ]
@@ -126,7 +134,8 @@ def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Si
         )
 
 
-def _rollout(config: Config, mesh: Mesh, model: Apply, params, sizes: Sizes):
+def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
+    mesh, model = sampler.mesh, sampler.model
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
     first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
 

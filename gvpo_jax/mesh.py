@@ -37,6 +37,16 @@ BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"", ("groups", "completions")),
 )
 
+# What the decoder computes on the way, by `models.decoder.Placement`'s names.
+ACTIVATION_LAYOUT: dict[str, tuple[str | None, ...]] = {
+    # [g, k, t, d], cut as the embedding is, so that looking up moves tokens and not the table
+    "embedded": ("groups", "completions", None, "fsdp"),
+    "stream": ("groups", "completions"),  # [g, k, t, d]
+    "heads": ("groups", "completions", None, "tensor"),  # [g, k, t, h, d]
+    "mlp": ("groups", "completions", None, "tensor"),  # [g, k, t, f]
+    "table": ("tensor", None),  # [v, d], the head: whole along fsdp while it is in use
+}
+
 
 def make_mesh(
     *,
@@ -121,6 +131,31 @@ def batch_axes(mesh: Mesh, groups: int, k: int) -> tuple[tuple[str, ...], tuple[
         f"{groups} groups of {k} completions do not divide over data x fsdp = "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices; use a multiple of {shards} groups"
     )
+
+
+def constrain_activation(mesh: Mesh, name: str, x: jax.Array) -> jax.Array:
+    """Lays out an activation while tracing, from `ACTIVATION_LAYOUT`.
+
+    Without it XLA may cut the hidden axis as the parameters are, and hold every group everywhere.
+    """
+    over_groups, over_k = activation_axes(mesh, *x.shape[:2])
+    layout = ACTIVATION_LAYOUT[name]
+    spec: list[Any] = []
+    for size, axis in zip(x.shape, layout, strict=False):
+        if axis in ("groups", "completions"):
+            axes = over_groups if axis == "groups" else over_k
+            spec.append(tuple(a for a in axes if a not in layout))
+        else:
+            spec.append(None if axis is None or size % mesh.shape[axis] else axis)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+
+def activation_axes(mesh: Mesh, groups: int, k: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """As `batch_axes`; where nothing divides, as with few prompts, what does or nothing is cut."""
+    try:
+        return batch_axes(mesh, groups, k)
+    except UserError:
+        return (("data",) if groups % mesh.shape["data"] == 0 else ()), ()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,17 +9,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_jax.batch import Batch, pad_groups
 from gvpo_jax.checkpoint import fingerprint
 from gvpo_jax.config import Config
-from gvpo_jax.distributed import check_rows, largest, share, to_devices, to_host
+from gvpo_jax.distributed import (
+    check_rows,
+    gather,
+    largest,
+    share,
+    to_devices,
+    to_host,
+    together,
+)
 from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import batch_axes, batch_shardings, group_shards, shardings
 from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.programs import constrain, make_programs, mesh_on
+from gvpo_jax.remote import connect, server_engine
 from gvpo_jax.rollout import InProcessEngine, Rollout, Sampling
+from gvpo_jax.rollout.weight_sync import scorer
 from gvpo_jax.samples import UNKNOWN
 from gvpo_jax.train_step import TrainState
 
@@ -41,6 +51,7 @@ class Policy:
         self._config = c
         self.mesh = mesh_on(c)
         self._check_batch()
+        fleet = None if c.rollout.engine == "in_process" else together(lambda: connect(c))
         if model is None:
             model = load_model(c.model.name, place=self._place_param)
         self.model = dataclasses.replace(model, params={})
@@ -53,11 +64,15 @@ class Policy:
         self.reference = _copy(params) if c.reference.name == "ema" else params
         self.start_fingerprint = self._reference_fingerprint = fingerprint(params)
         self.updates = self.refreshed_at = 0
-        self._engine = InProcessEngine(
-            self._programs.model,
+        score = scorer(self._score_sequences, multiple=group_shards(self.mesh))
+        self._servers = server_engine(c, fleet, self.model, self.stop_ids, score) if fleet else None
+        sampler = self._programs.sampler
+        self._engine = self._servers or InProcessEngine(
+            sampler.model,
             self.stop_ids,
-            place=self._place,
-            constrain=functools.partial(constrain, self.mesh),
+            place=functools.partial(self._place, mesh=sampler.mesh),
+            prepare=sampler.params,
+            constrain=functools.partial(constrain, sampler.mesh),
             fetch=to_host,
             agree=agreed,
         )
@@ -77,19 +92,40 @@ class Policy:
 
         params: of the policy that samples, see `snapshot`; default: the current policy.
         """
-        n = len(prompts)
-        missing = -n % self._unit(n, num_generations)
-        rollout = self._engine.generate(
+        sample = functools.partial(
+            self._engine.generate,
             self.state.params if params is None else params,
-            [*prompts, *[prompts[0]] * missing],
-            [*prompt_ids, *[prompt_ids[0]] * missing],
             num_generations=num_generations,
             max_completion_length=self._config.rollout.max_completion_length,
             sampling=sampling,
             seed=seed,
             longest_prompt=longest_prompt,
         )
+        if self._servers:
+            return together(lambda: sample(prompts, prompt_ids))
+        n = len(prompts)
+        missing = -n % self._unit(n, num_generations, self._programs.sampler.mesh)
+        rollout = sample(
+            [*prompts, *[prompts[0]] * missing], [*prompt_ids, *[prompt_ids[0]] * missing]
+        )
         return Rollout(*(x[:n] for x in rollout))
+
+    def sync_metrics(self) -> dict[str, float]:
+        """How servers came by the weights that this thread sampled from last, if there are any."""
+        sync = self._servers and self._servers.last_sync
+        if sync is None:
+            return {}
+        return {
+            "sync/logp_difference/mean": sync.difference,
+            "sync/logp_difference/max": sync.largest,
+            "sync/write_seconds": sync.write_seconds,
+            "sync/load_seconds": sync.load_seconds,
+        }
+
+    def close(self) -> None:
+        """End what is under way on servers; the policy can still be used."""
+        if self._servers:
+            self._servers.close()
 
     def snapshot(self) -> Any:
         """The current parameters, in a copy that updates do not overwrite."""
@@ -176,19 +212,29 @@ class Policy:
         self._reference_fingerprint = fingerprint(self.reference)
         self.updates, self.refreshed_at = int(self.state.step), refreshed_at
 
-    def _place(self, arrays: dict[str, Any], k: int) -> dict[str, Any]:
+    def _score_sequences(self, params, prompts, lengths, completions) -> np.ndarray:
+        """Token log-probs of groups that all processes have; each computes its share."""
+        here = share(len(prompts))
+        part = {
+            "prompts": prompts[here],
+            "prompt_lengths": lengths[here],
+            "completions": completions[here],
+        }
+        return gather(to_host(self._programs.score(params, self._place(part, k=1))))
+
+    def _place(self, arrays: dict[str, Any], k: int, mesh: Mesh | None = None) -> dict[str, Any]:
         """This process's rows of a batch's arrays, on devices."""
         groups = len(arrays["prompts"]) * jax.process_count()
-        return to_devices(arrays, batch_shardings(self.mesh, arrays, groups, k))
+        return to_devices(arrays, batch_shardings(mesh or self.mesh, arrays, groups, k))
 
-    def _unit(self, groups: int, k: int) -> int:
+    def _unit(self, groups: int, k: int, mesh: Mesh | None = None) -> int:
         """What this process's groups must be a multiple of, to lie evenly on the mesh."""
         processes = jax.process_count()
         try:
-            batch_axes(self.mesh, groups * processes, k)
+            batch_axes(mesh or self.mesh, groups * processes, k)
             return 1
         except UserError:
-            return -(-group_shards(self.mesh) // processes)
+            return -(-group_shards(mesh or self.mesh) // processes)
 
     def _place_param(self, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
         tree: Any = array

@@ -12,11 +12,34 @@ from jax.sharding import Mesh
 from gvpo_jax.baselines import Objective
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
-from gvpo_jax.mesh import batch_shardings, make_mesh, replicated, shardings
-from gvpo_jax.models.decoder import Apply, DecoderConfig, make_apply, param_shapes
+from gvpo_jax.errors import UserError
+from gvpo_jax.kernels import attention_on
+from gvpo_jax.mesh import (
+    batch_shardings,
+    constrain_activation,
+    make_mesh,
+    replicated,
+    shardings,
+)
+from gvpo_jax.models.decoder import Apply, DecoderConfig, Placement, make_apply, param_shapes
 from gvpo_jax.objectives import make_objective
 from gvpo_jax.optimizer import make_optimizer, make_schedule
 from gvpo_jax.train_step import TrainState, init_state, score, train_step
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What sampling needs; it may cut the weights otherwise than training does.
+
+    Attributes:
+        mesh: the same devices.
+        model: the decoder as functions, not jitted.
+        params: `params -> params`, those to sample with; jitted, or the same ones.
+    """
+
+    mesh: Mesh
+    model: Apply
+    params: Any
 
 
 @dataclass(frozen=True)
@@ -24,14 +47,14 @@ class Programs:
     """Jitted functions over arrays that lie on the mesh; sampling's are in `rollout.inprocess`.
 
     Attributes:
-        model: the decoder as functions, not jitted.
+        sampler: what `rollout.inprocess` samples with.
         init: `params -> TrainState`; takes the parameters over.
         step: `(state, batch) -> (state, metrics)`, one update; takes the state over.
         score: `(params, {"prompts", "prompt_lengths", "completions"}) -> [g, k, t]` log-probs.
         blend: `(average, params, decay) -> average`; takes the average over.
     """
 
-    model: Apply
+    sampler: Sampler
     init: Callable[[Any], TrainState]
     step: Any
     score: Any
@@ -47,9 +70,7 @@ def mesh_on(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
     """The functions of a run; nothing is compiled before it is called or lowered."""
-    apply = make_apply(
-        model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat == "layer"
-    )
+    apply = _apply(config, model, mesh)
     optimizer, schedule, objective = _optimizer(config), _schedule(config), _objective(config)
 
     def init(params: Any) -> TrainState:
@@ -70,12 +91,40 @@ def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
 
     layout = shardings(mesh, jax.eval_shape(init, param_shapes(model)))
     return Programs(
-        model=apply,
+        sampler=_sampler(config, model, mesh, apply),
         init=jax.jit(init, out_shardings=layout, donate_argnums=0),
         step=jax.jit(step, out_shardings=(layout, replicated(mesh)), donate_argnums=0),
         score=jax.jit(functools.partial(_score, apply, mesh)),
         blend=jax.jit(_blend, donate_argnums=0),
     )
+
+
+def _apply(config: Config, model: DecoderConfig, mesh: Mesh) -> Apply:
+    dtype = jnp.dtype(config.model.dtype)
+    placement = Placement(
+        constrain=functools.partial(constrain_activation, mesh),
+        params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
+        attention=attention_on(mesh, config.model.attention, dtype),
+    )
+    return make_apply(model, dtype=dtype, remat=config.model.remat, on=placement)
+
+
+def _sampler(config: Config, model: DecoderConfig, mesh: Mesh, trained: Apply) -> Sampler:
+    tensor = config.rollout.tensor
+    if tensor is None:
+        return Sampler(mesh, trained, lambda params: params)
+    if mesh.size % tensor:
+        raise UserError(f"rollout.tensor={tensor} does not divide {mesh.size} devices")
+    # Neighbours along the last axes, in the same order: XLA takes no other beside the training's.
+    grid = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    own = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+    layout = shardings(own, param_shapes(model))
+    dtype = jnp.dtype(config.model.dtype)
+
+    def params(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    return Sampler(own, _apply(config, model, own), jax.jit(params, out_shardings=layout))
 
 
 def constrain(mesh: Mesh, tree: Any) -> Any:

@@ -91,7 +91,8 @@ def check_not_lost(folder: Path, config: Config) -> None:
 
 
 def _is_foreign(folder: Path) -> bool:
-    return any(entry.name not in (_LOCK, "checkpoints") for entry in folder.iterdir())
+    ours = (_LOCK, "checkpoints", "weights")
+    return any(entry.name not in ours for entry in folder.iterdir())
 
 
 def _check_same(folder: Path, old: Config, new: Config) -> None:

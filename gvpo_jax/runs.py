@@ -1,5 +1,6 @@
 """Whole runs from a config: data and reward functions are found, the trainer does the rest."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from gvpo_jax.data import load_rows
 from gvpo_jax.distributed import is_first, start, together
 from gvpo_jax.errors import UserError
 from gvpo_jax.rewards import load_reward_func
-from gvpo_jax.runfolder import check_claim, write_evaluation
+from gvpo_jax.runfolder import check_claim, lock, write_evaluation
 from gvpo_jax.tasks import TaskSpec, reasoning_gym_rows
 from gvpo_jax.trainer import Trainer
 
@@ -48,7 +49,13 @@ def evaluate_model(config: Config) -> dict[str, float]:
 
 def evaluate_run(config: Config) -> dict[str, float]:
     """Held-out accuracy of a run's last checkpoint, kept as eval/latest.jsonl."""
-    metrics, records = _evaluate(config, lambda trainer: trainer.restore(config.run.dir))
+    with contextlib.ExitStack() as stack:
+
+        def prepare(trainer: Trainer) -> None:
+            together(lambda: _hold_servers(config, stack))
+            trainer.restore(config.run.dir)
+
+        metrics, records = _evaluate(config, prepare)
     if is_first():
         write_evaluation(Path(config.run.dir), "latest", records)
     return metrics
@@ -64,7 +71,8 @@ def _evaluate(config: Config, prepare: Callable[[Trainer], Any]):
         )
     trainer = Trainer(config)
     prepare(trainer)
-    return trainer.evaluate(held_out, reward_funcs)
+    with contextlib.closing(trainer.policy):
+        return trainer.evaluate(held_out, reward_funcs)
 
 
 def export(config: Config, folder: Path) -> Path:
@@ -95,6 +103,17 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
     if tasks and d.eval_size:
         return rows, reasoning_gym_rows(tasks, size=d.eval_size, seed=d.eval_seed, split="eval")
     return rows, []
+
+
+def _hold_servers(config: Config, stack: contextlib.ExitStack) -> None:
+    """See that no training in this run's folder has other weights on the servers meanwhile."""
+    if is_first() and config.rollout.engine != "in_process":
+        try:
+            stack.enter_context(lock(config))
+        except UserError as error:
+            raise UserError(
+                f"{error}; or sample here: rollout.engine=in_process 'rollout.servers=[]'"
+            ) from None
 
 
 def _join(config: Config) -> None:

@@ -80,7 +80,8 @@ class Sampler:
             for group, values in zip(groups, rewards, strict=True)
         ]
         k = rollout.lengths.shape[1]
-        return Drawn(groups, _metrics(rollout, scores, k), _records(rows, texts, groups))
+        metrics = _metrics(rollout, scores, k) | self._policy.sync_metrics()
+        return Drawn(groups, metrics, _records(rows, texts, groups))
 
     def evaluate(self, held_out: EncodedPrompts) -> tuple[dict[str, float], list[Row]]:
         """Accuracy on held-out prompts and what was sampled, with the same keys every time."""

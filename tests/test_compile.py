@@ -14,8 +14,10 @@ from gvpo_jax.compile_report import as_text, compile_run
 from gvpo_jax.config import load_config
 from gvpo_jax.errors import UserError
 from gvpo_jax.hlo import collectives, loops, memory
+from gvpo_jax.lowering import run_programs
 from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.shapes import KNOWN, model_shape
+from gvpo_jax.programs import mesh_on
 
 TINY = {
     "model_type": "llama",
@@ -160,6 +162,32 @@ def test_fsdp_gathers_parameters_and_scatters_gradients(report):
     assert all(not c["between_slices"] for row in report["programs"] for c in row["collectives"])
 
 
+def test_no_device_holds_or_moves_the_whole_batch(report):
+    """Left alone, XLA cut the hidden axis instead: 60 GiB a chip and 18 TiB a step for 7B."""
+    params = expected_bytes()
+    moved = sum(c["wire_bytes"] for c in program(report, "train step")["collectives"])
+    assert moved < 4 * 4 * params  # a few times the parameters; the batch would be far more
+
+
+def test_a_copy_of_the_weights_spares_collecting_them_for_each_token(tiny, tmp_path):
+    moved = []
+    for tensor in ("null", "1"):
+        out = tmp_path / f"{tensor}.json"
+        options = ["--model-config", str(tiny), "--only", "rollout", "--out", str(out)]
+        settings = [*OVERRIDES, f"rollout.tensor={tensor}"]
+        assert main(["compile", "debug", "--topology", TOPOLOGY, *options, *settings]) == 0
+        decode = program(json.loads(out.read_text()), "rollout: decode")
+        moved.append(sum(c["wire_bytes"] for c in decode["collectives"]))
+    assert moved[1] < moved[0] / 10
+
+
+def test_where_servers_sample_there_is_nothing_to_decode(tiny):
+    servers = ["rollout.engine=vllm", "rollout.servers=[http://localhost:8000]"]
+    config = load_config("debug", [*OVERRIDES, *servers])
+    programs = run_programs(config, model_shape("", str(tiny)), mesh_on(config, jax.devices()[:4]))
+    assert [program.name for program in programs] == ["train step", "reference scoring"]
+
+
 def test_what_does_not_fit_ends_with_status_one(tmp_path, capsys):
     """The compiler itself gives up here; its dump still says what was too large."""
     file = tmp_path / "config.json"
@@ -199,6 +227,12 @@ def test_mistakes_are_one_line_and_status_two(arguments, words, capsys):
     shown = capsys.readouterr().err
     assert words in shown
     assert shown.count("\n") == 1
+
+
+def test_one_chip_is_a_topology_too(tiny, capsys):
+    options = ["--topology", "v5e:1x1", "--model-config", str(tiny), "--only", "reference"]
+    assert main(["compile", "debug", *options, *OVERRIDES]) == 0
+    assert "on v5e:1x1: 1 chips" in capsys.readouterr().out
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

@@ -63,6 +63,23 @@ def test_optimum(tmp_path):
             assert row["worst"] > 0.1
 
 
+def test_gvpo_vs_grpo(tmp_path):
+    """A run of each kind; what is finished is not run again; the report has them all."""
+    raw = tmp_path / "raw"
+    run("gvpo_vs_grpo", "--raw", raw, "--runs", tmp_path / "runs")
+    kinds = {path.stem.split("_")[0] for path in raw.iterdir()}
+    assert kinds == {"base", "grid", "final", "beta", "penalty", "k", "mix"}
+    times = {path: path.stat().st_mtime_ns for path in raw.iterdir()}
+    run("gvpo_vs_grpo", "--raw", raw, "--runs", tmp_path / "runs")
+    assert times == {path: path.stat().st_mtime_ns for path in raw.iterdir()}
+    report = [sys.executable, str(ROOT / "experiments" / "gvpo_vs_grpo" / "report.py")]
+    subprocess.run([*report, "--raw", raw, "--out", tmp_path], check=True, capture_output=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {path.stem for path in raw.iterdir()}
+    assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 for row in results.values())
+    ElementTree.parse(tmp_path / "sweep.svg")
+
+
 def test_mutants(tmp_path):
     run("mutants", "--out", tmp_path / "results.json")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

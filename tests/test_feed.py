@@ -1,5 +1,6 @@
 """Batches from every source, through whole runs of the debug model."""
 
+import dataclasses
 import datetime
 import json
 
@@ -157,8 +158,13 @@ def test_groups_from_elsewhere_train_the_policy_and_resume_bitwise(tmp_path, cap
 
 def count_scores(policy):
     """How often the reference is scored from now on."""
-    calls, score = [], policy._score
-    policy._score = lambda *arguments: calls.append(len(arguments[1])) or score(*arguments)
+    calls, programs = [], policy._programs
+
+    def score(*arguments):
+        calls.append(len(arguments[1]))
+        return programs.score(*arguments)
+
+    policy._programs = dataclasses.replace(programs, score=score)
     return calls
 
 

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 HOUSE = {
     "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs", "precision"],
     "ground": [
-        "errors config config_check mesh distributed batch samples runfiles formats intervals"
+        "errors config config_check mesh kernels distributed batch samples runfiles formats "
+        "intervals"
     ],
     "models": ["models"],
     "stages": [
@@ -36,8 +37,8 @@ HOUSE = {
         "roofline",
     ],
     "story": [
-        "programs policy sampler feed loop trainer runlog runfolder runs lowering compile_report "
-        "cli __main__",
+        "programs policy remote sampler feed loop trainer runlog runfolder runs lowering "
+        "compile_report cli __main__",
     ],
     "doors": ["integrations"],
 }

@@ -9,7 +9,7 @@ from gvpo_jax.config import Config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import LAYOUT, batch_axes, group_shards, make_mesh, path_name, shardings
 from gvpo_jax.models import load_model
-from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply, param_shapes
 from gvpo_jax.policy import Policy
 from gvpo_jax.rollout import Sampling
 from gvpo_jax.samples import Source, make_batch, make_group
@@ -59,10 +59,13 @@ def alone():
     return one, *five_updates(one)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_any_mesh_gives_the_single_devices_samples_and_trajectory(alone, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "tensor"), [*((sizes, None) for sizes in MESHES), ((1, 8, 1), 2), ((2, 2, 2), 1)]
+)
+def test_any_mesh_gives_the_single_devices_samples_and_trajectory(alone, sizes, tensor):
+    """tensor: devices that share a copy of the weights while sampling."""
     one, losses, samples = alone
-    many = policy(*sizes)
+    many = policy(*sizes, rollout__tensor=tensor)
     many_losses, many_samples = five_updates(many)
     np.testing.assert_allclose(many_losses, losses, atol=1e-6)
     for a, b in zip(samples, many_samples, strict=True):
@@ -87,6 +90,38 @@ def test_completions_of_a_group_may_lie_on_different_devices():
         jax.tree.leaves(one.state.params), jax.tree.leaves(many.state.params), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_to_sample_the_weights_are_cut_otherwise():
+    cut = policy(1, 8, 1, rollout__tensor=2, model__dtype="bfloat16")
+    params = cut._programs.sampler.params(cut.state.params)
+    kernel = params["layers"][0]["mlp"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+    assert kernel.dtype == jnp.bfloat16
+    assert cut.state.params["layers"][0]["mlp"]["gate"]["kernel"].dtype == jnp.float32
+    with pytest.raises(UserError, match="tensor=3 does not divide 8 devices"):
+        policy(1, 8, 1, rollout__tensor=3)
+
+
+def test_gradients_of_a_frequent_token_add_up_in_float32():
+    """In bfloat16, adding 1 to 256 changes nothing."""
+    config = DecoderConfig("llama", 16, 8, 16, 1, 2, 2, 4)
+    params = init_params(config, 0)
+    apply = make_apply(config, dtype=jnp.bfloat16)
+    tokens = jnp.full((1, 1, 600), 5)
+
+    def total(params):
+        prompt = jnp.array([[3]]), jnp.array([1])
+        return jnp.sum(apply.completion_hidden(params, *prompt, tokens).astype(jnp.float32))
+
+    def exact(params):
+        wide = make_apply(config, dtype=jnp.float32)
+        prompt = jnp.array([[3]]), jnp.array([1])
+        return jnp.sum(wide.completion_hidden(params, *prompt, tokens))
+
+    got, wanted = (jax.grad(f)(params)["embed"]["embedding"][5] for f in (total, exact))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
 
 
 def test_parameters_and_moments_are_cut_over_the_mesh():

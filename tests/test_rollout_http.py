@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -638,6 +639,17 @@ def test_an_engine_brings_weights_when_they_are_new(net, tmp_path):
         generate(engine, TEXTS, params=params, k=2, t=2)
         assert engine.last_sync
         assert engine.last_sync.version == version
+
+    def elsewhere():
+        generate(engine, TEXTS, params=b, k=2, t=2)
+        return engine.last_sync
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(elsewhere).result().version == 4
+    assert engine.last_sync
+    assert engine.last_sync.version == 3  # of the samples that this thread had
+    engine.close()
+    generate(engine, TEXTS, params=b, k=2, t=2)  # closed, it starts again
     engine.close()
 
 

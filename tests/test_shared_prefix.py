@@ -82,7 +82,7 @@ def test_gradients_equal_those_of_repeated_prompts(case):
         return jax.jit(jax.grad(value))(params)
 
     plain = gradient(repeated_logprobs)
-    for options in ({}, {"remat": True}):
+    for options in ({}, {"remat": "dots"}, {"remat": "layer"}):
         shared = gradient(shared_logprobs, **options)
         for (path, a), b in zip(
             jax.tree.leaves_with_path(plain), jax.tree.leaves(shared), strict=True

@@ -13,16 +13,17 @@ Each prompt is computed once, whatever k. Axes as in `gvpo_jax.attention`; b, h:
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gvpo_jax.attention import Prefix, attend
+from gvpo_jax.attention import Prefix, attend, causal
 from gvpo_jax.logprobs import completion_mask
 
 Params = dict[str, Any]
+Remat = Literal["none", "dots", "layer"]
 KeysValues = tuple[jax.Array, jax.Array]  # [g, k, n, s, d] each
 
 
@@ -59,6 +60,22 @@ class DecoderConfig:
     max_position_embeddings: int = 32_768
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a decoder is computed on a mesh; by default, as on one device.
+
+    Attributes:
+        constrain: `(name, x) -> x` lays out "embedded" and "stream" `[g, k, t, d]`, "heads"
+            `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
+        params: `params -> params` keeps them, and so their gradients, as they lie.
+        attention: see `gvpo_jax.attention.causal`.
+    """
+
+    constrain: Callable[[str, jax.Array], jax.Array] = lambda name, x: x
+    params: Callable[[Params], Params] = lambda params: params
+    attention: Callable[..., jax.Array] = causal
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones(size))
@@ -73,7 +90,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear]):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], on: Placement):
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
         self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
@@ -82,76 +99,90 @@ class Attention(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.qk_norm = c.qk_norm
+        self.qk_norm, self.on = c.qk_norm, on
 
-    def __call__(self, x, rope, mask_gkts, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
+    def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
         g, k, t, _ = x.shape
-        queries = self.q(x).reshape(g, k, t, self.heads, self.head_dim)
-        keys = self.k(x).reshape(g, k, t, self.kv_heads, self.head_dim)
-        values = self.v(x).reshape(g, k, t, self.kv_heads, self.head_dim)
+
+        def heads(y, n):
+            return self.on.constrain("heads", y.reshape(g, k, t, n, self.head_dim))
+
+        queries = heads(self.q(x), self.heads)
+        keys, values = heads(self.k(x), self.kv_heads), heads(self.v(x), self.kv_heads)
         if self.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, rope), _rotate(keys, rope)
         keys, values = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
-        if cache is not None:
+        if cache is None:
+            out = self.on.attention(queries, keys, values, prefix)
+        else:
             keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, at, axis=3)
             values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, at, axis=3)
-        out = attend(queries, keys, values, mask_gkts, prefix)
+            so_far = (jnp.arange(keys.shape[3]) <= at)[None, None, None]
+            out = attend(queries, keys, values, so_far, prefix)
+        out = self.on.constrain("heads", out)
         return self.o(out.reshape(g, k, t, -1)), (keys, values)
 
 
 class MLP(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear]):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], on: Placement):
         self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.down = linear(c.intermediate_size, c.hidden_size, use_bias=c.mlp_bias)
+        self.on = on
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = self.on.constrain("mlp", self.gate(x)), self.on.constrain("mlp", self.up(x))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear]):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], on: Placement):
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, linear)
+        self.attn = Attention(c, linear, on)
         self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c, linear)
+        self.mlp = MLP(c, linear, on)
+        self.on = on
 
-    def __call__(self, x, rope, mask_gkts, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
-        attended, kv = self.attn(self.input_norm(x), rope, mask_gkts, prefix, cache, at)
-        x = x + attended
-        return x + self.mlp(self.post_norm(x)), kv
+    def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
+        attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at)
+        x = self.on.constrain("stream", x + attended)
+        return self.on.constrain("stream", x + self.mlp(self.post_norm(x))), kv
 
 
 class Decoder(nnx.Module):
     """A stack of blocks over one stream of tokens `[g, k, t]`; prompts are a stream with k = 1."""
 
-    def __init__(self, c: DecoderConfig, *, dtype: Any, remat: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, c: DecoderConfig, *, dtype: Any, remat: Remat, on: Placement, rngs: nnx.Rngs
+    ):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(c, linear) for _ in range(c.num_layers)])
+        self.layers = nnx.List([Block(c, linear, on) for _ in range(c.num_layers)])
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:
             self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)
-        self.config, self.remat = c, remat
+        self.config, self.dtype, self.on = c, dtype, on
+        self.remat: Remat = remat
 
     def __call__(
         self,
         tokens_gkt: jax.Array,
         positions_gkt: jax.Array,
-        mask_gkts: jax.Array,
         prefix: list[Prefix] | None = None,
         cache: list[KeysValues] | None = None,
         at: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeysValues]]:
-        x = self.embed(tokens_gkt)
+        # Looked up in float32, so that the gradients of a frequent token add up in it.
+        x = self.on.constrain("embedded", jnp.take(self.embed.embedding[...], tokens_gkt, axis=0))
+        x = self.on.constrain("stream", x.astype(self.dtype))
         rope = _rope(self.config, positions_gkt)
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        run = _with_remat(self.remat)
         kvs = []
         for i, layer in enumerate(self.layers):
             prefix_i = None if prefix is None else prefix[i]
             cache_i = None if cache is None else cache[i]
-            x, kv = run(layer, x, rope, mask_gkts, prefix_i, cache_i, at)
+            x, kv = run(layer, x, rope, prefix_i, cache_i, at)
             kvs.append(kv)
         return self.final_norm(x), kvs
 
@@ -179,59 +210,86 @@ class Apply:
     head: Callable[[Params], jax.Array]
 
 
-def make_apply(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool = False) -> Apply:
-    """The decoder's functions in `dtype`; with `remat` the backward pass computes layers again."""
-    graph = _graph(config, dtype, remat)
+def make_apply(
+    config: DecoderConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    on: Placement = Placement(),
+) -> Apply:
+    """The decoder's functions.
+
+    Args:
+        config: shape and options.
+        dtype: of the computation.
+        remat: what the backward pass computes again: nothing, all but products with weights, or
+            whole layers.
+        on: layouts and attention on a mesh.
+    """
+    graph = _graph(config, dtype, remat, on)
+
+    def model(params: Params) -> Decoder:
+        return nnx.merge(graph, on.params(params))
+
+    def head(params: Params) -> jax.Array:
+        return on.constrain("table", _head(config, on.params(params)).astype(dtype))
+
     return Apply(
-        prefill=functools.partial(_prefill, graph),
+        prefill=lambda params, *prompts: _prompts(model(params), *prompts),
         empty_cache=functools.partial(_empty_cache, config, dtype),
-        decode=functools.partial(_decode, graph),
-        completion_hidden=functools.partial(_completion_hidden, graph),
-        head=functools.partial(_head, config),
+        decode=lambda params, *arrays: _decode(model(params), *arrays),
+        completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
+        head=head,
     )
 
 
 def param_shapes(config: DecoderConfig) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: nothing is allocated."""
-    return nnx.to_pure_dict(nnx.state(_abstract(config, jnp.float32, False)))
+    return nnx.to_pure_dict(nnx.state(_abstract(config, jnp.float32, "none", Placement())))
 
 
 def init_params(config: DecoderConfig, seed: int) -> Params:
     """Random parameters, for tests and toy runs."""
-    model = Decoder(config, dtype=jnp.float32, remat=False, rngs=nnx.Rngs(seed))
+    on = Placement()
+    model = Decoder(config, dtype=jnp.float32, remat="none", on=on, rngs=nnx.Rngs(seed))
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> jax.Array:
     """Float32 logits `[b, t, v]` of whole sequences: the plain route to test the others against."""
-    model = nnx.merge(_graph(config, jnp.float32, False), params)
+    model = nnx.merge(_graph(config, jnp.float32, "none", Placement()), params)
     t = tokens_bt.shape[1]
     positions = jnp.broadcast_to(jnp.arange(t)[None], tokens_bt.shape)
-    hidden, _ = model(tokens_bt[:, None], positions[:, None], _causal(t))
+    hidden, _ = model(tokens_bt[:, None], positions[:, None])
     return hidden[:, 0] @ _head(config, params).T
 
 
-def _abstract(config, dtype, remat):
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+def _abstract(config, dtype, remat, on):
+    return nnx.eval_shape(
+        lambda: Decoder(config, dtype=dtype, remat=remat, on=on, rngs=nnx.Rngs(0))
+    )
 
 
 @functools.lru_cache
-def _graph(config, dtype, remat):
-    return nnx.split(_abstract(config, dtype, remat))[0]
+def _graph(config, dtype, remat, on):
+    return nnx.split(_abstract(config, dtype, remat, on))[0]
+
+
+def _with_remat(remat: Remat):
+    if remat == "none":
+        return Block.__call__
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layer": None}
+    return nnx.remat(Block.__call__, policy=policies[remat])
 
 
 def _prompts(model, prompts_gp, lengths_g):
     """The prompt stream: its last real hidden state and every layer's keys and values."""
     p = prompts_gp.shape[1]
     positions = jnp.broadcast_to(jnp.arange(p)[None], prompts_gp.shape)
-    hidden, kvs = model(prompts_gp[:, None], positions[:, None], _causal(p))
+    hidden, kvs = model(prompts_gp[:, None], positions[:, None])
     last = jnp.take_along_axis(hidden[:, 0], (lengths_g - 1)[:, None, None], axis=1)[:, 0]
     mask = completion_mask(lengths_g, p)
     return last, [Prefix(k[:, 0], v[:, 0], mask) for k, v in kvs]
-
-
-def _prefill(graph, params, prompts_gp, lengths_g):
-    return _prompts(nnx.merge(graph, params), prompts_gp, lengths_g)
 
 
 def _empty_cache(config, dtype, groups, k, length):
@@ -239,17 +297,13 @@ def _empty_cache(config, dtype, groups, k, length):
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
 
 
-def _decode(graph, params, tokens_gk, lengths_g, prefix, cache, at):
-    model = nnx.merge(graph, params)
-    slots = cache[0][0].shape[3]
+def _decode(model, tokens_gk, lengths_g, prefix, cache, at):
     positions = jnp.broadcast_to((lengths_g + at)[:, None], tokens_gk.shape)
-    mask = (jnp.arange(slots) <= at)[None, None, None]
-    hidden, cache = model(tokens_gk[..., None], positions[..., None], mask, prefix, cache, at)
+    hidden, cache = model(tokens_gk[..., None], positions[..., None], prefix, cache, at)
     return hidden[:, :, 0], cache
 
 
-def _completion_hidden(graph, params, prompts_gp, lengths_g, completions_gkt):
-    model = nnx.merge(graph, params)
+def _completion_hidden(model, prompts_gp, lengths_g, completions_gkt):
     g, k, t = completions_gkt.shape
     last_gd, prefix = _prompts(model, prompts_gp, lengths_g)
     first = jnp.broadcast_to(last_gd[:, None, None], (g, k, 1, last_gd.shape[-1]))
@@ -259,16 +313,12 @@ def _completion_hidden(graph, params, prompts_gp, lengths_g, completions_gkt):
     positions = jnp.broadcast_to(
         lengths_g[:, None, None] + jnp.arange(t - 1)[None, None], inputs.shape
     )
-    rest, _ = model(inputs, positions, _causal(t - 1), prefix)
+    rest, _ = model(inputs, positions, prefix)
     return jnp.concatenate([first, rest], axis=2)
 
 
 def _head(config, params):
     return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"].T
-
-
-def _causal(t):
-    return jnp.tril(jnp.ones((t, t), bool))[None, None]
 
 
 def _rope(config, positions_gkt):

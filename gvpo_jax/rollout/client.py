@@ -58,15 +58,9 @@ class Client:
         first_pause: float = 0.5,
         headers: Mapping[str, str] | None = None,
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(
-                f"'{url}' is not the address of a server, such as http://localhost:8000"
-            )
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._host, self._port = parts.hostname, parts.port
-        self._prefix = urlsplit(self.url).path
-        secure = parts.scheme == "https"
+        scheme, self._host, self._port, self._prefix = _parts(self.url)
+        secure = scheme == "https"
         self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._timeout, self._retries, self._first_pause = timeout, retries, first_pause
         self._headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -190,9 +184,8 @@ class Fleet:
             raise UserError("no servers are given")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.clients = [Client(url, headers=headers, **client) for url in urls]
-        self._threads = [
-            ThreadPoolExecutor(concurrency, thread_name_prefix="rollout") for _ in urls
-        ]
+        self._concurrency = concurrency
+        self._threads = self._new_threads()
 
     def map(self, tasks: Sequence[tuple[int, Callable[[Client], T]]]) -> list[T]:
         """The result of each (number of a server, work there), in order.
@@ -215,9 +208,20 @@ class Fleet:
         return self.map([(number, work) for number in range(len(self.clients))])
 
     def close(self) -> None:
-        """End the threads, once what they do is done."""
+        """End the threads; what is under way fails. They start again when they are needed."""
+        for client in self.clients:
+            client.stop()
         for pool in self._threads:
             pool.shutdown()
+        self._threads = self._new_threads()
+        for client in self.clients:
+            client.resume()
+
+    def _new_threads(self) -> list[ThreadPoolExecutor]:
+        return [
+            ThreadPoolExecutor(self._concurrency, thread_name_prefix="rollout")
+            for _ in self.clients
+        ]
 
     def _abandon(self, futures: Sequence[Future[Any]]) -> None:
         for future in futures:
@@ -227,6 +231,21 @@ class Fleet:
         wait(futures)
         for client in self.clients:
             client.resume()
+
+
+def _parts(url: str) -> tuple[str, str, int | None, str]:
+    """Scheme, host, port and path of an address."""
+    if "@" in url:  # not shown: it may hold a password
+        raise UserError("a server's address holds no name or key: use rollout.api_key_env")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        host.encode("idna")
+        if parts.scheme in ("http", "https") and host and url.isascii():
+            return parts.scheme, host, parts.port, parts.path
+    except ValueError:  # also where a host or a port can be none
+        pass
+    raise UserError(f"'{url}' is not the address of a server, such as http://localhost:8000")
 
 
 def _before(ends: float, sock: socket.socket, response: http.client.HTTPResponse) -> bytes:

@@ -35,9 +35,6 @@ class HttpEngine:
         stop_ids: tokens that end a completion and belong to it.
         vocab_size: token ids are below it.
         weights: brings `params` to the servers before they sample; default: they keep theirs.
-
-    Attributes:
-        last_sync: what the last bringing of weights found, None before it.
     """
 
     def __init__(
@@ -54,8 +51,8 @@ class HttpEngine:
         self._weights = weights
         self._gives_logps: dict[tuple[int, Sampling], bool] = {}
         # Evaluation and a rollout ahead of time may want different weights on the same servers.
-        self._one_at_a_time = threading.Lock()
-        self.last_sync: SyncReport | None = None
+        self._one_at_a_time, self._of_thread = threading.Lock(), threading.local()
+        self._sync: SyncReport | None = None
 
     def generate(
         self,
@@ -91,7 +88,8 @@ class HttpEngine:
         homes = [int(prompt_id) % len(self._fleet.clients) for prompt_id in prompt_ids]
         with self._one_at_a_time:
             if self._weights:
-                self.last_sync = self._weights.bring(params, prompts) or self.last_sync
+                self._sync = self._weights.bring(params, prompts) or self._sync
+                self._of_thread.sync = self._sync
             tasks = [
                 (home, functools.partial(_sample, self._dialect, ask))
                 for home, ask in zip(homes, asks, strict=True)
@@ -103,8 +101,13 @@ class HttpEngine:
                     known[home] = self._logps_known(home, ask, group)
         return _as_rollout(groups, [known[home] for home in homes], max_completion_length)
 
+    @property
+    def last_sync(self) -> SyncReport | None:
+        """How the weights came that this thread sampled from last; None before that."""
+        return getattr(self._of_thread, "sync", None)
+
     def close(self) -> None:
-        """End the threads that talk to the servers."""
+        """End what is under way, see `Fleet.close`."""
         self._fleet.close()
 
     def _logps_known(self, home: int, ask: Ask, samples: list[Sampled]) -> bool:

@@ -41,6 +41,7 @@ class InProcessEngine:
             "prefix": the model's} or one of the two.
         fetch: brings arrays back to the host.
         agree: a padded width -> the one that all processes take.
+        prepare: the parameters -> those to sample with, e.g. otherwise laid out.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class InProcessEngine:
         constrain: Callable[[Any], Any] = lambda tree: tree,
         fetch: Callable[[Any], Any] = jax.device_get,
         agree: Callable[[int], int] = int,
+        prepare: Callable[[Any], Any] = lambda params: params,
     ):
-        self._stop_ids = tuple(stop_ids)
+        self._stop_ids, self._prepare = tuple(stop_ids), prepare
         self._place, self._fetch, self._agree = place, fetch, agree
         self._prefill, self._decode = compiled(model, self._stop_ids, constrain)
 
@@ -76,7 +78,7 @@ class InProcessEngine:
             "prompt_lengths": lengths_g,
             "prompt_ids": np.asarray(prompt_ids, np.uint32),
         }
-        batch = self._place(batch, num_generations)
+        batch, params = self._place(batch, num_generations), self._prepare(params)
         state, prefix = self._prefill(
             params,
             batch["prompts"],

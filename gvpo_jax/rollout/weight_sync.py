@@ -1,5 +1,6 @@
 """Bringing new weights to rollout servers through a folder, and making sure that they arrived."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -225,9 +226,10 @@ class WeightSync:
         return [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
 
     def _remove_old(self) -> None:
-        by_age = sorted(self._versions(), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        for path in [*by_age[: -self._keep], *self._folder.glob(f"{_SCRATCH}*")]:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else clears up too
+            by_age = sorted(self._versions(), key=lambda path: (path.stat().st_mtime_ns, path.name))
+            for path in [*by_age[: -self._keep], *self._folder.glob(f"{_SCRATCH}*")]:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def scorer(score: Callable[..., Any], *, multiple: int = 1) -> Scorer:

@@ -1,0 +1,85 @@
+"""Hardware's attention kernels against `attention.causal`: splash interpreted, cuDNN's shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvpo_jax.attention import Prefix, causal
+from gvpo_jax.errors import UserError
+from gvpo_jax.kernels import attention_on, on_gpu, on_tpu
+from gvpo_jax.mesh import make_mesh
+
+G, K, H, N, D = 2, 2, 4, 2, 16
+
+
+def inputs(t, p, dtype=jnp.float32, g=G, k=K):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    prefix = None
+    if p:
+        counts = np.arange(p) < np.linspace(1, p, g).astype(int)[:, None]
+        prefix = Prefix(normal(g, N, p, D), normal(g, N, p, D), jnp.asarray(counts))
+    return normal(g, k, t, H, D), normal(g, k, N, t, D), normal(g, k, N, t, D), prefix
+
+
+def value_and_gradients(attention, arrays):
+    """Of a sum that weighs every number differently."""
+    *own, prefix = arrays
+
+    def total(own, shared):
+        whole = None if prefix is None else prefix._replace(keys=shared[0], values=shared[1])
+        out = attention(*own, whole)
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    shared = () if prefix is None else (prefix.keys, prefix.values)
+    (_, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(own, shared)
+    return out, grads
+
+
+def assert_same(attention, arrays, tolerance):
+    out, grads = value_and_gradients(attention, arrays)
+    expected_out, expected = value_and_gradients(causal, arrays)
+    assert out.dtype == expected_out.dtype
+    for a, b in zip(
+        jax.tree.leaves((out, grads)), jax.tree.leaves((expected_out, expected)), strict=True
+    ):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("t", "p"), [(130, 0), (7, 9), (130, 140)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_splash_gives_the_same_numbers(t, p, sizes):
+    """In one block and in several, with and without a prompt, also cut over devices."""
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    splash = functools.partial(on_tpu, mesh, interpret=True)
+    assert_same(splash, inputs(t, p, g=2 if sizes == (1, 1, 1) else 4), 1e-5)
+
+
+@pytest.mark.parametrize("p", [0, 6, 9])
+def test_what_cudnn_is_given_means_the_same(p):
+    assert_same(functools.partial(on_gpu, implementation="xla"), inputs(7, p), 1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")
+@pytest.mark.parametrize(("t", "p"), [(7, 0), (64, 32), (7, 9)])
+def test_cudnn_gives_the_same_numbers(t, p):
+    assert_same(on_gpu, inputs(t, p, jnp.bfloat16), 2e-2)
+
+
+def test_the_kernel_follows_the_devices():
+    mesh = make_mesh(fsdp=1)
+    for dtype in ("float32", "bfloat16"):
+        assert attention_on(mesh, "auto", dtype) is causal
+        assert attention_on(mesh, "xla", dtype) is causal
+        for name in ("splash", "cudnn"):
+            with pytest.raises(UserError, match=f"model.attention={name} needs"):
+                attention_on(mesh, name, dtype)

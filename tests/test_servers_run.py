@@ -1,0 +1,517 @@
+"""Whole runs whose completions are sampled on servers: stubs that load what the trainer writes."""
+
+import functools
+import json
+import socket
+import threading
+
+import jax
+import numpy as np
+import pytest
+import test_distributed as processes
+from http_stub import OWN_EOS, Logits, StubServer, seconds
+
+from gvpo_jax import distributed
+from gvpo_jax.batch import pad_prompts
+from gvpo_jax.cli import main
+from gvpo_jax.config import Config, difference, load_config, override
+from gvpo_jax.errors import UserError
+from gvpo_jax.models import load_model
+from gvpo_jax.models.decoder import full_logits
+from gvpo_jax.rewards.debug import letter_share
+from gvpo_jax.rollout import Sampling
+from gvpo_jax.rollout.client import Client
+from gvpo_jax.runfiles import read_jsonl, read_metrics
+from gvpo_jax.runfolder import lock
+from gvpo_jax.trainer import Trainer
+
+MODEL = load_model("debug")
+ROWS = [{"prompt": f"Spell {word}: "} for word in ("ash", "birch", "cedar", "fir", "oak")]
+LOADING = ("/collective_rpc", "/update_weights_from_disk")
+SYNC = {
+    "sync/logp_difference/mean", "sync/logp_difference/max", "sync/write_seconds",
+    "sync/load_seconds",
+}  # fmt: skip
+_full = jax.jit(functools.partial(full_logits, MODEL.config))
+
+
+def network(params) -> Logits:
+    def logits(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros((1, 48), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(_full(params, padded))[0, : len(tokens)]
+
+    return logits
+
+
+def from_folder(folder: str) -> Logits:
+    """What a server does: it reads the files, and knows nothing of the trainer."""
+    return network(load_model(folder).params)
+
+
+def server() -> StubServer:
+    return StubServer(network(MODEL.params), from_folder)
+
+
+def config(run_dir, *stubs: StubServer, **settings):
+    base = {
+        "run__dir": str(run_dir),
+        "rollout__engine": "vllm",
+        "rollout__servers": [stub.url for stub in stubs],
+        "rollout__timeout": 20.0,
+        "rollout__retries": 0,
+        "rollout__num_generations": 4,
+        "rollout__max_completion_length": 6,
+        "data__max_prompt_length": 32,
+        "optimizer__learning_rate": 3e-3,
+        "train__steps": 4,
+        "train__batch_size": 2,
+        "eval__batch_size": 4,
+        "eval__success_reward": 0.5,
+        "mesh__fsdp": 1,
+        "log__completions_every": 1,
+    }
+    return override(Config(), **base | settings)
+
+
+def train(run_dir, *stubs: StubServer, **settings) -> Trainer:
+    trainer = Trainer(config(run_dir, *stubs, **settings), load_model("debug"))
+    trainer.train(ROWS, letter_share, eval_dataset=ROWS[:2])
+    return trainer
+
+
+def loads(stub: StubServer) -> int:
+    return sum(stub.paths().count(path) for path in LOADING)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_stay():
+    before = set(threading.enumerate())
+    yield
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("rollout")]
+
+
+@pytest.mark.parametrize("protocol", ["vllm", "vllm-tpu", "sglang"])
+def test_a_run_samples_on_servers_that_follow_it(tmp_path, protocol):
+    stops = [OWN_EOS] if protocol == "sglang" else []
+    with server() as a, server() as b:
+        a.on_tpu = b.on_tpu = protocol == "vllm-tpu"
+        trainer = train(
+            tmp_path, a, b, rollout__engine=protocol, rollout__stop_token_ids=stops,
+            eval__every=2, mesh__fsdp=2,
+        )  # fmt: skip
+        assert loads(a) == loads(b) == 5  # of what 0, 1, 2, 3 and 4 updates made
+        for stub in (a, b):
+            np.testing.assert_array_equal(
+                stub.logits([1, 2, 3]),
+                network(jax.device_get(trainer.policy.state.params))([1, 2, 3]),
+            )
+    logged = {line["step"]: line for line in read_metrics(tmp_path) if "loss" in line}
+    assert sorted(logged) == [1, 2, 3, 4]
+    for line in logged.values():
+        assert line.keys() >= SYNC
+        assert line["sync/logp_difference/mean"] <= line["sync/logp_difference/max"] < 1e-4
+        assert line["sync/write_seconds"] > 0
+    assert logged[1]["kl"] == pytest.approx(0, abs=1e-9)
+    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == [
+        "after.jsonl", "before.jsonl", "step_000002.jsonl",
+    ]  # fmt: skip
+    kept = sorted(path.name for path in (tmp_path / "weights").iterdir())
+    assert kept == ["version-00000004", "version-00000005"]
+
+
+def test_all_completions_of_a_run_are_a_servers(tmp_path):
+    sampled = []
+
+    def hear(path, answer):
+        if path == "/v1/completions" and len(answer["choices"]) == 4:
+            tokens = [choice["token_ids"] for choice in answer["choices"]]
+            sampled.append(MODEL.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        return answer
+
+    with server() as stub:
+        stub.tamper = hear
+        train(tmp_path, stub, train__steps=1)
+    written = []
+    for file in ("eval/before", "completions/step_000001", "eval/after"):
+        rows = read_jsonl(tmp_path / f"{file}.jsonl")
+        written += [[row["completion"] for row in rows[i : i + 4]] for i in range(0, 8, 4)]
+    assert sorted(sampled) == sorted(written)
+    assert len(written) == 6
+
+
+VARIANTS = {
+    "plain": {"eval__every": 2},
+    "ahead": {"rollout__lookahead": 1, "eval__every": 2, "loss__name": "grpo", "train__steps": 6},
+    "reuse": {
+        "train__steps_per_generation": 2,
+        "train__num_iterations": 2,
+        "replay__groups": 1,
+        "train__steps": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_goes_on_with_other_servers_is_the_uninterrupted_one(tmp_path, variant):
+    settings, whole, parts = VARIANTS[variant], tmp_path / "whole", tmp_path / "parts"
+    with server() as stub:
+        uninterrupted = train(whole, stub, **settings)
+    with server() as stub:
+        train(parts, stub, train__stop_at=settings.get("train__steps", 4) // 2, **settings)
+    with server() as a, server() as b:
+        resumed = train(parts, a, b, rollout__weights_dir=str(tmp_path / "w"), **settings)
+        assert loads(a) == loads(b) > 0
+    for x, y in zip(
+        jax.tree.leaves(uninterrupted.policy.checkpoint()),
+        jax.tree.leaves(resumed.policy.checkpoint()),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+    clocks = SYNC | {"step_time", "tokens_per_second"}
+    logs = [[{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(run)]
+            for run in (whole, parts)]  # fmt: skip
+    assert logs[0] == logs[1]
+    for folder in ("eval", "completions"):
+        for file in (whole / folder).iterdir():
+            assert file.read_bytes() == (parts / folder / file.name).read_bytes(), file
+
+
+def test_unknown_log_probs_change_nothing_in_gvpo(tmp_path):
+    """At another temperature this server's are of no use: they are NaN, and reach no number."""
+    trained = []
+    for processed in (False, True):
+        with server() as stub:
+            stub.processed = processed
+            run = tmp_path / str(processed)
+            trained.append(train(run, stub, rollout__temperature=0.7, replay__completions=1))
+        for line in read_metrics(run):
+            assert all(value is not None and np.isfinite(value) for value in line.values()), line
+    a, b = (jax.tree.leaves(trainer.policy.state.params) for trainer in trained)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_samples_are_those_of_the_weights_that_were_asked_for(tmp_path):
+    """Evaluation and a round drawn ahead want different ones, and so does a trainer after a run."""
+    with server() as stub:
+        trainer = train(tmp_path, stub, train__steps=1)
+        prompts = [MODEL.tokenizer.encode(row["prompt"]) for row in ROWS]
+        before = trainer.policy.snapshot()
+        trainer.train_step(["a: "], [["b", "c"]], [[1.0, 0.0]])
+        for params in (before, None, before):
+            rollout = trainer.policy.generate(
+                prompts, range(5), num_generations=3, sampling=Sampling(), seed=1, params=params
+            )
+            padded, lengths = pad_prompts(prompts)
+            batch = {
+                "prompts": padded,
+                "prompt_lengths": lengths,
+                "completions": rollout.completions,
+            }
+            expected = np.array(trainer.policy._programs.score(
+                trainer.policy.state.params if params is None else params, batch
+            ))  # fmt: skip
+            expected[np.arange(6) >= rollout.lengths[..., None]] = 0
+            np.testing.assert_allclose(rollout.logps, expected, atol=1e-4)
+        trainer.policy.close()
+
+
+# Failures, through the command line.
+
+SHORT = [
+    "rollout.engine=vllm", "rollout.retries=0", "rollout.num_generations=4", "mesh.fsdp=1",
+    "train.batch_size=2", "train.steps=4", "data.eval_size=2", "eval.every=0",
+    "checkpoint.every=1", "log.samples=0",
+]  # fmt: skip
+
+
+def on(*urls: str) -> str:
+    return f"rollout.servers=[{','.join(urls)}]"
+
+
+@pytest.fixture
+def refused(capfd):
+    """The one line on stderr of a command that ends with status 2."""
+
+    def refused(*arguments: object) -> str:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        err = capfd.readouterr().err
+        assert status == 2, err
+        assert err.startswith("gvpo-jax: error: "), err
+        assert err.count("\n") == 1, err
+        assert len(err) < 450
+        return err
+
+    return refused
+
+
+def after(good: int, stub: StubServer, then) -> None:
+    """Let a stub go wrong once it has loaded so many versions well."""
+    left = iter(range(good))
+
+    def load(folder: str) -> Logits:
+        if next(left, None) is None:
+            return then(folder)
+        return from_folder(folder)
+
+    stub.load = load
+
+
+def spoil(stub: StubServer, folder: str) -> Logits:
+    stub.tamper = lambda path, answer: {"object": "error"}
+    return from_folder(folder)
+
+
+FAILURES = {
+    "garbage": (spoil, "an answer of another form"),
+    "old weights": (lambda stub, _: stub.logits, "did not load version 3 of the weights"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_server_that_goes_wrong_ends_the_run_after_its_last_checkpoint(
+    tmp_path, refused, failure
+):
+    then, message = FAILURES[failure]
+    run = tmp_path / "run"
+    with server() as stub:
+        after(2, stub, functools.partial(then, stub))
+        line = refused("train", "debug", f"run.dir={run}", *SHORT, on(stub.url))
+    assert stub.url in line
+    assert message in line
+    assert (run / "checkpoints" / "2").is_dir()
+    with server() as stub:
+        assert main(["train", str(run), on(stub.url)]) == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+
+
+def nowhere() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def test_a_server_that_is_not_there(tmp_path, refused, capfd):
+    run, url = tmp_path / "run", nowhere()
+    start = ["train", "debug", f"run.dir={run}", *SHORT]
+    line = refused(*start, on(url))
+    assert f"{url}/collective_rpc, loading version-00000001: ConnectionRefusedError" in line
+    with server() as stub:
+        assert main([*start, on(stub.url), "train.stop_at=2"]) == 0
+        line = refused(*start, on(stub.url, url), "rollout.lookahead=0")
+        assert url in line
+        assert (run / "checkpoints" / "2").is_dir()
+        assert main([*start, on(stub.url)]) == 0
+        capfd.readouterr()
+        # Evaluation brings the last checkpoint's weights, and samples as the run did.
+        assert main(["eval", str(run), on(stub.url)]) == 0
+        assert 0 <= json.loads(capfd.readouterr().out)["eval/accuracy"] <= 1
+        latest, last = (run / "eval" / f"{name}.jsonl" for name in ("latest", "after"))
+        assert latest.read_bytes() == last.read_bytes()
+        with lock(load_config(run / "config.yaml")):
+            line = refused("eval", run)
+    assert "another process is training in" in line
+    assert "or sample here: rollout.engine=in_process 'rollout.servers=[]'" in line
+    assert stub.url in refused("eval", run)
+    line = refused("eval", run, "rollout.engine=in_process")
+    assert (
+        "leave out rollout.servers, rollout.retries (rollout.servers=[] rollout.retries=6)" in line
+    )
+    here = ["rollout.engine=in_process", "rollout.servers=[]", "rollout.retries=6"]
+    assert main(["eval", str(run), *here]) == 0
+
+
+def test_a_sampler_ahead_does_not_keep_a_failed_run_waiting(tmp_path):
+    """The reward fails while the next round waits for a server that never answers."""
+    with server() as stub:
+
+        def failing(prompts, **_):
+            stub.faults.extend(["hang"] * 8)
+            raise ZeroDivisionError("on purpose")
+
+        def work():
+            with pytest.raises(UserError, match="on purpose"):
+                Trainer(config(tmp_path, stub, rollout__lookahead=2), load_model("debug")).train(
+                    ROWS, failing
+                )
+
+        assert seconds(work) < 15
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["engine=vllm"], "rollout.engine=vllm needs rollout.servers, e.g. [http://localhost:80"),
+        (
+            ["servers=[http://a:1]", "timeout=5"],
+            "rollout.engine=in_process asks no servers: leave out rollout.servers, rollout.timeout "
+            "(rollout.servers=[] rollout.timeout=600.0)",
+        ),
+        (["weights_dir=/w"], "leave out rollout.weights_dir (rollout.weights_dir=null)"),
+        (["engine=vllm", "servers=[http://a:1,http://a:1]"], "names a server twice"),
+        (["engine=vlm", "servers=[http://a:1]"], "Invalid value 'vlm', expected one of"),
+        (["engine=vllm", "servers=http://a:1"], "rollout.servers: needs a list"),
+        (["engine=vllm", "servers=[http://a:1]", "timeout=0"], "between 1 and 86400, got 0.0"),
+        (["engine=vllm", "servers=[http://a:1]", "timeout=inf"], "between 1 and 86400, got inf"),
+        (["engine=vllm", "servers=[http://a:1]", "retries=-1"], "between 0 and 100, got -1"),
+        (["engine=vllm", "servers=[http://a:1]", "concurrency=0"], "at least 1, got 0"),
+        (["engine=vllm", "servers=[http://a:1]", "logp_tolerance=0"], "must be > 0, got 0.0"),
+        (["engine=vllm", "servers=[http://a:1]", "logp_tolerance=nan"], "at least 0, got nan"),
+        (["engine=vllm", "servers=[http://a:1]", "weights_dtype=int8"], "Invalid value 'int8'"),
+        (["engine=vllm", "servers=[http://a:1]", "api_key_env=sk-x"], "variable, not a key"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(UserError) as error:
+        load_config("debug", [f"rollout.{setting}" for setting in settings])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "sk-x" not in str(error.value)
+
+
+def test_servers_that_nothing_is_asked_of_are_refused():
+    given = ["rollout.engine=sglang", "rollout.servers=[http://a:1]"]
+    assert load_config("offline", given).rollout.servers == ["http://a:1"]  # for the held-out rows
+    with pytest.raises(UserError, match=r"nothing is sampled with .* without held-out rows"):
+        load_config("offline", [*given, "data.eval_path=null"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["a:1", "ftp://a", "http://", "http://a:port", "http://a:99999", "http://[::1", "http://a..b",
+     "http://a/ä", f"http://{'a' * 70}"],
+)  # fmt: skip
+def test_what_is_no_address(tmp_path, refused, url):
+    line = refused(
+        "train", "debug", f"run.dir={tmp_path / 'run'}", *SHORT, f"rollout.servers=['{url}']"
+    )
+    assert "' is not the address of a server, such as http://localhost:8000" in line
+
+
+def test_an_address_holds_no_key():
+    with pytest.raises(UserError, match=r"use rollout.api_key_env") as error:
+        Client("http://me:secret@host:8000")
+    assert "secret" not in str(error.value)
+
+
+def test_the_key_comes_from_the_environment(tmp_path, refused, monkeypatch):
+    with server() as stub:
+        start = ["train", "debug", f"run.dir={tmp_path / 'run'}", *SHORT, on(stub.url)]
+        start += ["rollout.api_key_env=MY_KEY", "train.steps=1", "data.eval_size=0"]
+        assert "that rollout.api_key_env names is not set" in refused(*start)
+        monkeypatch.setenv("MY_KEY", "se\nsame")
+        line = refused(*start)
+        assert "more than printable ASCII" in line
+        assert "same" not in line
+        monkeypatch.setenv("MY_KEY", "sesame")
+        assert main(start) == 0
+        assert {headers["Authorization"] for headers in stub.headers} == {"Bearer sesame"}
+    assert "sesame" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_resumed_run_may_have_other_servers_but_no_other_engine():
+    base = override(Config(), rollout__engine="vllm", rollout__servers=["http://a:1"])
+    moved = override(
+        base, rollout__servers=["http://b:1"], rollout__weights_dir="/w", rollout__timeout=5.0,
+        rollout__retries=1, rollout__concurrency=2, rollout__logp_tolerance=1.0,
+        rollout__api_key_env="KEY",
+    )  # fmt: skip
+    assert difference(base, moved) == []
+    other = override(moved, rollout__engine="sglang", rollout__weights_dtype="bfloat16")
+    assert sorted(difference(base, other)) == ["rollout.engine", "rollout.weights_dtype"]
+
+
+# Several processes.
+
+
+def as_processes(monkeypatch, work):
+    """What `work` gives or raises in two threads that take themselves for two processes."""
+    here, sent, turn = threading.local(), [None, None], threading.Barrier(2)
+    outcome: list[object] = [None, None]
+
+    def gather(tree):
+        sent[here.index] = tree
+        turn.wait(20)
+        both = np.concatenate(sent)
+        turn.wait(20)
+        return both
+
+    def process(index):
+        here.index = index
+        try:
+            outcome[index] = work()
+        except UserError as error:
+            outcome[index] = error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(jax, "process_index", lambda: here.index)
+        patch.setattr(distributed, "gather", gather)
+        threads = [threading.Thread(target=process, args=(index,)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return outcome
+
+
+def test_one_process_leads_and_all_have_its_word(monkeypatch):
+    done = []
+
+    def work():
+        done.append(jax.process_index())
+        return {"a": [1, "é" * 700], "b": None}
+
+    first, second = as_processes(monkeypatch, lambda: distributed.lead(work))
+    assert first == second == {"a": [1, "é" * 700], "b": None}
+    assert done == [0]
+    assert distributed.lead(lambda: 5) == 5
+
+
+def test_where_the_first_process_fails_all_do(monkeypatch):
+    def work():
+        raise UserError("http://a:1 is gone")
+
+    first, second = as_processes(monkeypatch, lambda: distributed.lead(work))
+    assert isinstance(first, UserError)
+    assert isinstance(second, UserError)
+    assert [str(first), str(second)] == ["http://a:1 is gone", "host 0: http://a:1 is gone"]
+
+
+@pytest.mark.slow
+def test_two_processes_on_servers_train_as_one(tmp_path):
+    plain = ["replay.completions=0", "replay.groups=0", "rollout.engine=vllm"]
+    with server() as a, server() as b:
+        urls = on(a.url, b.url)
+        processes.train_one(tmp_path / "one", *plain, urls)
+        asked = len(a.requests)
+        processes.train_two(tmp_path / "two", *plain, urls)
+        assert loads(a) == loads(b) == 2 * 3  # once each: one process tells the servers to
+        assert len(a.requests) > asked
+    processes.assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_one_bad_answer_to_one_process_ends_both(tmp_path):
+    bad = []
+
+    def tamper(path, answer):
+        if path == "/v1/completions" and len(answer["choices"]) > 1 and not bad:
+            bad.append(answer)
+            return {"object": "error"}
+        return answer
+
+    with server() as stub:
+        stub.tamper = tamper
+        ended = processes.run_two(
+            "train", "debug", *processes.SETTINGS, f"run.dir={tmp_path / 'run'}",
+            "data.eval_size=0", "rollout.engine=vllm", "rollout.retries=0", on(stub.url),
+        )  # fmt: skip
+    for status, _, err in ended:
+        assert status == 2, err
+        lines = [line for line in err.splitlines() if line.startswith("gvpo-jax: error: ")]
+        assert len(lines) == 1
+        assert "an answer of another form" in lines[0]
+        assert "Traceback" not in err
