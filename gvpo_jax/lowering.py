@@ -76,7 +76,8 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     _check(config, model, mesh, sizes)
     programs = make_programs(config, model, mesh)
     state = _laid_out(shardings, mesh, jax.eval_shape(programs.init, param_shapes(model)))
-    params, all_state = device_bytes(state.params), device_bytes(state)
+    reference = _laid_out(shardings, mesh, jax.eval_shape(programs.reference, state.params))
+    params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))
     snapshot = params if config.rollout.lookahead else 0
 
     def lower_step():
@@ -84,10 +85,10 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
 
     def lower_score():
         names = ("prompts", "prompt_lengths", "completions")
-        return programs.score.lower(state.params, _arrays(mesh, sizes["score"], names))
+        return programs.score.lower(reference, _arrays(mesh, sizes["score"], names))
 
     training = [
-        Program("train step", lower_step, params + snapshot, config.train.micro_batches),
+        Program("train step", lower_step, fixed + snapshot, config.train.micro_batches),
         Program("reference scoring", lower_score, all_state + snapshot, 1),
     ]
     if config.rollout.engine != "in_process":
@@ -95,9 +96,8 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     sampler = programs.sampler
     weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
     lower_prefill, lower_decode = _rollout(config, sampler, weights, sizes["rollout"])
-    # A fixed reference is another copy of the parameters, whatever its name.
     own = 0 if config.rollout.tensor else params  # sampled with; else a copy of them is
-    others = all_state - own + params + snapshot
+    others = all_state - own + fixed + snapshot
     return [
         *training,
         Program("rollout: prefill", lower_prefill, others, 1),

@@ -60,9 +60,9 @@ class Policy:
         self._programs = make_programs(c, model.config, self.mesh)
         params = _place_tree(self.mesh, model.params)
         self.state: TrainState = self._programs.init(_copy(params))
-        # Updates are written into the state's copy, so these may be the reference; ema has its own.
-        self.reference = _copy(params) if c.reference.name == "ema" else params
-        self.start_fingerprint = self._reference_fingerprint = fingerprint(params)
+        self.reference = self._programs.reference(params)
+        self.start_fingerprint = fingerprint(params)
+        self._reference_fingerprint = fingerprint(self.reference)
         self.updates = self.refreshed_at = 0
         score = scorer(self._score_sequences, multiple=group_shards(self.mesh))
         self._servers = server_engine(c, fleet, self.model, self.stop_ids, score) if fleet else None
@@ -188,7 +188,7 @@ class Policy:
     def refresh_reference_if_due(self) -> None:
         """Make the current policy the reference, unless the last refresh is too recent."""
         if self.updates - self.refreshed_at >= self._config.reference.refresh_every:
-            self.reference = _copy(self.state.params)
+            self.reference = self._programs.reference(self.state.params)
             self._reference_fingerprint = fingerprint(self.reference)
             self.refreshed_at = self.updates
 

@@ -103,6 +103,22 @@ def test_to_sample_the_weights_are_cut_otherwise():
         policy(1, 8, 1, rollout__tensor=3)
 
 
+def test_a_reference_in_low_precision_scores_the_same():
+    """It is computed with in bfloat16 anyway; an average stays float32, small steps would vanish."""
+    one = policy(1, 2, 2, model__dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(one.reference)} == {jnp.dtype("bfloat16")}
+    rng = np.random.default_rng(0)
+    arrays = {
+        "prompts": rng.integers(0, 99, (2, 8)),
+        "prompt_lengths": np.array([8, 5]),
+        "completions": rng.integers(0, 99, (2, 4, 6)),
+    }
+    same = [one._programs.score(params, arrays) for params in (one.reference, one.state.params)]
+    np.testing.assert_allclose(*same, atol=2e-6)  # bitwise on one device
+    average = policy(1, 2, 2, model__dtype="bfloat16", reference__name="ema")
+    assert {x.dtype for x in jax.tree.leaves(average.reference)} == {jnp.dtype("float32")}
+
+
 def test_gradients_of_a_frequent_token_add_up_in_float32():
     """In bfloat16, adding 1 to 256 changes nothing."""
     config = DecoderConfig("llama", 16, 8, 16, 1, 2, 2, 4)
