@@ -12,8 +12,10 @@ from test_trainer import ROWS, assert_same_run, config, letter_share
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
 from gvpo_jax.policy import Policy
+from gvpo_jax.replay import ReplayBuffer
 from gvpo_jax.runfiles import read_jsonl, read_metrics
-from gvpo_jax.samples import Source
+from gvpo_jax.runlog import reward_metrics
+from gvpo_jax.samples import Source, make_batch, make_group
 from gvpo_jax.trainer import Trainer
 
 GROUPS = [
@@ -67,6 +69,28 @@ def test_older_completions_of_the_prompt_join_its_group(tmp_path, monkeypatch):
     ages = [line["source/replay/staleness"] for line in read_metrics(tmp_path)[1:]]
     expected = [(b.version[:, :2] - b.version[:, 2:]).mean() for b in batches[1:]]
     np.testing.assert_allclose(ages, expected, rtol=1e-6)
+
+
+def test_each_group_draws_other_older_completions_at_each_step(tmp_path, monkeypatch):
+    keys = []
+    draw = ReplayBuffer.completions
+    monkeypatch.setattr(
+        ReplayBuffer,
+        "completions",
+        lambda self, *given: keys.append(given[-1]) or draw(self, *given),
+    )
+    trainer(tmp_path, replay__completions=2).train(ROWS, letter_share)
+    assert len(keys) == len(set(keys)) == 8
+
+
+def test_rewards_are_told_of_the_policys_own_new_samples():
+    """The older one and the demonstration would make it look better than it is."""
+    source = [Source.POLICY, Source.POLICY, Source.REPLAY, Source.DEMONSTRATION]
+    group = make_group([1], [[2], [3], [4], [5]], [0.0, 0.5, 1.0, 1.0], source=Source.POLICY)
+    batch = make_batch([group])._replace(source=np.array([source]))
+    assert reward_metrics(batch)["reward"] == 0.25
+    only = batch._replace(source=np.full((1, 4), Source.REPLAY))
+    assert reward_metrics(only)["reward"] == 0.625
 
 
 def test_whole_older_groups_fill_up_the_batch(tmp_path, monkeypatch):

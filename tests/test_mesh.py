@@ -104,7 +104,7 @@ def test_to_sample_the_weights_are_cut_otherwise():
 
 
 def test_a_reference_in_low_precision_scores_the_same():
-    """It is computed with in bfloat16 anyway; an average stays float32, small steps would vanish."""
+    """It is computed with in bfloat16 anyway. An average is not: small steps would vanish."""
     one = policy(1, 2, 2, model__dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(one.reference)} == {jnp.dtype("bfloat16")}
     rng = np.random.default_rng(0)
@@ -117,6 +117,15 @@ def test_a_reference_in_low_precision_scores_the_same():
     np.testing.assert_allclose(*same, atol=2e-6)  # bitwise on one device
     average = policy(1, 2, 2, model__dtype="bfloat16", reference__name="ema")
     assert {x.dtype for x in jax.tree.leaves(average.reference)} == {jnp.dtype("float32")}
+
+
+def test_a_snapshot_outlives_the_update_that_overwrites_the_state():
+    one = policy(1, 1, 1)
+    snapshot = one.snapshot()
+    before = jax.tree.map(np.array, snapshot)
+    five_updates(one, groups=2)
+    for a, b in zip(jax.tree.leaves(snapshot), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_gradients_of_a_frequent_token_add_up_in_float32():

@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def test_other_words_are_refused(pod):
         done = pod(*arguments)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_the_planning_page_has_the_scripts_table():
+    printed = subprocess.run(
+        [sys.executable, str(POD / "plan.py")], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout in (POD / "planning.md").read_text()
 
 
 def test_the_manifests_hosts_have_the_chips_of_its_topology():

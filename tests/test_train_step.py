@@ -9,7 +9,7 @@ import pytest
 from gvpo_jax.batch import Batch, bucket, pad_groups, pad_prompts
 from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
 from gvpo_jax.objectives import gvpo
-from gvpo_jax.samples import Source, make_batch, make_group
+from gvpo_jax.samples import UNKNOWN, Source, make_batch, make_group
 from gvpo_jax.train_step import init_state, score, train_step
 
 CONFIG = DecoderConfig("qwen2", 37, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
@@ -196,6 +196,16 @@ def test_metrics_equal_numpy():
     tokens = np.concatenate(diffs)
     np.testing.assert_allclose(metrics["kl"], np.mean(np.exp(-tokens) + tokens - 1), rtol=1e-4)
     np.testing.assert_allclose(metrics["log_ratio"], np.mean([d.sum() for d in diffs]), rtol=1e-4)
+
+
+def test_the_age_is_that_of_the_completions_that_bear_a_date():
+    batch = random_batch(groups=1, k=4)
+    batch = batch._replace(
+        source=np.full((1, 4), Source.FILE), version=np.array([[0, UNKNOWN, -4, UNKNOWN]])
+    )
+    _, metrics = gradient(batch)  # at step 0
+    assert metrics["source/file/staleness"] == 2
+    assert metrics["source/policy/staleness"] == -1
 
 
 def test_a_batch_without_any_group_to_compare_moves_nothing():
