@@ -235,6 +235,9 @@ class Config:
 # A resumed run may change these: they touch neither what was computed nor what will be.
 _FREE = (
     "run.dir",
+    "model.attention",
+    "model.remat",
+    "rollout.tensor",
     "rollout.servers",
     "rollout.weights_dir",
     "rollout.timeout",

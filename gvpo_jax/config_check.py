@@ -7,16 +7,6 @@ from typing import Any
 from gvpo_jax.errors import UserError
 
 _MAX = sys.float_info.max
-_FOR_SERVERS = (
-    "servers",
-    "weights_dir",
-    "weights_dtype",
-    "timeout",
-    "retries",
-    "concurrency",
-    "logp_tolerance",
-    "api_key_env",
-)
 
 
 def check(c: Any) -> None:
@@ -114,14 +104,12 @@ def _check_sources(c: Any) -> None:
 
 
 def _check_servers(c: Any) -> None:
-    r, default = c.rollout, type(c.rollout)()
+    r = c.rollout
     if r.engine == "in_process":
-        given = [name for name in _FOR_SERVERS if getattr(r, name) != getattr(default, name)]
-        if given:
-            values = [_as_override(f"rollout.{name}", getattr(default, name)) for name in given]
+        if r.servers:
             raise UserError(
-                "rollout.engine=in_process asks no servers: leave out "
-                f"{', '.join(f'rollout.{name}' for name in given)} ({' '.join(values)})"
+                "rollout.engine=in_process asks no servers: choose another engine, or "
+                "rollout.servers=[]"
             )
         return
     if r.tensor is not None:
@@ -141,10 +129,6 @@ def _check_servers(c: Any) -> None:
             f"rollout.engine={r.engine}: nothing is sampled with data.groups_path and without "
             "held-out rows; leave it out"
         )
-
-
-def _as_override(key: str, value: Any) -> str:
-    return f"{key}={'null' if value is None else value}"
 
 
 def _ranges(c: Any) -> dict[str, tuple[float | None, float, float]]:

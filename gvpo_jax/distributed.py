@@ -179,20 +179,24 @@ def together(work: Callable[[], Any]) -> Any:
     """What `work` gives, or the first process's error on every one: none waits for a dead one.
 
     Raises:
-        UserError: as `work` raises it here or elsewhere.
+        UserError: as `work` raises it here, or whatever it raises elsewhere.
     """
     if jax.process_count() == 1:
         return work()
-    result, message = None, ""
+    result, message, own = None, "", None
     try:
         result = work()
     except UserError as error:
         message = str(error)
+    except Exception as error:  # a bug, or no memory: the others must not wait for this process
+        message, own = f"{type(error).__name__}: {error}", error
     text = np.zeros((1, 512), np.uint8)
     encoded = message.encode()[:512]
     text[0, : len(encoded)] = list(encoded)
     for process, row in enumerate(gather(text)):
         if row.any():
+            if own is not None:
+                raise own
             told = bytes(row).rstrip(b"\0").decode(errors="replace")
             raise UserError(told if process == jax.process_index() else f"host {process}: {told}")
     return result

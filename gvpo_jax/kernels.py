@@ -2,7 +2,7 @@
 
 Neither knows of a prefix that several completions share, so each completion is given the prompt's
 keys and values in front of its own; these are computed once all the same. Scores are never whole in
-memory.
+memory, but cuDNN is given a mask for each pair of positions.
 """
 
 import functools
@@ -22,10 +22,10 @@ from gvpo_jax.mesh import activation_axes
 
 Attention = Callable[..., jax.Array]
 Name = Literal["auto", "xla", "splash", "cudnn"]
-_BLOCK = 512  # positions that splash works on at once
+_BLOCK, _LANES = 512, 128  # positions that splash works on at once, at most and at least
 
 
-def attention_on(mesh: Mesh, name: Name, dtype: Any) -> Attention:
+def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention:
     """`attention.causal`, or a kernel in its place, for arrays on this mesh.
 
     Args:
@@ -33,23 +33,33 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any) -> Attention:
         name: "auto" takes splash on TPU and cuDNN on GPU for bfloat16, and else XLA: the kernels
             multiply float32 arrays as bfloat16 or not at all.
         dtype: of the computation.
+        head_dim: of the model.
 
     Raises:
         UserError: the kernel does not run on these devices, or not in this dtype.
     """
     platform = mesh.devices.flat[0].platform
     low = jnp.dtype(dtype) == jnp.bfloat16
-    if name == "auto":
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if low else "xla"  # type: ignore[assignment]
-    if name == "xla":
+    if low and platform == "tpu" and name in ("auto", "splash"):
+        return functools.partial(on_tpu, mesh)
+    if low and _has_cudnn(mesh, head_dim) and name in ("auto", "cudnn"):
+        return functools.partial(on_gpu, mesh)
+    if name in ("auto", "xla"):
         return causal
-    home = {"splash": "tpu", "cudnn": "gpu"}[name]
-    if platform != home or not low:
-        raise UserError(
-            f"model.attention={name} needs a {home.upper()} and model.dtype=bfloat16, here are "
-            f"{platform.upper()} devices and {jnp.dtype(dtype).name}; auto chooses by itself"
-        )
-    return functools.partial(on_tpu, mesh) if name == "splash" else on_gpu
+    home = "a TPU" if name == "splash" else "an NVIDIA GPU from Ampere on, heads up to 128"
+    raise UserError(
+        f"model.attention={name} needs {home}, and model.dtype=bfloat16; here are "
+        f"{platform.upper()} devices and {jnp.dtype(dtype).name}; auto chooses by itself"
+    )
+
+
+def _has_cudnn(mesh: Mesh, head_dim: int) -> bool:
+    """Whether its attention runs here, also the backward pass."""
+    device = mesh.devices.flat[0]
+    version = getattr(device.client, "platform_version", "") if device.platform == "gpu" else ""
+    if "cuda" not in version.lower():
+        return False
+    return float(device.compute_capability) >= 8 and head_dim <= 128 and head_dim % 8 == 0
 
 
 def on_tpu(
@@ -65,6 +75,28 @@ def on_tpu(
 
     interpret: run it without a TPU, slowly, to test it.
     """
+    kernel = functools.partial(_splash, interpret=interpret)
+    return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
+
+
+def on_gpu(
+    mesh: Mesh,
+    queries_gkthd: jax.Array,
+    keys_gknsd: jax.Array,
+    values_gknsd: jax.Array,
+    prefix: Prefix | None = None,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """See `attention.causal`: every device runs cuDNN's attention on its groups and heads.
+
+    implementation: "xla" computes the same without a GPU, to test it.
+    """
+    kernel = functools.partial(_cudnn, implementation=implementation)
+    return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
+
+
+def _on_each_device(kernel, mesh: Mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix):
     g, k, _, heads, _ = queries_gkthd.shape
     over_groups, over_k = activation_axes(mesh, g, k)
     tensor = mesh.shape["tensor"]
@@ -73,7 +105,7 @@ def on_tpu(
     queries = P(over_groups, over_k, None, over_heads)
     prompt = None if prefix is None else (shared, shared, P(over_groups))
     run = jax.shard_map(
-        functools.partial(_splash, interpret=interpret),
+        kernel,
         mesh=mesh,
         in_specs=(queries, own, own, prompt),
         out_specs=queries,
@@ -82,17 +114,9 @@ def on_tpu(
     return run(queries_gkthd, keys_gknsd, values_gknsd, prefix and tuple(prefix))
 
 
-def on_gpu(
-    queries_gkthd: jax.Array,
-    keys_gknsd: jax.Array,
-    values_gknsd: jax.Array,
-    prefix: Prefix | None = None,
-    *,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
-    """See `attention.causal`."""
+def _cudnn(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation):
     g, k, t, h, d = queries_gkthd.shape
-    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
+    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix and Prefix(*prefix))
     s = keys.shape[3]
     more = t % 2, s % 2  # cuDNN's backward pass wants even lengths
     mask_ts = np.arange(s) <= np.arange(t + more[0])[:, None] + s - t
@@ -145,9 +169,9 @@ def _whole(keys_gknsd, values_gknsd, prefix: Prefix | None):
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """The length rounded up to whole blocks, and their size."""
-    size = min(_BLOCK, -(-length // 128) * 128)
-    return -(-length // size) * size, size
+    """The length rounded up to whole lanes, and the largest block that divides it."""
+    whole = -(-length // _LANES) * _LANES
+    return whole, next(size for size in range(_BLOCK, 0, -_LANES) if whole % size == 0)
 
 
 def _kernel(heads: int, rows: tuple[int, int], columns: tuple[int, int], offset: int, interpret):

@@ -6,9 +6,11 @@ from jax.typing import ArrayLike
 
 from gvpo_jax.precision import einsum_f32
 
+CHUNK_TOKENS = 1024
+
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_tokens: int = 1024
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_tokens: int = CHUNK_TOKENS
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
@@ -20,7 +22,8 @@ def token_logprobs(
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
         head: `[V, D]` output embedding.
         targets: `[..., T]` token ids in [0, V).
-        chunk_tokens: positions, over all leading axes together, whose logits may exist at once.
+        chunk_tokens: positions, over all leading axes together, whose logits may exist at once; a
+            batch that is cut over devices takes that many times more.
 
     Returns:
         `[..., T]` float32, in nats.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import batch_axes, batch_shardings, replicated, shardings
+from gvpo_jax.mesh import batch_axes, batch_shardings, check_hosts, replicated, shardings
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.programs import Sampler, constrain, make_programs
 from gvpo_jax.rollout.inprocess import compiled, prefill
@@ -118,6 +118,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
+    check_hosts(mesh, "mesh.tensor")
     for key, name in (
         ("score", "train.batch_size / train.micro_batches"),
         ("rollout", "train.batch_size"),

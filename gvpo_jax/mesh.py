@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,13 +72,34 @@ def make_mesh(
     inner = _fill(
         dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices) // slices, "devices"
     )
-    if slices == 1:
+    if (math.prod(inner) * slices != len(devices) and slices > 1) or math.prod(outer) != slices:
+        raise UserError(f"a mesh over {slices} slices must use all {len(devices)} devices")
+    if len({device.process_index for device in devices}) == 1:
         devices = devices[: math.prod(inner)]
         return jax.make_mesh(inner, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    if math.prod(inner) * slices != len(devices) or math.prod(outer) != slices:
-        raise UserError(f"a mesh over {slices} slices must use all {len(devices)} devices")
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    # A host's chips side by side, so that it holds whole rows of a batch, one after the other.
+    # JAX's own order follows the torus alone, in which hosts are blocks.
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))[
+        : math.prod(inner) * slices
+    ]
+    grid = np.array(ordered).reshape(*outer, *inner).transpose(0, 3, 1, 4, 2, 5)
+    sizes = [o * i for o, i in zip(outer, inner, strict=True)]
+    return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_hosts(mesh: Mesh, setting: str) -> None:
+    """That no row of a batch lies on several hosts: each host builds its own rows.
+
+    Raises:
+        UserError: it does; names the setting.
+    """
+    for row in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        hosts = {device.process_index for device in row}
+        if len(hosts) > 1:
+            raise UserError(
+                f"{setting}={mesh.shape['tensor']} is more than the chips of one host have in "
+                f"common: it must divide their number; here a row lies on {len(hosts)} hosts"
+            )
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

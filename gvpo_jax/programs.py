@@ -16,7 +16,9 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.kernels import attention_on
 from gvpo_jax.mesh import (
     batch_shardings,
+    check_hosts,
     constrain_activation,
+    group_shards,
     make_mesh,
     replicated,
     shardings,
@@ -108,7 +110,8 @@ def _apply(config: Config, model: DecoderConfig, mesh: Mesh) -> Apply:
     placement = Placement(
         constrain=functools.partial(constrain_activation, mesh),
         params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
-        attention=attention_on(mesh, config.model.attention, dtype),
+        attention=attention_on(mesh, config.model.attention, dtype, model.head_dim),
+        shards=group_shards(mesh),
     )
     return make_apply(model, dtype=dtype, remat=config.model.remat, on=placement)
 
@@ -122,6 +125,7 @@ def _sampler(config: Config, model: DecoderConfig, mesh: Mesh, trained: Apply) -
     # Neighbours along the last axes, in the same order: XLA takes no other beside the training's.
     grid = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
     own = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+    check_hosts(own, "rollout.tensor")
     layout = shardings(own, param_shapes(model))
     dtype = jnp.dtype(config.model.dtype)
 

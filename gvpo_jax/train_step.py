@@ -43,7 +43,8 @@ def score(model: Any, params: Any, prompts, prompt_lengths, completions) -> jax.
     The policy and the reference are scored by this same function, with different parameters.
     """
     hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
-    return token_logprobs(hidden_gktd, model.head(params), completions)
+    head_vd = model.head(params)
+    return token_logprobs(hidden_gktd, head_vd, completions, chunk_tokens=model.chunk_tokens)
 
 
 def train_step(

@@ -54,7 +54,7 @@ def assert_same(attention, arrays, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("t", "p"), [(130, 0), (7, 9), (130, 140)])
+@pytest.mark.parametrize(("t", "p"), [(130, 0), (7, 9), (130, 140), (530, 0)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_splash_gives_the_same_numbers(t, p, sizes):
     """In one block and in several, with and without a prompt, also cut over devices."""
@@ -66,20 +66,22 @@ def test_splash_gives_the_same_numbers(t, p, sizes):
 
 @pytest.mark.parametrize("p", [0, 6, 9])
 def test_what_cudnn_is_given_means_the_same(p):
-    assert_same(functools.partial(on_gpu, implementation="xla"), inputs(7, p), 1e-5)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    cudnn = functools.partial(on_gpu, mesh, implementation="xla")
+    assert_same(cudnn, inputs(7, p, g=4), 1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")
 @pytest.mark.parametrize(("t", "p"), [(7, 0), (64, 32), (7, 9)])
 def test_cudnn_gives_the_same_numbers(t, p):
-    assert_same(on_gpu, inputs(t, p, jnp.bfloat16), 2e-2)
+    assert_same(functools.partial(on_gpu, make_mesh(fsdp=1)), inputs(t, p, jnp.bfloat16), 2e-2)
 
 
 def test_the_kernel_follows_the_devices():
     mesh = make_mesh(fsdp=1)
     for dtype in ("float32", "bfloat16"):
-        assert attention_on(mesh, "auto", dtype) is causal
-        assert attention_on(mesh, "xla", dtype) is causal
+        assert attention_on(mesh, "auto", dtype, 64) is causal
+        assert attention_on(mesh, "xla", dtype, 64) is causal
         for name in ("splash", "cudnn"):
             with pytest.raises(UserError, match=f"model.attention={name} needs"):
-                attention_on(mesh, name, dtype)
+                attention_on(mesh, name, dtype, 64)

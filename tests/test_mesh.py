@@ -2,12 +2,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 from gvpo_jax.batch import pad_prompts
+from gvpo_jax.compile_report import prepare
 from gvpo_jax.config import Config, override
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import LAYOUT, batch_axes, group_shards, make_mesh, path_name, shardings
+from gvpo_jax.logprobs import token_logprobs
+from gvpo_jax.mesh import (
+    LAYOUT,
+    batch_axes,
+    check_hosts,
+    group_shards,
+    make_mesh,
+    path_name,
+    shardings,
+)
 from gvpo_jax.models import load_model
 from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply, param_shapes
 from gvpo_jax.policy import Policy
@@ -126,6 +137,60 @@ def test_a_snapshot_outlives_the_update_that_overwrites_the_state():
     five_updates(one, groups=2)
     for a, b in zip(jax.tree.leaves(snapshot), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("topology", ["v5e:8x8", "v6e:4x8", "v5p:2x2x4"])
+@pytest.mark.parametrize("sizes", [(1, -1, 1), (4, -1, 1), (1, -1, 4)])
+def test_every_host_of_a_pod_holds_rows_that_follow_each_other(topology, sizes):
+    """JAX's own order of a v5e-64 gives the first host rows 0, 1, 8 and 9."""
+    prepare()
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), devices=devices)
+    hosts = [device.process_index for device in mesh.devices.ravel()]
+    assert hosts == sorted(hosts)
+    assert len(set(hosts)) == len(devices) // 4
+    check_hosts(mesh, "mesh.tensor")
+
+
+def test_slices_lie_along_data():
+    prepare()
+    devices = topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2).devices
+    mesh = make_mesh(fsdp=4, tensor=4, devices=devices)
+    assert mesh.devices.shape == (2, 4, 4)
+    for row in mesh.devices:
+        assert len({device.slice_index for device in row.ravel()}) == 1
+    along_fsdp = make_mesh(fsdp=4, tensor=4, dcn=(1, 2, 1), devices=devices)
+    assert along_fsdp.devices.shape == (1, 8, 4)
+    slices = [device.slice_index for device in along_fsdp.devices[0, :, 0]]
+    assert slices == [0] * 4 + [1] * 4
+
+
+def test_a_row_over_several_hosts_is_refused():
+    prepare()
+    devices = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
+    with pytest.raises(UserError, match="tensor=8 is more than the chips of one host"):
+        check_hosts(make_mesh(tensor=8, devices=devices), "rollout.tensor")
+
+
+def test_gradients_of_the_head_add_up_in_float32_over_chunks():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(1, 1, 1024, 16)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 64, (1, 1, 1024)))
+    config = DecoderConfig("llama", 64, 16, 16, 1, 2, 2, 8)
+    params = init_params(config, 0)
+
+    def gradient(dtype):
+        head = make_apply(config, dtype=dtype).head
+
+        def total(params):
+            return jnp.sum(
+                token_logprobs(hidden.astype(dtype), head(params), tokens, chunk_tokens=2)
+            )
+
+        return jax.grad(total)(params)["head"]["kernel"]
+
+    exact = gradient(jnp.float32)
+    assert jnp.linalg.norm(gradient(jnp.bfloat16) - exact) < 0.004 * jnp.linalg.norm(exact)
 
 
 def test_gradients_of_a_frequent_token_add_up_in_float32():

@@ -29,7 +29,9 @@ def completion_hidden(params, prompts, prompt_lengths, completions):
     return params["table"][jnp.concatenate([first, completions[..., :-1]], axis=-1)]
 
 
-BIGRAM = SimpleNamespace(completion_hidden=completion_hidden, head=lambda params: params["head"])
+BIGRAM = SimpleNamespace(
+    completion_hidden=completion_hidden, head=lambda params: params["head"], chunk_tokens=1024
+)
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 
 

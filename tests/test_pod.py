@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -32,13 +33,14 @@ def pod(tmp_path):
         file.write_text(text)
         file.chmod(0o755)
     (tmp_path / "gvpo-jax").mkdir()
-    names = {"TPU": "t", "ZONE": "z", "PROJECT": "p", "BUCKET": "gs://b", "HOME": str(tmp_path)}
+    names = {"TPU": "t", "ZONE": "z", "PROJECT": "p", "BUCKET": "gs://b"}
+    names |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
     def call(*arguments):
         command = [str(POD / "gcloud.sh"), *arguments]
         env = os.environ | names | {"PATH": path}
-        return subprocess.run(command, env=env, capture_output=True, text=True)
+        return subprocess.run(command, env=env, cwd=POD, capture_output=True, text=True)
 
     yield call
     call("stop")
@@ -58,6 +60,13 @@ def test_a_run_is_started_once_and_stopped(pod, tmp_path):
             break
         time.sleep(0.1)
     assert (tmp_path / "train.log").read_text() == "started\nsaved\n"
+
+
+def test_the_whole_checkout_is_installed(pod, tmp_path):
+    """Wherever the script is called from."""
+    pod("install")
+    with tarfile.open(tmp_path / "gvpo-jax.tar.gz") as archive:
+        assert {"pyproject.toml", "gvpo_jax/loss.py"} <= set(archive.getnames())
 
 
 def test_other_words_are_refused(pod):

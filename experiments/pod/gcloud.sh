@@ -12,6 +12,7 @@
 #
 # BUCKET is mounted on all hosts as /bucket: run folders have to lie where every host sees them.
 set -euo pipefail
+cd "$(dirname "$0")/../.." # the root of the checkout
 
 : "${TPU:?name of the TPU}" "${ZONE:?its zone}" "${PROJECT:?the project}" "${BUCKET:?gs://NAME}"
 here=(--zone "$ZONE" --project "$PROJECT")
@@ -33,8 +34,8 @@ case "${1:-}" in
     echo "wait until it is ACTIVE: gcloud compute tpus queued-resources describe $TPU ${here[*]}"
     ;;
   install)
-    git archive --format=tar.gz -o /tmp/gvpo-jax.tar.gz HEAD
-    gcloud compute tpus tpu-vm scp /tmp/gvpo-jax.tar.gz "$TPU:" "${here[@]}" --worker=all
+    git archive --format=tar.gz -o "${TMPDIR:-/tmp}/gvpo-jax.tar.gz" HEAD
+    gcloud compute tpus tpu-vm scp "${TMPDIR:-/tmp}/gvpo-jax.tar.gz" "$TPU:" "${here[@]}" --worker=all
     on_all "set -e
       rm -rf gvpo-jax && mkdir gvpo-jax && tar xzf gvpo-jax.tar.gz -C gvpo-jax
       sudo apt-get update -q && sudo apt-get install -yq python3.11-venv  # the image's own is 3.10
@@ -60,7 +61,7 @@ case "${1:-}" in
     on_all 'kill -TERM $(cat train.pid)'
     ;;
   fetch)
-    gcloud storage cp --recursive "$BUCKET/$2" .
+    gcloud storage cp --recursive "$BUCKET/$2" "$OLDPWD"
     ;;
   delete)
     gcloud compute tpus queued-resources delete "$TPU" "${here[@]}" --force

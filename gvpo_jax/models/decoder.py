@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gvpo_jax.attention import Prefix, attend, causal
-from gvpo_jax.logprobs import completion_mask
+from gvpo_jax.logprobs import CHUNK_TOKENS, completion_mask
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
@@ -69,11 +69,13 @@ class Placement:
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
         attention: see `gvpo_jax.attention.causal`.
+        shards: parts that a batch is cut into.
     """
 
     constrain: Callable[[str, jax.Array], jax.Array] = lambda name, x: x
     params: Callable[[Params], Params] = lambda params: params
     attention: Callable[..., jax.Array] = causal
+    shards: int = 1
 
 
 class RMSNorm(nnx.Module):
@@ -191,7 +193,7 @@ class Decoder(nnx.Module):
 class Apply:
     """The model as functions of its parameters: what rollout, scoring and the train step are given.
 
-    Any model that offers these five plugs in; only it looks into the pytrees `prefix`, `cache`.
+    Any model that offers these plugs in; only it looks into the pytrees `prefix`, `cache`.
 
     Attributes:
         prefill: `(params, prompts [G, P], lengths [G]) -> (hidden [G, D], prefix)`.
@@ -201,6 +203,7 @@ class Apply:
         completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) ->
             [G, k, T, D]`, the hidden states that predict each completion token.
         head: `params -> [V, D]`, the output embedding.
+        chunk_tokens: positions of a whole batch whose logits may exist at once.
     """
 
     prefill: Callable[..., Any]
@@ -208,6 +211,7 @@ class Apply:
     decode: Callable[..., Any]
     completion_hidden: Callable[..., jax.Array]
     head: Callable[[Params], jax.Array]
+    chunk_tokens: int = CHUNK_TOKENS
 
 
 def make_apply(
@@ -232,7 +236,8 @@ def make_apply(
         return nnx.merge(graph, on.params(params))
 
     def head(params: Params) -> jax.Array:
-        return on.constrain("table", _head(config, on.params(params)).astype(dtype))
+        # In float32, so that its gradients add up in it, chunk by chunk; `token_logprobs` casts.
+        return on.constrain("table", _head(config, on.params(params)))
 
     return Apply(
         prefill=lambda params, *prompts: _prompts(model(params), *prompts),
@@ -240,6 +245,7 @@ def make_apply(
         decode=lambda params, *arrays: _decode(model(params), *arrays),
         completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
         head=head,
+        chunk_tokens=CHUNK_TOKENS * on.shards,
     )
 
 
