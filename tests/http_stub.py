@@ -4,6 +4,7 @@ What it does not get told explicitly it takes from a "generation config" of its 
 do, and new weights count only once its cache is reset. It can be made to misbehave.
 """
 
+import functools
 import json
 import threading
 import time
@@ -12,11 +13,29 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import jax
 import numpy as np
+
+from gvpo_jax.models.decoder import DecoderConfig, full_logits
 
 Logits = Callable[[list[int]], np.ndarray]  # n tokens -> [n, v]: what follows each
 OWN_EOS = 3  # a stop token that nobody else knows of
 DEFAULTS = {"temperature": 0.5, "top_k": 2, "top_p": 0.7, "min_p": 0.1, "repetition_penalty": 1.5}
+
+
+def network_of(config: DecoderConfig) -> Callable[[Any], Logits]:
+    """Parameters -> what a decoder says of up to 48 tokens."""
+    run = jax.jit(functools.partial(full_logits, config))
+
+    def with_params(params: Any) -> Logits:
+        def logits(tokens: list[int]) -> np.ndarray:
+            padded = np.zeros((1, 48), np.int32)
+            padded[0, : len(tokens)] = tokens
+            return np.asarray(run(params, padded))[0, : len(tokens)]
+
+        return logits
+
+    return with_params
 
 
 class StubServer:

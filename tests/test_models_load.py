@@ -1,5 +1,6 @@
 """Every family against transformers' PyTorch models: logits, greedy continuations, export, GGUF."""
 
+import copy
 import functools
 import importlib.util
 import json
@@ -461,7 +462,11 @@ class TestSmolLM2:
         assert tokens == torch_greedy(torch_smollm2, prompt, 16)
         ours = our_logits(smollm2, [tokens])
         theirs = torch_logits(torch_smollm2, [tokens])
-        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+        exact = torch_logits(copy.deepcopy(torch_smollm2).double(), [tokens])
+        # As close to float64 as float32 comes over 30 layers: PyTorch's is 1.0e-5 away, ours 1.4e-5.
+        far = [np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, theirs)]
+        assert far[0] < 2 * far[1]
+        np.testing.assert_allclose(ours, exact, atol=1e-4, rtol=0)
         next_tokens = np.asarray(tokens)[None, 1:, None]
         picked = [
             np.take_along_axis(log_softmax(x)[:, :-1], next_tokens, -1) for x in (ours, theirs)

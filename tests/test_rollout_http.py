@@ -12,14 +12,14 @@ from typing import get_args
 import jax
 import numpy as np
 import pytest
-from http_stub import OWN_EOS, Logits, StubServer, seconds
+from http_stub import OWN_EOS, Logits, StubServer, network_of, seconds
 
 from gvpo_jax import gvpo_loss
 from gvpo_jax.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models import LoadedModel, load_model
-from gvpo_jax.models.decoder import full_logits, make_apply
+from gvpo_jax.models.decoder import make_apply
 from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, Sampling, weight_sync
 from gvpo_jax.rollout.client import Client, Fleet
 from gvpo_jax.rollout.http import HttpEngine
@@ -380,16 +380,7 @@ MODEL = tiny_model()
 PARAMS = jax.tree.map(jax.numpy.asarray, MODEL.params)
 SCORE = jax.jit(functools.partial(score, make_apply(MODEL.config)))
 TEXTS = MODEL.tokenizer(["Hello there", "2 + 2 ="], add_special_tokens=False)["input_ids"]
-_full = jax.jit(functools.partial(full_logits, MODEL.config))
-
-
-def network(params) -> Logits:
-    def logits(tokens: list[int]) -> np.ndarray:
-        padded = np.zeros((1, 48), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return np.asarray(_full(params, padded))[0, : len(tokens)]
-
-    return logits
+network = network_of(MODEL.config)
 
 
 def from_folder(folder: str) -> Logits:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import test_distributed as processes
-from http_stub import OWN_EOS, Logits, StubServer, seconds
+from http_stub import OWN_EOS, Logits, StubServer, network_of, seconds
 
 from gvpo_jax import distributed
 from gvpo_jax.batch import pad_prompts
@@ -17,7 +17,6 @@ from gvpo_jax.cli import main
 from gvpo_jax.config import Config, difference, load_config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
-from gvpo_jax.models.decoder import full_logits
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rollout import Sampling
 from gvpo_jax.rollout.client import Client
@@ -32,16 +31,7 @@ SYNC = {
     "sync/logp_difference/mean", "sync/logp_difference/max", "sync/write_seconds",
     "sync/load_seconds",
 }  # fmt: skip
-_full = jax.jit(functools.partial(full_logits, MODEL.config))
-
-
-def network(params) -> Logits:
-    def logits(tokens: list[int]) -> np.ndarray:
-        padded = np.zeros((1, 48), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return np.asarray(_full(params, padded))[0, : len(tokens)]
-
-    return logits
+network = network_of(MODEL.config)
 
 
 def from_folder(folder: str) -> Logits:
