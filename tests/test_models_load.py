@@ -463,7 +463,7 @@ class TestSmolLM2:
         ours = our_logits(smollm2, [tokens])
         theirs = torch_logits(torch_smollm2, [tokens])
         exact = torch_logits(copy.deepcopy(torch_smollm2).double(), [tokens])
-        # As close to float64 as float32 comes over 30 layers: PyTorch's is 1.0e-5 away, ours 1.4e-5.
+        # As close to float64 as float32 comes over 30 layers: PyTorch 1.0e-5, ours 1.4e-5.
         far = [np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, theirs)]
         assert far[0] < 2 * far[1]
         np.testing.assert_allclose(ours, exact, atol=1e-4, rtol=0)
