@@ -1,9 +1,12 @@
 """`gvpo-jax compile`: programs compiled for TPUs that are not there, and what is read from them."""
 
+import dataclasses
 import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -320,3 +323,20 @@ def test_the_report_reads_well(report):
     assert "v5e:2x2: 4 chips, mesh data 1 x fsdp 4 x tensor 1" in text
     assert "Assumptions:" in text
     assert "all-gather over 4" in text
+
+
+def test_saved_reports_are_of_the_configs_as_they_are():
+    """And each fits; a recipe that changed must be compiled again."""
+    folder = Path(__file__).parent.parent / "experiments" / "tpu_compile"
+    recipes = runpy.run_path(str(folder / "run.py"))["RECIPES"]
+    saved = [name for name in recipes if (folder / "reports" / f"{name}.json").exists()]
+    assert {"7b_v5e-64", "1.5b_v5e-8"} <= set(saved)
+    for name in saved:
+        config, topology, more = recipes[name]
+        settings = [item for item in more if "=" in item]
+        report = json.loads((folder / "reports" / f"{name}.json").read_text())
+        file = folder.parent.parent / "configs" / f"{config}.yaml"
+        now = dataclasses.asdict(load_config(file, settings))
+        assert (report["topology"], report["config"]) == (topology, json.loads(json.dumps(now)))
+        assert report["fits"]
+        assert f"| {name} | train step |" in (folder / "README.md").read_text()
