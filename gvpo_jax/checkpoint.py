@@ -110,13 +110,6 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
         return None
 
-    def preempted(self, step: int) -> bool:
-        """Whether the processes were told to end (SIGTERM); all agree on the step.
-
-        Always False where there is one process that joined no others.
-        """
-        return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
-
     def wait(self) -> None:
         """Until everything saved is on disk.
 

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     The exit status is 0, 1 if `compile` finds what does not fit, 2 for the user's mistakes, 130 if
-    interrupted.
+    interrupted, 143 if ended by SIGTERM, saved where it was training.
     """
     # Else transformers advises everyone to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

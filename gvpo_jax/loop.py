@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gvpo_jax.distributed import is_first, together
 from gvpo_jax.errors import UserError
 from gvpo_jax.feed import Feed
 from gvpo_jax.policy import Policy
+from gvpo_jax.preemption import Preempted, watch
 from gvpo_jax.report import write_report
 from gvpo_jax.runfiles import read_summary
 from gvpo_jax.runfolder import (
@@ -50,7 +51,11 @@ class Loop:
     notes: Sequence[str]
 
     def run(self) -> dict[str, Any]:
-        """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds."""
+        """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds.
+
+        Raises:
+            Preempted: told to end by SIGTERM; the run is saved.
+        """
         c, run_dir = self.config, Path(self.config.run.dir)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.policy))
@@ -60,18 +65,20 @@ class Loop:
             stack.enter_context(checkpoints)
             counters = resume(checkpoints, self.policy, data=self.data, feed=self.feed)
             together(lambda: self._claim(counters))
-            with RunLog(run_dir, counters, c) as log:
+            with watch() as told_to_end, RunLog(run_dir, counters, c) as log:
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
                     return summary
                 for note in self._opening(counters):
                     log.note(note)
-                self._updates(log, checkpoints)
+                preempted = self._updates(log, checkpoints, told_to_end)
         summary = counters.summary(self.policy.model.name)
         if is_first():
             if counters.step >= c.train.steps:
                 write_summary(run_dir, summary)
             write_report(run_dir)
+        if preempted:
+            raise Preempted
         return summary
 
     def _open(self, stack: contextlib.ExitStack) -> None:
@@ -86,23 +93,28 @@ class Loop:
                 check_not_lost(Path(self.config.run.dir), self.config)
             claim(self.config)
 
-    def _updates(self, log: RunLog, checkpoints: Checkpoints) -> None:
+    def _updates(
+        self, log: RunLog, checkpoints: Checkpoints, told_to_end: Callable[[], bool]
+    ) -> bool:
+        """Whether it ended early because it was told to."""
         c, counters = self.config, log.counters
-        if counters.step == 0:
+        if counters.step == 0 and counters.accuracy_before is None:
             counters.accuracy_before = self._evaluate(log, "before")
         while counters.step < min(c.train.steps, c.train.stop_at or c.train.steps):
+            if told_to_end():
+                self._save(log, checkpoints)
+                log.note("this machine is being taken away: saved, the same command goes on")
+                return True
             last = counters.step
             self._round(log)
             if crossed(last, counters.step, c.eval.every) and counters.step < c.train.steps:
                 self._evaluate(log, f"step_{counters.step:06d}")
             if crossed(last, counters.step, c.checkpoint.every):
                 self._save(log, checkpoints)
-            if checkpoints.preempted(counters.step):
-                log.note("this machine is being taken away: saved, the same command goes on")
-                break
         self._save(log, checkpoints)
         if counters.step >= c.train.steps and counters.accuracy_after is None:
             counters.accuracy_after = self._evaluate(log, "after")
+        return False
 
     def _round(self, log: RunLog) -> None:
         """One rollout, or as many given groups, and the updates on them."""

@@ -1,14 +1,30 @@
 """Eight CPU devices, no silent rank promotion, every program compiled once."""
 
 import os
+import subprocess
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Half of the tests' time would be LLVM's; not all versions of XLA know the second flag.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+
+
+def known(flags: list[str]) -> bool:
+    """Whether XLA takes them: it ends the process where it doesn't."""
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    return subprocess.run(probe, env=environment, capture_output=True).returncode == 0
+
+
+if "GVPO_TESTS_XLA_FLAGS" not in os.environ:  # pytest-xdist's workers find them here
+    given = [*os.environ.get("XLA_FLAGS", "").split(), *(QUICK if known(QUICK) else QUICK[:1])]
+    os.environ["GVPO_TESTS_XLA_FLAGS"] = " ".join(given)
+os.environ["XLA_FLAGS"] = (
+    os.environ["GVPO_TESTS_XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+)
 # Many trainers, here and in child processes, but few different programs.
 _cache = tempfile.TemporaryDirectory(prefix="gvpo-jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

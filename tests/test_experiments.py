@@ -1,6 +1,7 @@
 """Every experiment in its small size: the command runs, and its results are in order."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,19 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-def run(script, *arguments):
+def run(script, *arguments, **variables):
     command = [sys.executable, str(ROOT / "experiments" / script / "run.py"), "--small"]
-    subprocess.run([*command, *map(str, arguments)], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(
+        [*command, *map(str, arguments)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+    )
 
 
 def test_shared_prefix(tmp_path):
-    run("shared_prefix", "--rounds", 3, "--out", tmp_path / "results.json")
+    run("shared_prefix", "--rounds", 3, "--out", tmp_path / "results.json", XLA_FLAGS="")
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert row["gradient_difference"] < 1e-5
     assert row["memory_ratio"] > 1.5
@@ -26,7 +33,7 @@ def test_shared_prefix(tmp_path):
 
 
 def test_decode_step(tmp_path):
-    run("decode_step", "--rounds", 1, "--out", tmp_path / "results.json")
+    run("decode_step", "--rounds", 1, "--out", tmp_path / "results.json", XLA_FLAGS="")
     milliseconds = json.loads((tmp_path / "results.json").read_text())["ms"]
     assert milliseconds["gvpo-jax"]["median"] < milliseconds["transformers"]["median"]
 

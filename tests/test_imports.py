@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 HOUSE = {
     "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs", "precision"],
     "ground": [
-        "errors config config_check mesh kernels distributed batch samples runfiles formats "
-        "intervals"
+        "errors config config_check mesh kernels distributed preemption batch samples runfiles "
+        "formats intervals"
     ],
     "models": ["models"],
     "stages": [

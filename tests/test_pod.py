@@ -17,6 +17,10 @@ GCLOUD = """#!/bin/bash
 # runs what `gcloud ... ssh ... --command X` would run on the hosts
 cd "$HOME"; while [ $# -gt 0 ]; do [ "$1" = --command ] && exec bash -c "$2"; shift; done
 """
+# sudo, python3.11, pip and the rest of what an installation calls, written down instead
+TOOL = """#!/bin/bash
+echo "$(basename "$0") $*" >> "$HOME/called"
+"""
 TRAINER = """#!/bin/bash
 printf '%s\\n' "$@" > "$HOME/arguments"
 trap 'echo saved; exit 0' TERM
@@ -64,7 +68,16 @@ def test_a_run_is_started_once_and_stopped(pod, tmp_path):
 
 def test_the_whole_checkout_is_installed(pod, tmp_path):
     """Wherever the script is called from."""
-    pod("install")
+    for name in ("sudo", "python3.11", "gcsfuse", "mountpoint", "../venv/bin/pip"):
+        (tmp_path / "bin" / name).write_text(TOOL)
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = pod("install")
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "called").read_text().splitlines()
+    assert "python3.11 -m venv venv" in called
+    assert "pip install -q jax[tpu] ./gvpo-jax[tasks,math]" in called
+    assert called[-1] == "mountpoint -q /bucket"
+    assert (tmp_path / "gvpo-jax" / "gvpo_jax" / "loss.py").exists()
     with tarfile.open(tmp_path / "gvpo-jax.tar.gz") as archive:
         assert {"pyproject.toml", "gvpo_jax/loss.py"} <= set(archive.getnames())
 

@@ -266,12 +266,12 @@ def test_prompts_and_completions_must_fit_the_model():
 def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path):
     """kill -9 in the middle, twice; the third start ends like a run that was never killed."""
     arguments = [
-        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=60", "checkpoint.every=5",
+        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=30", "checkpoint.every=5",
         "eval.every=0", "data.eval_size=0", "log.completions_every=5", "mesh.fsdp=1",
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     subprocess.run([*arguments, f"run.dir={whole}"], check=True, capture_output=True)
-    for goal in (12, 34):
+    for goal in (7, 17):
         process = subprocess.Popen(
             [*arguments, f"run.dir={parts}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -285,7 +285,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path):
     trainers = []
     for run in (whole, parts):
         trainer = Trainer(load_config(run / "config.yaml"))
-        assert trainer.restore(run) == 60
+        assert trainer.restore(run) == 30
         trainers.append(trainer)
     (parts / "eval").mkdir(exist_ok=True)
     (whole / "eval").mkdir(exist_ok=True)

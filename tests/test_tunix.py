@@ -84,7 +84,7 @@ def tunix():
     before = flax.config.flax_always_shard_variable
     strict = jax.config.jax_numpy_rank_promotion
     jax.config.update("jax_numpy_rank_promotion", "allow")  # Tunix's sampler runs in a thread
-    yield modules(
+    found = modules(
         "rl.rl_cluster",
         "rl.common",
         "rl.utils",
@@ -93,6 +93,8 @@ def tunix():
         "rl.rollout.base_rollout",
         "models.llama3.model",
     )
+    flax.config.update("flax_always_shard_variable", False)  # the import does so only once
+    yield found
     jax.config.update("jax_numpy_rank_promotion", strict)
     flax.config.update("flax_always_shard_variable", before)
 

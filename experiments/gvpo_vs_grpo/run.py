@@ -48,7 +48,8 @@ def main() -> None:
     if options.one:
         name, *settings = options.one
         return run_one(name, settings, options)
-    for stage in (base, grid, finals, betas, penalties, sizes, mixes):
+    stages = [base, grid, finals, betas, penalties, sizes, mixes]
+    for stage in stages if options.small else [*stages, betas_again]:
         for name, changes in first(stage(options.raw)) if options.small else stage(options.raw):
             if options.only in name and not (options.raw / f"{name}.jsonl").exists():
                 print(f"{time.strftime('%H:%M:%S')} {name}: {' '.join(changes)}", flush=True)
@@ -91,15 +92,16 @@ def finals(raw: Path) -> Runs:
             yield f"final_{method}_seed{seed}", settings(method, best_rate(raw, method), seed)
 
 
-def betas(raw: Path) -> Runs:
+def betas(raw: Path, seed: int = SEEDS[0]) -> Runs:
     """GVPO over beta, with the fixed reference; 0.1 is among the finals."""
-    for seed in SEEDS[:2]:
-        for beta in (0.01, 0.03, 0.2, 0.5):
-            rate = best_rate(raw, "gvpo")
-            yield (
-                f"beta_{beta:g}_seed{seed}",
-                [*settings("gvpo", rate, seed), f"loss.beta={beta}"],
-            )
+    for beta in (0.01, 0.03, 0.2, 0.5):
+        changes = [*settings("gvpo", best_rate(raw, "gvpo"), seed), f"loss.beta={beta}"]
+        yield f"beta_{beta:g}_seed{seed}", changes
+
+
+def betas_again(raw: Path) -> Runs:
+    """A second seed of them, last of all."""
+    yield from betas(raw, SEEDS[1])
 
 
 def penalties(raw: Path) -> Runs:

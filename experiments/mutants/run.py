@@ -124,7 +124,8 @@ def expect_success(done: subprocess.CompletedProcess[str]) -> None:
 def pytest(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     # No bytecode: a file changed twice within a second can look unchanged to Python.
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 
 

@@ -1,0 +1,140 @@
+"""SIGTERM: a run is saved, ends with 143, and goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gvpo_jax import loop
+from gvpo_jax.config import Config, override
+from gvpo_jax.models import load_model
+from gvpo_jax.preemption import Preempted, watch
+from gvpo_jax.rewards.debug import letter_share
+from gvpo_jax.runfiles import read_metrics
+from gvpo_jax.trainer import Trainer
+
+ROWS = [{"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar")]
+
+
+def steps(run_dir):
+    file = run_dir / "metrics.jsonl"
+    return (
+        [line["step"] for line in read_metrics(run_dir) if "loss" in line] if file.exists() else []
+    )
+
+
+def saved(run_dir):
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_is_saved_on_sigterm_and_goes_on(tmp_path):
+    command = [
+        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=200", "mesh.fsdp=1",
+        "checkpoint.every=1000", "data.eval_size=0", f"run.dir={tmp_path}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(steps(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "saved, the same command goes on" in out
+    assert not (tmp_path / "summary.json").exists()
+    last = steps(tmp_path)[-1]
+    assert saved(tmp_path) == [last]
+    assert 3 <= last < 200
+    subprocess.run([*command, f"train.stop_at={last + 2}"], check=True, capture_output=True)
+    assert steps(tmp_path) == list(range(1, last + 3))
+
+
+def train(run_dir):
+    settings = {
+        "run__dir": str(run_dir),
+        "rollout__num_generations": 4,
+        "rollout__max_completion_length": 6,
+        "data__max_prompt_length": 32,
+        "train__steps": 4,
+        "train__batch_size": 2,
+        "train__num_iterations": 2,
+        "eval__success_reward": 0.5,
+        "mesh__fsdp": 1,
+    }
+    trainer = Trainer(override(Config(), **settings), load_model("debug"))
+    return trainer.train(ROWS, letter_share, eval_dataset=ROWS[:2])
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, rounds):
+    """Told after so many rounds of two updates; 0 is before the first one."""
+    whole = train(tmp_path / "whole")
+    answers = iter([False] * rounds + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "watch", lambda: _telling(lambda: next(answers)))
+        with pytest.raises(Preempted) as ended:
+            train(tmp_path / "parts")
+    assert ended.value.code == 143
+    assert saved(tmp_path / "parts") == [2 * rounds]
+    parts = train(tmp_path / "parts")
+    for name in ("steps", "completions", "eval/accuracy_before", "eval/accuracy_after"):
+        assert parts[name] == whole[name], name
+    for a, b in zip(
+        read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts"), strict=True
+    ):
+        assert a.keys() == b.keys()
+        np.testing.assert_array_equal(a.get("loss"), b.get("loss"))
+
+
+class _telling:
+    def __init__(self, told):
+        self.told = told
+
+    def __enter__(self):
+        return self.told
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_the_signal_is_caught_once_and_its_default_comes_back():
+    with watch() as told_to_end:
+        assert not told_to_end()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told_to_end()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with watch() as told_to_end:
+        assert not told_to_end()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_program_with_a_handler_of_its_own_keeps_it():
+    def own(*_):
+        pass
+
+    signal.signal(signal.SIGTERM, own)
+    try:
+        with watch() as told_to_end:
+            assert signal.getsignal(signal.SIGTERM) is own
+            assert not told_to_end()
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_outside_the_main_thread_the_signal_is_left_alone():
+    seen = []
+
+    def run():
+        with watch() as told_to_end:
+            seen.extend([told_to_end(), signal.getsignal(signal.SIGTERM)])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False, signal.SIG_DFL]
