@@ -82,7 +82,7 @@ def test_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, rounds):
     assert ended.value.code == 143
     assert saved(tmp_path / "parts") == [2 * rounds]
     parts = train(tmp_path / "parts")
-    for name in ("steps", "completions", "eval/accuracy_before", "eval/accuracy_after"):
+    for name in ("steps", "num_tokens", "eval/accuracy_before", "eval/accuracy_after"):
         assert parts[name] == whole[name], name
     for a, b in zip(
         read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts"), strict=True
