@@ -98,12 +98,13 @@ class Loop:
     ) -> bool:
         """Whether it ended early because it was told to."""
         c, counters = self.config, log.counters
-        if counters.step == 0 and counters.accuracy_before is None:
+        if counters.step == 0:
             counters.accuracy_before = self._evaluate(log, "before")
         while counters.step < min(c.train.steps, c.train.stop_at or c.train.steps):
             if told_to_end():
-                self._save(log, checkpoints)
-                log.note("this machine is being taken away: saved, the same command goes on")
+                if counters.step:  # else there is nothing to lose: the same command starts over
+                    self._save(log, checkpoints)
+                log.note("told to end: saved, the same command goes on")
                 return True
             last = counters.step
             self._round(log)
