@@ -75,6 +75,9 @@ class RolloutConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_token_ids: list[int] = field(default_factory=list)  # besides the model's own
+    # Completions that the in-process sampler draws at a time, of all hosts; one that ends makes
+    # room for another. null: all of a batch, where the short ones wait for the longest.
+    slots: int | None = None
     demonstrations: int = 0  # how many of the k are texts from the column `solution`, not samples
     # Rollouts sampled ahead while the policy trains; they are that much staler. 0: none.
     lookahead: int = 0

@@ -112,8 +112,9 @@ def _check_servers(c: Any) -> None:
                 "rollout.servers=[]"
             )
         return
-    if r.tensor is not None:
-        raise UserError(f"rollout.tensor is for rollout.engine=in_process, not {r.engine}")
+    for name, value in (("tensor", r.tensor), ("slots", r.slots)):
+        if value is not None:
+            raise UserError(f"rollout.{name} is for rollout.engine=in_process, not {r.engine}")
     if not r.servers:
         raise UserError(
             f"rollout.engine={r.engine} needs rollout.servers, e.g. [http://localhost:8000]"
@@ -146,6 +147,7 @@ def _ranges(c: Any) -> dict[str, tuple[float | None, float, float]]:
         "rollout.demonstrations": (c.rollout.demonstrations, 0, _MAX),
         "rollout.lookahead": (c.rollout.lookahead, 0, _MAX),
         "rollout.tensor": (c.rollout.tensor, 1, _MAX),
+        "rollout.slots": (c.rollout.slots, 1, _MAX),
         "rollout.timeout": (c.rollout.timeout, 1, 86_400),
         "rollout.retries": (c.rollout.retries, 0, 100),
         "rollout.concurrency": (c.rollout.concurrency, 1, _MAX),

@@ -12,10 +12,17 @@ from jax.sharding import Mesh, NamedSharding
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import batch_axes, batch_shardings, check_hosts, replicated, shardings
+from gvpo_jax.mesh import (
+    batch_axes,
+    batch_shardings,
+    check_hosts,
+    group_shards,
+    replicated,
+    shardings,
+)
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.programs import Sampler, constrain, make_programs
-from gvpo_jax.rollout.inprocess import compiled, prefill
+from gvpo_jax.rollout.inprocess import compiled, lanes, prefill
 from gvpo_jax.sampler import training_sampling
 
 _STOP_IDS = (0, 1)  # which they are changes no size
@@ -137,19 +144,20 @@ def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Si
 
 def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
     mesh, model = sampler.mesh, sampler.model
+    size = lanes(sizes.groups, sizes.k, config.rollout.slots, group_shards(mesh))
+    options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
     first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
 
     def lower_prefill():
         prompts = arrays["prompts"], arrays["prompt_lengths"]
-        return first.lower(params, *prompts, k=sizes.k, max_completion_length=sizes.t)
+        return first.lower(params, *prompts, **options)
 
     def lower_decode():
-        options = {"k": sizes.k, "max_completion_length": sizes.t, "constrain": lambda tree: tree}
-        start = functools.partial(prefill, model, **options)
-        state, prefix = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
-        tree = {"state": state, "prefix": prefix}
-        tree = _with_shardings(tree, batch_shardings(mesh, tree, sizes.groups, sizes.k))
+        start = functools.partial(prefill, model, constrain=lambda tree: tree, **options)
+        state, prompts = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
+        tree = {"state": state, "prompts": prompts}
+        tree = _with_shardings(tree, batch_shardings(mesh, tree, *size))
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
         return then.lower(
@@ -157,7 +165,7 @@ def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
             arrays["prompt_lengths"],
             arrays["prompt_ids"],
             key,
-            tree["prefix"],
+            tree["prompts"],
             state=tree["state"],
             sampling=training_sampling(config),
         )

@@ -29,7 +29,7 @@ LAYOUT: tuple[tuple[str, P], ...] = (
 # Batches, and what decoding keeps. "groups" and "completions" stand for the axes that `batch_axes`
 # finds; heads that do not divide over `tensor` stay whole.
 BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"(^|/)(prompts|prompt_lengths|prompt_ids)$", ("groups",)),
+    (r"(^|/)(prompts|prompt_lengths|prompt_ids|prompt_hidden)$", ("groups",)),
     (r"prefix/.*(keys|values)$", ("groups", "tensor")),  # [g, n, p, d]
     (r"prefix/", ("groups",)),
     (r"cache/", ("groups", "completions", "tensor")),  # [g, k, n, t, d]

@@ -70,6 +70,8 @@ class Policy:
         self._engine = self._servers or InProcessEngine(
             sampler.model,
             self.stop_ids,
+            slots=c.rollout.slots,
+            shards=group_shards(sampler.mesh),
             place=functools.partial(self._place, mesh=sampler.mesh),
             prepare=sampler.params,
             constrain=functools.partial(constrain, sampler.mesh),

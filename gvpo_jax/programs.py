@@ -135,7 +135,7 @@ def _sampler(config: Config, model: DecoderConfig, mesh: Mesh, trained: Apply) -
 
 def constrain(mesh: Mesh, tree: Any) -> Any:
     """Lays out what decoding and scoring compute, while tracing."""
-    groups, k = (tree["state"].lengths_gk if "state" in tree else tree["logps"]).shape[:2]
+    groups, k = (tree["state"].item_sr if "state" in tree else tree["logps"]).shape[:2]
     layout = batch_shardings(mesh, tree, groups, k)
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout)
 

@@ -71,12 +71,17 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tensor"), [*((sizes, None) for sizes in MESHES), ((1, 8, 1), 2), ((2, 2, 2), 1)]
+    ("sizes", "settings"),
+    [
+        *((sizes, {}) for sizes in MESHES),
+        ((1, 8, 1), {"rollout__tensor": 2}),  # devices that share a copy of the weights to sample
+        ((2, 2, 2), {"rollout__tensor": 1}),
+        ((2, 2, 2), {"rollout__slots": 8}),  # completions at a time
+    ],
 )
-def test_any_mesh_gives_the_single_devices_samples_and_trajectory(alone, sizes, tensor):
-    """tensor: devices that share a copy of the weights while sampling."""
+def test_any_mesh_gives_the_single_devices_samples_and_trajectory(alone, sizes, settings):
     one, losses, samples = alone
-    many = policy(*sizes, rollout__tensor=tensor)
+    many = policy(*sizes, **settings)
     many_losses, many_samples = five_updates(many)
     np.testing.assert_allclose(many_losses, losses, atol=1e-6)
     for a, b in zip(samples, many_samples, strict=True):
@@ -260,10 +265,10 @@ def test_caches_are_cut_over_the_groups_and_odd_shapes_are_replicated():
     prompts, lengths = pad_prompts([[65, 66]] * 8)
     placed = engine._place({"prompts": prompts, "prompt_lengths": lengths}, 4)
     prompts, lengths = placed["prompts"], placed["prompt_lengths"]
-    state, prefix = engine._prefill(
-        many.state.params, prompts, lengths, k=4, max_completion_length=6
+    state, computed = engine._prefill(
+        many.state.params, prompts, lengths, k=4, max_completion_length=6, size=(8, 4)
     )
-    for leaf in jax.tree.leaves((state, prefix)):
+    for leaf in jax.tree.leaves((state, computed)):
         if leaf.ndim:
             assert leaf.addressable_shards[0].data.shape[0] == 1, leaf.shape
     factored = {"v_row": {"attn": {"k": {"bias": jnp.zeros(1)}}}}

@@ -7,8 +7,9 @@ import pytest
 
 from gvpo_jax.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
-from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
+from gvpo_jax.models.decoder import Apply, DecoderConfig, full_logits, init_params, make_apply
 from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, InProcessEngine, Sampling
+from gvpo_jax.rollout.inprocess import lanes
 from gvpo_jax.rollout.sampling import draw
 from gvpo_jax.train_step import score
 
@@ -20,8 +21,8 @@ RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(7, 43, n).tolist() for n in (9, 2, 5)]
 
 
-def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS):
-    return InProcessEngine(APPLY, stops).generate(
+def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None):
+    return InProcessEngine(APPLY, stops, slots=slots).generate(
         PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
         sampling=sampling or Sampling(), seed=seed,
     )  # fmt: skip
@@ -69,6 +70,104 @@ def test_a_sample_does_not_depend_on_the_batch_around_it():
             np.testing.assert_array_equal(
                 alone.completions[here, i, :length], together.completions[there, i, :length]
             )
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 6, 8, 12, 23])
+def test_samples_do_not_depend_on_the_slots(slots):
+    """Rows that take the next completion, and lanes that take the next prompt, of other length."""
+    prompts = [*PROMPTS, *(RNG.integers(7, 43, n).tolist() for n in (3, 1, 7))]
+    at_once = generate(prompts, range(6))
+    few = generate(prompts, range(6), slots=slots)
+    assert len(set(at_once.lengths.ravel().tolist())) > 4
+    np.testing.assert_array_equal(few.lengths, at_once.lengths)
+    np.testing.assert_array_equal(few.completions, at_once.completions)
+    np.testing.assert_array_equal(few.finish, at_once.finish)
+    np.testing.assert_allclose(few.logps, at_once.logps, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ((64, 8, None), (64, 8)),
+        ((64, 8, 512), (64, 8)),
+        ((64, 8, 256), (64, 4)),
+        ((64, 8, 64), (32, 2)),
+        ((64, 8, 96), (32, 3)),
+        ((64, 8, 1), (1, 1)),
+        ((7, 4, 8), (7, 1)),
+        ((64, 8, 64, 8), (32, 2)),
+        ((64, 8, 4, 8), (8, 1)),  # every shard needs a lane
+        ((6, 8, 4, 4), (6, 8)),  # completions are cut over devices, not groups
+    ],
+)
+def test_lanes_and_rows(given, size):
+    assert lanes(*given) == size
+
+
+LENGTHS = np.clip(np.random.default_rng(5).lognormal(np.log(60), 1, 512), 2, 512).astype(int)
+
+
+def of_known_lengths() -> Apply:
+    """Not a network: the first token, uniform over 512, says how long the completion gets.
+
+    After it come ones and then the stop token 0. Hidden states are logits.
+    """
+    table = jnp.asarray(LENGTHS)
+
+    def decode(params, tokens_sr, lengths_s, prefix, cache, before_sr, place):
+        lengths_sr = jnp.where(before_sr == 0, table[tokens_sr], cache)
+        token_sr = jnp.where(before_sr + 2 >= lengths_sr, 0, 1)
+        return 50 * jax.nn.one_hot(token_sr, 512), lengths_sr
+
+    return Apply(
+        prefill=lambda params, prompts_gp, lengths_g: (jnp.zeros((len(lengths_g), 512)), ()),
+        empty_cache=lambda groups, k, length: jnp.zeros((groups, k), jnp.int32),
+        decode=decode,
+        completion_hidden=lambda *_: jnp.zeros(()),
+        head=lambda params: jnp.eye(512),
+    )
+
+
+def steps_of(slots, ids, t=512):
+    """Lengths that were drawn, and decoding steps that it took."""
+    engine, taken = InProcessEngine(of_known_lengths(), (0,), slots=slots), []
+    decode = engine._decode
+
+    def counted(*arrays, **options):
+        state = decode(*arrays, **options)
+        taken.append(int(state.at))
+        return state
+
+    engine._decode = counted
+    rollout = engine.generate(
+        {}, [[1]] * len(ids), ids, num_generations=8, max_completion_length=t,
+        sampling=Sampling(), seed=0,
+    )  # fmt: skip
+    return rollout, taken[0]
+
+
+def test_slots_are_refilled_as_samples_end():
+    """64 prompts, 8 completions each, 64 at a time; lognormal lengths, cut at 512."""
+    ids = list(range(64))
+    batches = [steps_of(None, ids[i : i + 8]) for i in range(0, 64, 8)]
+    fixed = sum(steps for _, steps in batches)
+    refilled, steps = steps_of(64, ids)
+    lengths = np.concatenate([rollout.lengths for rollout, _ in batches])
+    np.testing.assert_array_equal(refilled.lengths, lengths)
+    first = refilled.completions[..., 0]
+    assert ((LENGTHS[first] == refilled.lengths) | (first == 0) | (refilled.lengths == 512)).all()
+    # Lanes of 2 rows and 2 groups, by hand: a row takes the group's next completion at once, a
+    # group begins when the one before it is done.
+    ends = []
+    for lane in lengths.reshape(32, 2, 8):
+        rows = [0, 0]
+        for group in lane:
+            rows = [max(rows)] * 2
+            for length in group:
+                rows[rows.index(min(rows))] += length
+        ends.append(max(rows))
+    assert steps == max(ends)
+    assert fixed > 2.5 * steps
 
 
 def test_seed_prompt_id_and_place_in_the_group_all_change_the_sample():

@@ -108,8 +108,9 @@ def test_decoding_gives_the_hidden_states_of_scoring(case):
     cache = apply.empty_cache(G, K, T)
     hidden = [jnp.broadcast_to(last[:, None], (G, K, last.shape[-1]))]
     for at in range(T - 1):
+        before = jnp.full((G, K), at)
         state, cache = decode(
-            params, completions[:, :, at], prompt_lengths, prefix, cache, jnp.asarray(at)
+            params, completions[:, :, at], prompt_lengths, prefix, cache, before, at
         )
         hidden.append(state)
     np.testing.assert_allclose(jnp.stack(hidden, axis=2), scored, atol=1e-5)

@@ -118,9 +118,12 @@ class Attention(nnx.Module):
         if cache is None:
             out = self.on.attention(queries, keys, values, prefix)
         else:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, at, axis=3)
-            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, at, axis=3)
-            so_far = (jnp.arange(keys.shape[3]) <= at)[None, None, None]
+            before_gk, place = at
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, place, axis=3)
+            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, place, axis=3)
+            size = keys.shape[3]
+            age = (place - jnp.arange(size)) % size
+            so_far = age[None, None, None] <= before_gk[..., None, None]
             out = attend(queries, keys, values, so_far, prefix)
         out = self.on.constrain("heads", out)
         return self.o(out.reshape(g, k, t, -1)), (keys, values)
@@ -173,7 +176,7 @@ class Decoder(nnx.Module):
         positions_gkt: jax.Array,
         prefix: list[Prefix] | None = None,
         cache: list[KeysValues] | None = None,
-        at: jax.Array | None = None,
+        at: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, list[KeysValues]]:
         # Looked up in float32, so that the gradients of a frequent token add up in it.
         x = self.on.constrain("embedded", jnp.take(self.embed.embedding[...], tokens_gkt, axis=0))
@@ -196,10 +199,12 @@ class Apply:
     Any model that offers these plugs in; only it looks into the pytrees `prefix`, `cache`.
 
     Attributes:
-        prefill: `(params, prompts [G, P], lengths [G]) -> (hidden [G, D], prefix)`.
+        prefill: `(params, prompts [G, P], lengths [G]) -> (hidden [G, D], prefix)`; every array of
+            the prefix has the groups first.
         empty_cache: `(groups, k, max_completion_length) -> cache`.
-        decode: `(params, tokens [G, k], lengths [G], prefix, cache, at) -> (hidden [G, k, D],
-            cache)`, where `at` counts the completion tokens that came before.
+        decode: `(params, tokens [G, k], lengths [G], prefix, cache, before [G, k], place) ->
+            (hidden [G, k, D], cache)`, where `before` counts a completion's tokens that came
+            before. They lie at the places just before `place` in the cache, which is a ring.
         completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) ->
             [G, k, T, D]`, the hidden states that predict each completion token.
         head: `params -> [V, D]`, the output embedding.
@@ -303,9 +308,10 @@ def _empty_cache(config, dtype, groups, k, length):
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
 
 
-def _decode(model, tokens_gk, lengths_g, prefix, cache, at):
-    positions = jnp.broadcast_to((lengths_g + at)[:, None], tokens_gk.shape)
-    hidden, cache = model(tokens_gk[..., None], positions[..., None], prefix, cache, at)
+def _decode(model, tokens_gk, lengths_g, prefix, cache, before_gk, place):
+    positions_gk = lengths_g[:, None] + before_gk
+    at = (before_gk, place)
+    hidden, cache = model(tokens_gk[..., None], positions_gk[..., None], prefix, cache, at)
     return hidden[:, :, 0], cache
 
 

@@ -1,4 +1,11 @@
-"""Sampling in this process: one prefill per prompt, then one `while_loop` over token positions."""
+"""Sampling in this process: one prefill per prompt, then one `while_loop` over decoding steps.
+
+Completions are drawn in lanes: a lane is a place for one prompt's keys and values, and a few rows
+that draw its completions. A row whose completion has ended takes the group's next one; a lane whose
+group is done takes its next group. With as many lanes as groups and as many rows as completions,
+all are drawn at once.
+Axes: s lanes, m groups of a lane, r rows, n = m * k completions of a lane, t tokens, d width.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,15 +22,38 @@ from gvpo_jax.rollout.sampling import draw
 
 
 class DecodeState(NamedTuple):
-    """What decoding carries from token to token; donated, so that the cache is updated in place."""
+    """What decoding carries from step to step; donated, so that the cache is updated in place.
+
+    Attributes:
+        cache: the rows' keys and values, a ring of t places that all rows write in step.
+        prefix: the prompts' that the lanes are at; None where each lane has but one.
+        hidden_srd: predicts the rows' next tokens.
+        item_sr: which of its lane's n completions a row draws; n: none.
+        drawn_sr: how many tokens of it there are.
+        group_s: which of its m groups a lane is at.
+        next_s: the lane's first completion that no row has taken.
+        completions_snt, logps_snt, lengths_sn: what was drawn.
+        at: steps done.
+    """
 
     cache: Any
-    hidden_gkd: jax.Array  # predicts the next token
-    completions_gkt: jax.Array
-    logps_gkt: jax.Array
-    lengths_gk: jax.Array
-    stopped_gk: jax.Array
+    prefix: Any
+    hidden_srd: jax.Array
+    item_sr: jax.Array
+    drawn_sr: jax.Array
+    group_s: jax.Array
+    next_s: jax.Array
+    completions_snt: jax.Array
+    logps_snt: jax.Array
+    lengths_sn: jax.Array
     at: jax.Array
+
+
+class Prompts(NamedTuple):
+    """All prompts, run once: what predicts their first tokens, and their keys and values."""
+
+    prompt_hidden: jax.Array  # [g, d]
+    prefix: Any  # of the model; every array has the groups first
 
 
 class InProcessEngine:
@@ -35,10 +65,12 @@ class InProcessEngine:
     Args:
         model: the model's functions.
         stop_ids: tokens that end a completion and belong to it.
+        slots: completions drawn at a time, see `lanes`; None: all.
+        shards: parts that a batch's groups are cut into on devices; lanes are cut alike.
         place: `(tree, k) -> tree` puts a batch's arrays on devices, e.g. sharded over the groups;
             default: as they are.
-        constrain: lays out, while tracing, what stays on devices: a tree {"state": DecodeState,
-            "prefix": the model's} or one of the two.
+        constrain: lays out, while tracing, what stays on devices: {"state": DecodeState}, perhaps
+            with {"prompts": Prompts}.
         fetch: brings arrays back to the host.
         agree: a padded width -> the one that all processes take.
         prepare: the parameters -> those to sample with, e.g. otherwise laid out.
@@ -49,12 +81,15 @@ class InProcessEngine:
         model: Any,
         stop_ids: Sequence[int],
         *,
+        slots: int | None = None,
+        shards: int = 1,
         place: Callable[[Any, int], Any] = lambda tree, k: tree,
         constrain: Callable[[Any], Any] = lambda tree: tree,
         fetch: Callable[[Any], Any] = jax.device_get,
         agree: Callable[[int], int] = int,
         prepare: Callable[[Any], Any] = lambda params: params,
     ):
+        self._slots, self._shards = slots, shards
         self._stop_ids, self._prepare = tuple(stop_ids), prepare
         self._place, self._fetch, self._agree = place, fetch, agree
         self._prefill, self._decode = compiled(model, self._stop_ids, constrain)
@@ -79,20 +114,47 @@ class InProcessEngine:
             "prompt_ids": np.asarray(prompt_ids, np.uint32),
         }
         batch, params = self._place(batch, num_generations), self._prepare(params)
-        state, prefix = self._prefill(
+        all_prompts = batch["prompts"].shape[0]  # of all processes
+        state, computed = self._prefill(
             params,
             batch["prompts"],
             batch["prompt_lengths"],
             k=num_generations,
             max_completion_length=max_completion_length,
+            size=lanes(all_prompts, num_generations, self._slots, self._shards),
         )
-        key, ids = jax.random.key(seed), batch["prompt_ids"]
-        lengths_g = batch["prompt_lengths"]
-        state = self._decode(params, lengths_g, ids, key, prefix, state=state, sampling=sampling)
-        fetched = (state.completions_gkt, state.lengths_gk, state.stopped_gk, state.logps_gkt)
-        completions, lengths, stopped, logps = (np.asarray(x) for x in self._fetch(fetched))
-        finish = np.where(stopped, FINISH_STOP, FINISH_LENGTH).astype(np.int32)
-        return Rollout(completions, lengths, finish, logps)
+        state = self._decode(
+            params,
+            batch["prompt_lengths"],
+            batch["prompt_ids"],
+            jax.random.key(seed),
+            computed,
+            state=state,
+            sampling=sampling,
+        )
+        drawn = (state.completions_snt, state.lengths_sn, state.logps_snt)
+        completions, lengths, logps = (
+            np.asarray(x).reshape(len(prompts), num_generations, *x.shape[2:])
+            for x in self._fetch(drawn)
+        )
+        last = np.take_along_axis(completions, lengths[..., None] - 1, axis=2)[..., 0]
+        finish = np.where(np.isin(last, self._stop_ids), FINISH_STOP, FINISH_LENGTH)
+        return Rollout(completions, lengths, finish.astype(np.int32), logps)
+
+
+def lanes(groups: int, k: int, slots: int | None, shards: int = 1) -> tuple[int, int]:
+    """Lanes and rows in each, for at most so many completions at a time, if that can be.
+
+    A lane's rows share the reading of its prompt; but they wait for each other where the lane moves
+    on to its next group: of equally many slots, two rows a lane are preferred. The lanes' number
+    divides the groups' and is a multiple of the shards; where the groups' is none, all completions
+    are drawn at once.
+    """
+    if slots is None or slots >= groups * k or groups % shards:
+        return groups, k
+    sizes = [n for n in range(shards, groups + 1, shards) if groups % n == 0]
+    fitting = [(n, min(slots // n, k)) for n in sizes if n <= slots] or [(shards, 1)]
+    return max(fitting, key=lambda size: (size[0] * size[1], -abs(size[1] - 2)))
 
 
 def compiled(model: Any, stop_ids: Sequence[int], constrain: Callable[[Any], Any]):
@@ -100,7 +162,7 @@ def compiled(model: Any, stop_ids: Sequence[int], constrain: Callable[[Any], Any
     return (
         jax.jit(
             functools.partial(prefill, model, constrain=constrain),
-            static_argnames=("k", "max_completion_length"),
+            static_argnames=("k", "max_completion_length", "size"),
         ),
         jax.jit(
             functools.partial(decode, model, stop_ids=tuple(stop_ids), constrain=constrain),
@@ -110,76 +172,143 @@ def compiled(model: Any, stop_ids: Sequence[int], constrain: Callable[[Any], Any
     )
 
 
-def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, constrain):
+def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, size, constrain):
     """Run every prompt once: the state before the first token, and the prompts' keys and values."""
-    g = prompts_gp.shape[0]
+    (s, r), t = size, max_completion_length
+    m = prompts_gp.shape[0] // s
     hidden_gd, prefix = model.prefill(params, prompts_gp, lengths_g)
+    zero_s = jnp.zeros(s, jnp.int32)
     state = DecodeState(
-        cache=model.empty_cache(g, k, max_completion_length),
-        hidden_gkd=jnp.broadcast_to(hidden_gd[:, None], (g, k, hidden_gd.shape[-1])),
-        completions_gkt=jnp.zeros((g, k, max_completion_length), jnp.int32),
-        logps_gkt=jnp.zeros((g, k, max_completion_length), jnp.float32),
-        lengths_gk=jnp.zeros((g, k), jnp.int32),
-        stopped_gk=jnp.zeros((g, k), bool),
+        cache=model.empty_cache(s, r, t),
+        prefix=_of_lanes(prefix, zero_s) if m > 1 else None,
+        hidden_srd=_first_hidden(hidden_gd, zero_s, r),
+        item_sr=jnp.broadcast_to(jnp.arange(r)[None], (s, r)),
+        drawn_sr=jnp.zeros((s, r), jnp.int32),
+        group_s=zero_s,
+        next_s=zero_s + r,
+        completions_snt=jnp.zeros((s, m * k, t), jnp.int32),
+        logps_snt=jnp.zeros((s, m * k, t), jnp.float32),
+        lengths_sn=jnp.zeros((s, m * k), jnp.int32),
         at=jnp.zeros((), jnp.int32),
     )
-    laid_out = constrain({"state": state, "prefix": prefix})
-    return laid_out["state"], laid_out["prefix"]
+    laid_out = constrain({"state": state, "prompts": Prompts(hidden_gd, prefix)})
+    return laid_out["state"], laid_out["prompts"]
 
 
-def decode(model, params, lengths_g, ids_g, key, prefix, *, state, sampling, stop_ids, constrain):
+def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, stop_ids, constrain):
     """Draw tokens until every completion has stopped or is full."""
-    _, k, t = state.completions_gkt.shape
-    row_keys = _row_keys(key, ids_g, k)
+    (s, n, t), r = state.completions_snt.shape, state.item_sr.shape[1]
+    k = n * s // len(ids_g)
     head_vd = model.head(params)
 
-    def unfinished(s: DecodeState):
-        return (s.at < t) & ~jnp.all(s.stopped_gk)
+    def unfinished(state: DecodeState):
+        return jnp.any(state.item_sr < n)
 
-    def step(s: DecodeState) -> DecodeState:
-        s, tokens_gk = _draw_token(s, head_vd, row_keys, sampling, stop_ids)
-        # The last token needs no successor, so the model is not run on it.
+    def step(state: DecodeState) -> DecodeState:
+        tokens_sr, logps_sr = _draw_tokens(state, head_vd, key, ids_g, k, sampling)
+        state = _book(state, tokens_sr, logps_sr)
+        before, place = state.drawn_sr, state.at % t
+        group_s = state.group_s
+        state, goes_on_sr = _hand_out(state, _ends(state, tokens_sr, stop_ids), k)
+        if state.prefix is not None:
+            state = _load(state, prompts.prefix, state.group_s != group_s)
+        prefix = prompts.prefix if state.prefix is None else state.prefix
+        lengths_s = _of_lanes(lengths_g, state.group_s)
+        # The last tokens need no successors, so the model is not run on them.
         hidden, cache = jax.lax.cond(
-            unfinished(s),
-            lambda cache: model.decode(params, tokens_gk, lengths_g, prefix, cache, s.at - 1),
-            lambda cache: (s.hidden_gkd, cache),
-            s.cache,
+            jnp.any(goes_on_sr),
+            lambda cache: model.decode(params, tokens_sr, lengths_s, prefix, cache, before, place),
+            lambda cache: (state.hidden_srd, cache),
+            state.cache,
         )
-        return s._replace(hidden_gkd=hidden, cache=cache)
+        first = _first_hidden(prompts.prompt_hidden, state.group_s, r)
+        hidden = jnp.where(goes_on_sr[..., None], hidden, first)
+        return state._replace(hidden_srd=hidden, cache=cache, at=state.at + 1)
 
     state = constrain({"state": state})["state"]
     return constrain({"state": jax.lax.while_loop(unfinished, step, state)})["state"]
 
 
-def _draw_token(s: DecodeState, head_vd, row_keys, sampling, stop_ids):
-    """Draw position `at` of every completion from the hidden states, and book it."""
-    g, k, _ = s.completions_gkt.shape
-    hidden_bd = s.hidden_gkd.reshape(g * k, -1)
+def _draw_tokens(state: DecodeState, head_vd, key, ids_g, k, sampling):
+    """The rows' next tokens and their log-probs, `[s, r]`."""
+    s, r, _ = state.hidden_srd.shape
+    hidden_bd = state.hidden_srd.reshape(s * r, -1)
     logits = einsum_f32("bd,vd->bv", hidden_bd, head_vd.astype(hidden_bd.dtype))
-    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, s.at)))(row_keys)
+    ids_sr = jnp.broadcast_to(_of_lanes(ids_g, state.group_s)[:, None], (s, r))
+
+    def uniform(prompt_id, place_in_group, position):
+        of_completion = jax.random.fold_in(jax.random.fold_in(key, prompt_id), place_in_group)
+        return jax.random.uniform(jax.random.fold_in(of_completion, position))
+
+    places = (ids_sr, state.item_sr % k, state.drawn_sr)
+    uniforms = jax.vmap(uniform)(*(x.reshape(-1) for x in places))
     tokens_b = draw(logits, uniforms, sampling)
     picked = jnp.take_along_axis(logits, tokens_b[:, None], axis=-1)[:, 0]
-    logps_gk = (picked - jax.nn.logsumexp(logits, axis=-1)).reshape(g, k)
-    tokens_gk = tokens_b.reshape(g, k)
-    stops = jnp.zeros((g, k), bool)
-    for stop_id in stop_ids:
-        stops |= tokens_gk == stop_id
-    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=s.at, axis=2)
-    s = s._replace(
-        completions_gkt=write(s.completions_gkt, jnp.where(s.stopped_gk, 0, tokens_gk)),
-        logps_gkt=write(s.logps_gkt, jnp.where(s.stopped_gk, 0, logps_gk)),
-        lengths_gk=s.lengths_gk + ~s.stopped_gk,
-        stopped_gk=s.stopped_gk | stops,
-        at=s.at + 1,
+    logps_b = picked - jax.nn.logsumexp(logits, axis=-1)
+    return tokens_b.reshape(s, r), logps_b.reshape(s, r)
+
+
+def _book(state: DecodeState, tokens_sr, logps_sr) -> DecodeState:
+    """What was drawn, at its completions' next positions; of rows without one, nothing."""
+
+    @jax.vmap
+    def write(lane, items, positions, values):
+        return lane.at[items, positions].set(values, mode="drop")
+
+    at = (state.item_sr, state.drawn_sr)
+    counted = jax.vmap(lambda lane, items, values: lane.at[items].set(values, mode="drop"))
+    return state._replace(
+        completions_snt=write(state.completions_snt, *at, tokens_sr),
+        logps_snt=write(state.logps_snt, *at, logps_sr),
+        lengths_sn=counted(state.lengths_sn, state.item_sr, state.drawn_sr + 1),
     )
-    return s, tokens_gk
 
 
-def _row_keys(key, ids_g, k):
-    """A key per completion from the prompt's id and the place in the group: `[g * k]`."""
+def _ends(state: DecodeState, tokens_sr, stop_ids):
+    ends_sr = state.drawn_sr + 1 == state.completions_snt.shape[2]
+    for stop_id in stop_ids:
+        ends_sr |= tokens_sr == stop_id
+    return ends_sr
 
-    def of_prompt(prompt_id):
-        prompt_key = jax.random.fold_in(key, prompt_id)
-        return jax.vmap(lambda i: jax.random.fold_in(prompt_key, i))(jnp.arange(k))
 
-    return jax.vmap(of_prompt)(ids_g).reshape(-1)
+def _hand_out(state: DecodeState, ends_sr, k):
+    """Completions for the rows that have none left; and which rows go on with theirs."""
+    n = state.lengths_sn.shape[1]
+    goes_on_sr = (state.item_sr < n) & ~ends_sr
+    free_sr = ~goes_on_sr
+    group_done_s = jnp.all(free_sr, axis=1) & (state.next_s == (state.group_s + 1) * k)
+    group_s = jnp.minimum(state.group_s + group_done_s, n // k - 1)
+    candidate_sr = state.next_s[:, None] + jnp.cumsum(free_sr, axis=1) - 1
+    takes_sr = free_sr & (candidate_sr < ((group_s + 1) * k)[:, None])
+    state = state._replace(
+        item_sr=jnp.where(goes_on_sr, state.item_sr, jnp.where(takes_sr, candidate_sr, n)),
+        drawn_sr=jnp.where(goes_on_sr, state.drawn_sr + 1, 0),
+        group_s=group_s,
+        next_s=state.next_s + jnp.sum(takes_sr, axis=1),
+    )
+    return state, goes_on_sr
+
+
+def _load(state: DecodeState, of_all, moved_s) -> DecodeState:
+    """The prompts' keys and values of the groups that lanes have just moved on to."""
+
+    def load(prefix):
+        def pick(old, new):
+            return jnp.where(moved_s.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(pick, prefix, _of_lanes(of_all, state.group_s))
+
+    return state._replace(
+        prefix=jax.lax.cond(jnp.any(moved_s), load, lambda prefix: prefix, state.prefix)
+    )
+
+
+def _of_lanes(tree, group_s):
+    """Of arrays over all groups, `[s * m, ...]`, what belongs to the lanes' groups, `[s, ...]`."""
+    pick = jax.vmap(lambda of_lane, group: of_lane[group])
+    return jax.tree.map(lambda x: pick(x.reshape(len(group_s), -1, *x.shape[1:]), group_s), tree)
+
+
+def _first_hidden(hidden_gd, group_s, r):
+    hidden_sd = _of_lanes(hidden_gd, group_s)
+    return jnp.broadcast_to(hidden_sd[:, None], (len(hidden_sd), r, hidden_sd.shape[-1]))
