@@ -70,6 +70,18 @@ def test_optimum(tmp_path):
             assert row["worst"] > 0.1
 
 
+def test_bench(tmp_path):
+    """Ours, plain PyTorch, TRL and Tunix at the same small work; that it is the same is checked."""
+    bench = [sys.executable, str(ROOT / "experiments" / "bench" / "run.py")]
+    options = ["--only", "small", "--rounds", "1", "--out", str(tmp_path / "results.json")]
+    subprocess.run([*bench, *options], check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
+    results = json.loads((tmp_path / "results.json").read_text())
+    for task, contestants in (("train", 4), ("rollout", 3)):
+        rows = results[f"small/{task}/cpu"]["contestants"]
+        assert len(rows) == contestants
+        assert all(row["tokens_per_second"] > 0 for row in rows.values()), rows
+
+
 def test_gvpo_vs_grpo(tmp_path):
     """A run of each kind; what is finished is not run again; the report has them all."""
     raw = tmp_path / "raw"

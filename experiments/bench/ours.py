@@ -1,0 +1,70 @@
+"""gvpo-jax: a `Policy`'s update, and the in-process engine."""
+
+import numpy as np
+
+LEARNING_RATE = 1e-6
+
+
+def train(w, folder, device):
+    from workloads import batch
+
+    from gvpo_jax.batch import Batch
+    from gvpo_jax.config import Config, override
+    from gvpo_jax.policy import Policy
+
+    settings = {
+        "model__name": str(folder),
+        "model__dtype": w.dtype,
+        "rollout__num_generations": w.k,
+        "rollout__max_completion_length": w.t,
+        "data__max_prompt_length": w.p,
+        "train__batch_size": w.g,
+        "optimizer__learning_rate": LEARNING_RATE,
+        "mesh__fsdp": 1,
+    }
+    policy = Policy(override(Config(), **settings))
+    arrays, gk = batch(w), (w.g, w.k)
+    per_token = np.repeat(arrays.ref_logps[..., None] / w.t, w.t, axis=-1)
+    given = Batch(
+        prompts=arrays.prompts,
+        prompt_lengths=np.full(w.g, w.p, np.int32),
+        completions=arrays.completions,
+        lengths=np.full(gk, w.t, np.int32),
+        rewards=arrays.rewards,
+        valid=np.ones(gk, bool),
+        ref_logps=per_token,
+        old_logps=per_token,
+        source=np.zeros(gk, np.int32),
+        version=np.zeros(gk, np.int32),
+    )
+    scored = policy.with_reference(given).ref_logps
+
+    def update():
+        float(policy.update(given)["loss"])
+
+    return update, float(scored.sum(-1).mean())
+
+
+def rollout(w, folder, device):
+    import jax
+    import jax.numpy as jnp
+    from workloads import batch
+
+    from gvpo_jax.models import load_model
+    from gvpo_jax.models.decoder import make_apply
+    from gvpo_jax.rollout import InProcessEngine, Sampling
+
+    model = load_model(str(folder))
+    dtype = jnp.dtype(w.dtype)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
+    engine = InProcessEngine(make_apply(model.config, dtype=dtype), stop_ids=())
+    prompts = batch(w).prompts.tolist()
+
+    def generate():
+        drawn = engine.generate(
+            params, prompts, range(w.g), num_generations=w.k, max_completion_length=w.t,
+            sampling=Sampling(), seed=0,
+        )  # fmt: skip
+        assert drawn.lengths.sum() == w.tokens
+
+    return generate, None

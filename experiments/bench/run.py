@@ -1,0 +1,171 @@
+"""gvpo-jax beside its peers on the same work: training steps and rollouts, tokens a second.
+
+    python experiments/bench/run.py                    # all workloads on this machine's CPU
+    python experiments/bench/run.py --only tiny        # one of them
+    python experiments/bench/run.py --device gpu       # Qwen2.5's shapes
+    python experiments/bench/run.py --only small --rounds 1 --out FILE       # CI
+
+Every contestant is a process of its own with the same weights, batch and cores; all of a task are
+warm before the rounds begin, in which they take turns. `--python tunix_grpo=PATH` gives one
+another interpreter. Results are added to those in --out, so workloads can be run one by one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from workloads import ON_CPU, ON_GPU, WORKLOADS, Workload, write_model
+
+HERE = Path(__file__).parent
+CONTESTANTS = {
+    "train": ("ours", "plain_pytorch", "trl_grpo", "tunix_grpo"),
+    "rollout": ("ours", "plain_pytorch", "tunix_grpo"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", choices=list(WORKLOADS))
+    parser.add_argument("--task", action="append", choices=list(CONTESTANTS))
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--python", action="append", default=[], metavar="CONTESTANT=PATH")
+    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for name in options.only or (ON_CPU if options.device == "cpu" else ON_GPU):
+        with tempfile.TemporaryDirectory(prefix="gvpo-jax-bench-") as folder:
+            write_model(WORKLOADS[name], Path(folder))
+            for task in options.task or CONTESTANTS:
+                row = measure(name, task, folder, options)
+                print(as_text(name, task, row), flush=True)
+                results[f"{name}/{task}/{options.device}"] = row
+                options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> dict:
+    """A row for each contestant that ran, and why another did not."""
+    rows: dict[str, dict] = {}
+    workers: dict[str, Worker] = {}
+    try:
+        for contestant in CONTESTANTS[task]:
+            worker = Worker(contestant, task, name, folder, options)
+            first = worker.hear()
+            rows[contestant] = first
+            if "error" not in first:
+                workers[contestant] = worker
+        times: dict[str, list[dict]] = {contestant: [] for contestant in workers}
+        for _ in range(options.rounds):
+            for contestant, worker in workers.items():
+                times[contestant].append(worker.ask("go"))
+        for contestant, worker in workers.items():
+            rows[contestant] |= figures(WORKLOADS[name], times[contestant], rows[contestant])
+            rows[contestant] |= worker.ask("end")
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+    check_same_work(rows)
+    here = {"machine": machine(options.device), "threads": options.threads}
+    return here | {"rounds": options.rounds, "contestants": rows}
+
+
+class Worker:
+    """A contestant's process."""
+
+    def __init__(self, contestant: str, task: str, name: str, folder: str, options):
+        pythons = dict(item.split("=", 1) for item in options.python)
+        cores = sorted(os.sched_getaffinity(0))[: options.threads]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(options.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]),
+        }
+        if options.device == "cpu":
+            environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        self.log = Path(folder) / f"{contestant}-{task}.log"
+        command = [pythons.get(contestant, sys.executable), str(HERE / "worker.py")]
+        with self.log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*command, contestant, task, name, folder, options.device],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            )
+
+    def ask(self, word: str) -> dict:
+        assert self.process.stdin
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def hear(self) -> dict:
+        """Its next line; where there is none, the last line of what it complained about."""
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.process.wait()
+        said = [line for line in self.log.read_text().splitlines() if line.strip()]
+        return {"error": said[-1] if said else f"exit status {self.process.returncode}"}
+
+
+def figures(w: Workload, times: list[dict], first: dict) -> dict:
+    rates = [w.tokens / round_["seconds"] for round_ in times]
+    seconds = statistics.median(round_["seconds"] for round_ in times)
+    cpu = statistics.median(round_["cpu_seconds"] for round_ in times)
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "slowest": min(rates),
+        "fastest": max(rates),
+        "tokens_per_cpu_second": w.tokens / cpu,
+        "compile_seconds": max(first["first_seconds"] - seconds, 0.0),
+    }
+
+
+def check_same_work(rows: dict[str, dict]) -> None:
+    """All give the batch the same log-prob, so weights and tokens are the same."""
+    checks = [row["check"] for row in rows.values() if row.get("check") is not None]
+    if checks and max(checks) - min(checks) > 2e-3 * abs(checks[0]):
+        raise SystemExit(f"the contestants don't agree on the batch's log-probs: {checks}")
+
+
+def as_text(name: str, task: str, row: dict) -> str:
+    lines = [f"{name}, {task} ({row['machine']}, {row['threads']} threads)"]
+    rates = {}
+    for contestant, figures in row["contestants"].items():
+        if "error" in figures:
+            lines.append(f"  {contestant:14s} did not run: {figures['error']}")
+            continue
+        rates[contestant] = figures["tokens_per_second"]
+        lines.append(
+            f"  {contestant:14s} {figures['tokens_per_second']:8.0f} tokens/s "
+            f"({figures['slowest']:.0f} to {figures['fastest']:.0f}), "
+            f"{figures['tokens_per_cpu_second']:.0f} per CPU-second, "
+            f"compilation {figures['compile_seconds']:.1f} s, {figures['peak_gib']:.2f} GiB"
+        )
+    peers = [rate for contestant, rate in rates.items() if contestant != "ours"]
+    if peers and "ours" in rates:
+        lines.append(f"  ours / best peer: {rates['ours'] / max(peers):.2f}")
+    return "\n".join(lines)
+
+
+def machine(device: str) -> str:
+    if device == "gpu":
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return models[0].split(":")[1].strip() if models else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
