@@ -7,7 +7,7 @@ Axes: g groups, k completions, t queries, s suffix keys, p prefix keys, n key-va
 heads for each n, d.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,42 @@ from gvpo_jax.precision import einsum_f32
 _MASKED = -1e30  # finite, so that a row without a single key gives no NaN
 
 
+class Int8(NamedTuple):
+    """Keys or values in a quarter of float32's memory: `int8[..., s, d]`, a scale for each vector.
+
+    x = whole * scale, rounded; the largest entry of a vector is 127.
+    """
+
+    whole: jax.Array
+    scale: jax.Array  # [..., s]
+
+
+Stored = jax.Array | Int8
+
+
 class Prefix(NamedTuple):
     """Keys and values of the group's prompt, `[g, n, p, d]`, and which of them count, `[g, p]`."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Stored
+    values: Stored
     mask: jax.Array
+
+
+def stored(x: Stored, dtype: Any) -> Stored:
+    """Keys or values as a cache keeps them: in a floating dtype, or as `Int8`."""
+    if isinstance(x, Int8):
+        return x
+    if jnp.dtype(dtype) != jnp.int8:
+        return x.astype(dtype)
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127
+    return Int8(jnp.round(wide / scale[..., None]).astype(jnp.int8), scale)
 
 
 def attend(
     queries_gkthd: jax.Array,
-    keys_gknsd: jax.Array,
-    values_gknsd: jax.Array,
+    keys_gknsd: Stored,
+    values_gknsd: Stored,
     mask_gkts: jax.Array,
     prefix: Prefix | None = None,
 ) -> jax.Array:
@@ -43,26 +67,26 @@ def attend(
         prefix: the prompt, seen by every query of the group, or None.
     """
     g, k, t, h, d = queries_gkthd.shape
-    n = keys_gknsd.shape[2]
+    n = jax.tree.leaves(keys_gknsd)[0].shape[2]
     queries = (queries_gkthd * d**-0.5).reshape(g, k, t, n, h // n, d)
-    own = einsum_f32("gktnrd,gknsd->gknrts", queries, keys_gknsd)
+    own = _scores("gktnrd,gknsd->gknrts", queries, keys_gknsd)
     own = jnp.where(mask_gkts[:, :, None, None], own, _MASKED)
     peak = jnp.max(own, axis=-1, keepdims=True)
     if prefix is not None:
-        shared = einsum_f32("gktnrd,gnpd->gknrtp", queries, prefix.keys)
+        shared = _scores("gktnrd,gnpd->gknrtp", queries, prefix.keys)
         shared = jnp.where(prefix.mask[:, None, None, None, None], shared, _MASKED)
         peak = jnp.maximum(peak, jnp.max(shared, axis=-1, keepdims=True))
     peak = jax.lax.stop_gradient(peak)
     own = jnp.exp(own - peak)
     total = jnp.sum(own, axis=-1)
-    out = einsum_f32("gknrts,gknsd->gktnrd", own.astype(values_gknsd.dtype), values_gknsd)
+    dtype = queries_gkthd.dtype
+    out = _weighted("gknrts,gknsd->gktnrd", own, values_gknsd, dtype)
     if prefix is not None:
         shared = jnp.exp(shared - peak)
         total = total + jnp.sum(shared, axis=-1)
-        weights = shared.astype(prefix.values.dtype)
-        out = out + einsum_f32("gknrtp,gnpd->gktnrd", weights, prefix.values)
+        out = out + _weighted("gknrtp,gnpd->gktnrd", shared, prefix.values, dtype)
     total_gktnr1 = jnp.moveaxis(total, -1, 2)[..., None]
-    return (out / total_gktnr1).astype(queries_gkthd.dtype).reshape(g, k, t, h, d)
+    return (out / total_gktnr1).astype(dtype).reshape(g, k, t, h, d)
 
 
 def causal(
@@ -75,3 +99,22 @@ def causal(
     t = queries_gkthd.shape[2]
     mask_gkts = jnp.tril(jnp.ones((t, t), bool))[None, None]
     return attend(queries_gkthd, keys_gknsd, values_gknsd, mask_gkts, prefix)
+
+
+def _scores(spec: str, queries, keys: Stored):
+    if not isinstance(keys, Int8):
+        return einsum_f32(spec, queries, keys.astype(queries.dtype))
+    scores = einsum_f32(spec, queries, keys.whole.astype(queries.dtype))
+    return scores * _like_scores(keys.scale)
+
+
+def _weighted(spec: str, weights, values: Stored, dtype):
+    if not isinstance(values, Int8):
+        return einsum_f32(spec, weights.astype(dtype), values.astype(dtype))
+    weights = weights * _like_scores(values.scale)
+    return einsum_f32(spec, weights.astype(dtype), values.whole.astype(dtype))
+
+
+def _like_scores(scale):
+    """`[g, k, n, s]` or, of a prefix, `[g, n, p]`, against `[g, k, n, r, t, s]`."""
+    return (scale if scale.ndim == 4 else scale[:, None])[:, :, :, None, None]

@@ -78,6 +78,9 @@ class RolloutConfig:
     # Completions that the in-process sampler draws at a time, of all hosts; one that ends makes
     # room for another. null: all of a batch, where the short ones wait for the longest.
     slots: int | None = None
+    # Of the keys and values that sampling keeps; "int8" takes a quarter of float32's memory. What
+    # they round off, samples and their log-probs bear; the update computes its own.
+    cache_dtype: Literal["model", "bfloat16", "int8"] = "model"
     demonstrations: int = 0  # how many of the k are texts from the column `solution`, not samples
     # Rollouts sampled ahead while the policy trains; they are that much staler. 0: none.
     lookahead: int = 0

@@ -113,7 +113,14 @@ def _apply(config: Config, model: DecoderConfig, mesh: Mesh) -> Apply:
         attention=attention_on(mesh, config.model.attention, dtype, model.head_dim),
         shards=group_shards(mesh),
     )
-    return make_apply(model, dtype=dtype, remat=config.model.remat, on=placement)
+    kept = config.rollout.cache_dtype
+    return make_apply(
+        model,
+        dtype=dtype,
+        remat=config.model.remat,
+        on=placement,
+        cache_dtype=None if kept == "model" else jnp.dtype(kept),
+    )
 
 
 def _sampler(config: Config, model: DecoderConfig, mesh: Mesh, trained: Apply) -> Sampler:

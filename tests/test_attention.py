@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from gvpo_jax.attention import Prefix, attend
+from gvpo_jax.attention import Int8, Prefix, attend, stored
 
 RNG = np.random.default_rng(0)
 G, K, T, P, N, R, D = 2, 3, 4, 5, 2, 3, 6
@@ -36,6 +36,18 @@ def test_prefix_and_suffix_share_one_softmax():
             np.concatenate([prefix_mask[g], causal[t]]),
         )
         np.testing.assert_allclose(out[g, k, t, h], expected, atol=1e-5)
+
+
+def test_int8_is_within_half_a_step_of_every_entry():
+    x = normal(G, N, P, D) * 10
+    kept = stored(jnp.asarray(x), jnp.int8)
+    assert isinstance(kept, Int8)
+    assert kept.whole.dtype == jnp.int8
+    np.testing.assert_array_equal(jnp.max(jnp.abs(kept.whole), axis=-1), 127)
+    error = np.abs(np.asarray(kept.whole) * np.asarray(kept.scale)[..., None] - x)
+    assert (error <= 0.5001 * np.abs(x).max(-1, keepdims=True) / 127).all()
+    nothing = stored(jnp.zeros((2, D)), jnp.int8)
+    np.testing.assert_array_equal(nothing.whole, 0)
 
 
 def test_large_scores_do_not_overflow_and_masked_keys_do_not_leak():

@@ -70,6 +70,13 @@ def test_optimum(tmp_path):
             assert row["worst"] > 0.1
 
 
+def test_kv_cache(tmp_path):
+    run("kv_cache", "--out", tmp_path / "results.json")
+    off = json.loads((tmp_path / "results.json").read_text())["nats_off"]
+    assert off["float32"]["token_max"] < 1e-4
+    assert off["float32"]["token_mean"] < off["bfloat16"]["token_mean"] < off["int8"]["token_mean"]
+
+
 def test_bench(tmp_path):
     """Ours, plain PyTorch, TRL and Tunix at the same small work; that it is the same is checked."""
     bench = [sys.executable, str(ROOT / "experiments" / "bench" / "run.py")]

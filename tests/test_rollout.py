@@ -85,6 +85,28 @@ def test_samples_do_not_depend_on_the_slots(slots):
     np.testing.assert_allclose(few.logps, at_once.logps, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_a_small_cache_costs_little_accuracy(dtype):
+    """Nats a token, of a model whose logits are far apart; lanes write and read it as any other."""
+    apply = make_apply(CONFIG, cache_dtype=dtype)
+    draws = [
+        InProcessEngine(apply, STOPS, slots=slots).generate(
+            PARAMS, PROMPTS, [0, 1, 2], num_generations=4, max_completion_length=24,
+            sampling=Sampling(), seed=1,
+        )
+        for slots in (None, 2)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(draws[0].completions, draws[1].completions)
+    rollout = draws[0]
+    prompts, lengths = pad_prompts(PROMPTS)
+    scored = jax.jit(functools.partial(score, APPLY))(PARAMS, prompts, lengths, rollout.completions)
+    off = np.abs(rollout.logps - scored)[completion_mask(rollout.lengths, 24)]
+    assert 1e-5 < off.mean() < 0.05
+    size = sum(x.nbytes for x in jax.tree.leaves(apply.empty_cache(1, 2, 8)))
+    full = sum(x.nbytes for x in jax.tree.leaves(APPLY.empty_cache(1, 2, 8)))
+    assert size == full * (1 / 2 if dtype == jnp.bfloat16 else 1 / 4 + 1 / CONFIG.head_dim)
+
+
 @pytest.mark.parametrize(
     ("given", "size"),
     [

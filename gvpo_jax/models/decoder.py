@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gvpo_jax.attention import Prefix, attend, causal
+from gvpo_jax.attention import Int8, Prefix, Stored, attend, causal, stored
 from gvpo_jax.logprobs import CHUNK_TOKENS, completion_mask
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
-KeysValues = tuple[jax.Array, jax.Array]  # [g, k, n, s, d] each
+KeysValues = tuple[Stored, Stored]  # [g, k, n, s, d] each
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ class Attention(nnx.Module):
             out = self.on.attention(queries, keys, values, prefix)
         else:
             before_gk, place = at
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, place, axis=3)
-            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, place, axis=3)
-            size = keys.shape[3]
+            keys, values = _write(cache[0], keys, place), _write(cache[1], values, place)
+            size = jax.tree.leaves(keys)[0].shape[3]
             age = (place - jnp.arange(size)) % size
             so_far = age[None, None, None] <= before_gk[..., None, None]
             out = attend(queries, keys, values, so_far, prefix)
@@ -225,6 +224,7 @@ def make_apply(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     on: Placement = Placement(),
+    cache_dtype: Any = None,
 ) -> Apply:
     """The decoder's functions.
 
@@ -234,7 +234,10 @@ def make_apply(
         remat: what the backward pass computes again: nothing, all but products with weights, or
             whole layers.
         on: layouts and attention on a mesh.
+        cache_dtype: of the keys and values that decoding keeps, `jnp.int8` too, see
+            `attention.stored`; None: as computed.
     """
+    kept = dtype if cache_dtype is None else cache_dtype
     graph = _graph(config, dtype, remat, on)
 
     def model(params: Params) -> Decoder:
@@ -245,8 +248,8 @@ def make_apply(
         return on.constrain("table", _head(config, on.params(params)))
 
     return Apply(
-        prefill=lambda params, *prompts: _prompts(model(params), *prompts),
-        empty_cache=functools.partial(_empty_cache, config, dtype),
+        prefill=lambda params, *prompts: _prefill(model(params), kept, *prompts),
+        empty_cache=functools.partial(_empty_cache, config, kept),
         decode=lambda params, *arrays: _decode(model(params), *arrays),
         completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
         head=head,
@@ -303,9 +306,26 @@ def _prompts(model, prompts_gp, lengths_g):
     return last, [Prefix(k[:, 0], v[:, 0], mask) for k, v in kvs]
 
 
+def _prefill(model, cache_dtype, prompts_gp, lengths_g):
+    last, prefix = _prompts(model, prompts_gp, lengths_g)
+    return last, [
+        Prefix(stored(layer.keys, cache_dtype), stored(layer.values, cache_dtype), layer.mask)
+        for layer in prefix
+    ]
+
+
 def _empty_cache(config, dtype, groups, k, length):
-    shape = (groups, k, config.num_kv_heads, length, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+    empty = jnp.zeros((groups, k, config.num_kv_heads, length, config.head_dim))
+    return [(stored(empty, dtype), stored(empty, dtype)) for _ in range(config.num_layers)]
+
+
+def _write(cache: Stored, new: jax.Array, place) -> Stored:
+    dtype = jnp.int8 if isinstance(cache, Int8) else cache.dtype
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=3),
+        cache,
+        stored(new, dtype),
+    )
 
 
 def _decode(model, tokens_gk, lengths_g, prefix, cache, before_gk, place):
