@@ -72,8 +72,29 @@ def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> d
         for worker in workers.values():
             worker.process.kill()
     check_same_work(rows)
-    here = {"machine": machine(options.device), "threads": options.threads}
+    add_shares(task, WORKLOADS[name], rows, ceilings := measured_ceilings(name, options))
+    here = {"machine": machine(options.device), "threads": options.threads, "ceilings": ceilings}
     return here | {"rounds": options.rounds, "contestants": rows}
+
+
+def measured_ceilings(name: str, options: argparse.Namespace) -> dict:
+    command = [sys.executable, str(HERE / "ceilings.py"), options.device, WORKLOADS[name].dtype]
+    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if options.device == "cpu" else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def add_shares(task: str, w: Workload, rows: dict[str, dict], ceilings: dict) -> None:
+    """Of the measured ceilings, for the least work that the task can be done with."""
+    for row in rows.values():
+        if "error" in row:
+            continue
+        seconds = w.tokens / row["tokens_per_second"]
+        if task == "train":
+            row["share_of_matmul"] = w.training_flops / seconds / ceilings["matmul_flops"]
+        else:
+            bound = w.decoding_bytes / ceilings["copy_bytes_per_second"]
+            row["share_of_bandwidth"] = bound / seconds
 
 
 class Worker:
@@ -151,7 +172,8 @@ def as_text(name: str, task: str, row: dict) -> str:
             f"  {contestant:14s} {figures['tokens_per_second']:8.0f} tokens/s "
             f"({figures['slowest']:.0f} to {figures['fastest']:.0f}), "
             f"{figures['tokens_per_cpu_second']:.0f} per CPU-second, "
-            f"compilation {figures['compile_seconds']:.1f} s, {figures['peak_gib']:.2f} GiB"
+            f"compilation {figures['compile_seconds']:.1f} s, {figures['peak_gib']:.2f} GiB, "
+            + ", ".join(f"{figures[x]:.0%} {x[9:]}" for x in figures if x.startswith("share_of"))
         )
     peers = [rate for contestant, rate in rates.items() if contestant != "ours"]
     if peers and "ours" in rates:

@@ -29,6 +29,36 @@ class Workload:
         return self.g * self.k * self.t
 
     @property
+    def weights(self) -> int:
+        """Entries of the matrices that every token is multiplied by, the head included."""
+        heads = (2 * self.heads + 2 * self.kv_heads) * (self.width // self.heads)
+        layer = self.width * (heads + 3 * self.feed_forward)
+        return self.layers * layer + self.vocab * self.width
+
+    @property
+    def training_flops(self) -> float:
+        """Of an update that computes each prompt once, forward and backward, without any padding.
+
+        The head is needed for the completions' tokens alone.
+        """
+        head = self.vocab * self.width
+        prompts, pairs = self.g * self.p, self.g * self.p**2 / 2
+        pairs += self.tokens * (self.p + self.t / 2)
+        products = (self.weights - head) * (prompts + self.tokens) + head * self.tokens
+        return 6 * products + 12 * self.layers * self.width * pairs
+
+    @property
+    def decoding_bytes(self) -> float:
+        """Read in all decoding steps: the weights, and the keys and values that there are by then.
+
+        A prompt's are read once for all of its completions.
+        """
+        size = 2 if self.dtype == "bfloat16" else 4
+        vector = 2 * self.layers * self.kv_heads * (self.width // self.heads)
+        step = self.g * self.p + self.g * self.k * self.t / 2
+        return self.t * size * (self.weights + vector * step)
+
+    @property
     def ideal(self) -> float:
         """How many times fewer tokens the model sees with each prompt computed once."""
         return self.k * (self.p + self.t) / (self.p + self.k * self.t)
