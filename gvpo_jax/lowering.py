@@ -85,7 +85,14 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     state = _laid_out(shardings, mesh, jax.eval_shape(programs.init, param_shapes(model)))
     reference = _laid_out(shardings, mesh, jax.eval_shape(programs.reference, state.params))
     params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))
-    snapshot = params if config.rollout.lookahead else 0
+    sampler, ahead = programs.sampler, config.rollout.lookahead
+    in_process = config.rollout.engine == "in_process"
+    weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
+    copied = device_bytes(weights) if config.rollout.tensor else 0
+    lower_prefill, lower_decode, kept = _rollout(config, sampler, weights, sizes["rollout"])
+    # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
+    snapshot = params if ahead else 0
+    beside = snapshot + (copied + device_bytes(kept) if ahead and in_process else 0)
 
     def lower_step():
         return programs.step.lower(state, Batch(**_arrays(mesh, sizes["train"], Batch._fields)))
@@ -95,14 +102,11 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
         return programs.score.lower(reference, _arrays(mesh, sizes["score"], names))
 
     training = [
-        Program("train step", lower_step, fixed + snapshot, config.train.micro_batches),
-        Program("reference scoring", lower_score, all_state + snapshot, 1),
+        Program("train step", lower_step, fixed + beside, config.train.micro_batches),
+        Program("reference scoring", lower_score, all_state + beside, 1),
     ]
-    if config.rollout.engine != "in_process":
+    if not in_process:
         return training
-    sampler = programs.sampler
-    weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
-    lower_prefill, lower_decode = _rollout(config, sampler, weights, sizes["rollout"])
     own = 0 if config.rollout.tensor else params  # sampled with; else a copy of them is
     others = all_state - own + fixed + snapshot
     return [
@@ -143,21 +147,23 @@ def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Si
 
 
 def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
+    """What lowers prefill and decoding, and the arrays that one leaves to the other."""
     mesh, model = sampler.mesh, sampler.model
     size = lanes(sizes.groups, sizes.k, config.rollout.slots, group_shards(mesh))
     options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
     first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
 
+    start = functools.partial(prefill, model, constrain=lambda tree: tree, **options)
+    state, prompts = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
+    kept = {"state": state, "prompts": prompts}
+    kept = _with_shardings(kept, batch_shardings(mesh, kept, *size))
+
     def lower_prefill():
-        prompts = arrays["prompts"], arrays["prompt_lengths"]
-        return first.lower(params, *prompts, **options)
+        given = arrays["prompts"], arrays["prompt_lengths"]
+        return first.lower(params, *given, **options)
 
     def lower_decode():
-        start = functools.partial(prefill, model, constrain=lambda tree: tree, **options)
-        state, prompts = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
-        tree = {"state": state, "prompts": prompts}
-        tree = _with_shardings(tree, batch_shardings(mesh, tree, *size))
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
         return then.lower(
@@ -165,12 +171,12 @@ def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
             arrays["prompt_lengths"],
             arrays["prompt_ids"],
             key,
-            tree["prompts"],
-            state=tree["state"],
+            kept["prompts"],
+            state=kept["state"],
             sampling=training_sampling(config),
         )
 
-    return lower_prefill, lower_decode
+    return lower_prefill, lower_decode, kept
 
 
 def _arrays(mesh: Mesh, s: Sizes, names) -> dict[str, Any]:

@@ -184,6 +184,42 @@ def test_a_copy_of_the_weights_spares_collecting_them_for_each_token(tiny, tmp_p
     assert moved[1] < moved[0] / 10
 
 
+def test_lanes_move_nothing_between_chips_and_a_small_cache_is_small(tiny, tmp_path):
+    """Four lanes, one a chip; two completions of each of their two groups, one at a time."""
+    rows = {}
+    for name, more in {
+        "at once": [],
+        "lanes": ["rollout.slots=4"],
+        "int8": ["rollout.slots=4", "rollout.cache_dtype=int8"],
+    }.items():
+        out = tmp_path / "report.json"
+        options = ["--model-config", str(tiny), "--only", "rollout", "--out", str(out)]
+        settings = [*OVERRIDES, "rollout.tensor=1", "train.batch_size=8", *more]
+        assert main(["compile", "debug", "--topology", TOPOLOGY, *options, *settings]) == 0
+        rows[name] = program(json.loads(out.read_text()), "rollout: decode")
+    moved = {name: sum(c["wire_bytes"] for c in row["collectives"]) for name, row in rows.items()}
+    assert moved["lanes"] <= moved["at once"] + 8 * 64  # whether any goes on, in each of 8 steps
+    assert moved["int8"] == moved["lanes"]
+    held = {name: row["hbm"]["arguments"] for name, row in rows.items()}
+    assert held["int8"] < held["lanes"]
+
+
+def test_sampling_ahead_lies_beside_an_update(tiny):
+    """A snapshot of the parameters, and the cache with all that goes with it."""
+    shape, beside = model_shape("", str(tiny)), {}
+    for name, more in {
+        "after": [],
+        "ahead": ["rollout.lookahead=1"],
+        "lanes": ["rollout.lookahead=1", "rollout.slots=4"],
+    }.items():
+        config = load_config("debug", [*OVERRIDES, *more])
+        programs = run_programs(config, shape, mesh_on(config, jax.devices()[:4]))
+        beside[name] = programs[0].beside
+    keys_and_values = 2 * 2 * 2 * 16 * 2  # both, of a token: 2 heads of 16, in bfloat16, k of 2
+    assert beside["ahead"] - beside["after"] > expected_bytes() + 8 * keys_and_values
+    assert beside["after"] < beside["lanes"] < beside["ahead"]
+
+
 def test_where_servers_sample_there_is_nothing_to_decode(tiny):
     servers = ["rollout.engine=vllm", "rollout.servers=[http://localhost:8000]"]
     config = load_config("debug", [*OVERRIDES, *servers])
