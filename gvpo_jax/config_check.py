@@ -112,7 +112,8 @@ def _check_servers(c: Any) -> None:
                 "rollout.servers=[]"
             )
         return
-    for name, value in (("tensor", r.tensor), ("slots", r.slots)):
+    cache = None if r.cache_dtype == "model" else r.cache_dtype
+    for name, value in (("tensor", r.tensor), ("slots", r.slots), ("cache_dtype", cache)):
         if value is not None:
             raise UserError(f"rollout.{name} is for rollout.engine=in_process, not {r.engine}")
     if not r.servers:

@@ -58,6 +58,7 @@ class Loop:
         """
         c, run_dir = self.config, Path(self.config.run.dir)
         with contextlib.ExitStack() as stack:
+            told_to_end = stack.enter_context(watch())
             stack.enter_context(contextlib.closing(self.policy))
             together(lambda: self._open(stack))
             stack.enter_context(contextlib.closing(self.feed))
@@ -65,7 +66,7 @@ class Loop:
             stack.enter_context(checkpoints)
             counters = resume(checkpoints, self.policy, data=self.data, feed=self.feed)
             together(lambda: self._claim(counters))
-            with watch() as told_to_end, RunLog(run_dir, counters, c) as log:
+            with RunLog(run_dir, counters, c) as log:
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
                     return summary
@@ -102,9 +103,11 @@ class Loop:
             counters.accuracy_before = self._evaluate(log, "before")
         while counters.step < min(c.train.steps, c.train.stop_at or c.train.steps):
             if told_to_end():
-                if counters.step:  # else there is nothing to lose: the same command starts over
+                if counters.step:
                     self._save(log, checkpoints)
-                log.note("told to end: saved, the same command goes on")
+                    log.note("told to end: saved, the same command goes on")
+                else:
+                    log.note("told to end before the first update: the same command starts over")
                 return True
             last = counters.step
             self._round(log)

@@ -1,5 +1,6 @@
 """A run's programs, lowered from shapes alone: no weights, no live devices."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     in_process = config.rollout.engine == "in_process"
     weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
     copied = device_bytes(weights) if config.rollout.tensor else 0
-    lower_prefill, lower_decode, kept = _rollout(config, sampler, weights, sizes["rollout"])
+    lower_prefill, lower_decode, kept, steps = _rollout(config, sampler, weights, sizes["rollout"])
     # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
     snapshot = params if ahead else 0
     beside = snapshot + (copied + device_bytes(kept) if ahead and in_process else 0)
@@ -112,7 +113,7 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     return [
         *training,
         Program("rollout: prefill", lower_prefill, others, 1),
-        Program("rollout: decode", lower_decode, others, config.rollout.max_completion_length),
+        Program("rollout: decode", lower_decode, others, steps),
     ]
 
 
@@ -147,9 +148,11 @@ def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Si
 
 
 def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
-    """What lowers prefill and decoding, and the arrays that one leaves to the other."""
+    """What lowers prefill and decoding, what one leaves to the other, and the steps at most."""
     mesh, model = sampler.mesh, sampler.model
-    size = lanes(sizes.groups, sizes.k, config.rollout.slots, group_shards(mesh))
+    size, groups = lanes(sizes.groups, sizes.k, config.rollout.slots, group_shards(mesh))
+    sizes = dataclasses.replace(sizes, groups=groups)
+    steps = groups // size[0] * -(-sizes.k // size[1]) * sizes.t
     options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
     first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
@@ -176,7 +179,7 @@ def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
             sampling=training_sampling(config),
         )
 
-    return lower_prefill, lower_decode, kept
+    return lower_prefill, lower_decode, kept, steps
 
 
 def _arrays(mesh: Mesh, s: Sizes, names) -> dict[str, Any]:

@@ -30,7 +30,7 @@ LAYOUT: tuple[tuple[str, P], ...] = (
 # finds; heads that do not divide over `tensor` stay whole.
 BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(^|/)(prompts|prompt_lengths|prompt_ids|prompt_hidden)$", ("groups",)),
-    (r"prefix/.*(keys|values)$", ("groups", "tensor")),  # [g, n, p, d]
+    (r"prefix/.*(keys|values)(/(whole|scale))?$", ("groups", "tensor")),  # [g, n, p, d]
     (r"prefix/", ("groups",)),
     (r"cache/", ("groups", "completions", "tensor")),  # [g, k, n, t, d]
     (r"", ("groups", "completions")),

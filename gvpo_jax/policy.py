@@ -72,6 +72,7 @@ class Policy:
             self.stop_ids,
             slots=c.rollout.slots,
             shards=group_shards(sampler.mesh),
+            processes=jax.process_count(),
             place=functools.partial(self._place, mesh=sampler.mesh),
             prepare=sampler.params,
             constrain=functools.partial(constrain, sampler.mesh),

@@ -1,16 +1,11 @@
 """SIGTERM, which schedulers send before they take a machine away: save, then end."""
 
 import contextlib
-import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
-import jax
-from jax.experimental import multihost_utils
-
-# JAX lets its processes agree on one of these numbers, which have to follow each other.
-_questions = itertools.count()
+from gvpo_jax.distributed import largest
 
 
 class Preempted(SystemExit):
@@ -24,26 +19,27 @@ class Preempted(SystemExit):
 def watch() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether the run shall save and end.
 
-    All processes ask it equally often, and all hear True at the same question. A process that
-    joined no others gets SIGTERM's default action back after the first, so that a second one ends
-    it at once; where the program has a handler of its own, or this is not its main thread, SIGTERM
-    is left alone.
+    All processes ask it equally often, and all hear True once one of them got the signal. JAX's own
+    agreement on a step is not used: Orbax asks it too, with other numbers, and it misses a signal
+    that comes in between. After the first signal the default action is back, so that a second one
+    ends the process at once. Where the program has a handler of its own, or this is not its main
+    thread, SIGTERM is left alone.
     """
-    if jax.distributed.is_initialized():
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(_questions))
-        return
     told = threading.Event()
 
     def on_signal(*_):
         told.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def any_was_told() -> bool:
+        return bool(largest(int(told.is_set()))[0])
+
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield told.is_set
+        yield any_was_told
         return
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        yield told.is_set
+        yield any_was_told
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -119,10 +119,10 @@ def test_a_replay_buffer_moves_between_topologies(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_one_host_has_both_save_the_same_step(tmp_path):
-    """Two updates a round: the hosts agree on a round, not on a step."""
+    """Two updates a round, and a checkpoint after each."""
     settings = [
-        *SETTINGS, "train.steps=200", "train.num_iterations=2", "checkpoint.every=1000",
-        "data.eval_size=0", f"run.dir={tmp_path}",
+        *SETTINGS, "train.steps=5000", "train.num_iterations=2", "data.eval_size=0",
+        "checkpoint.keep=1", f"run.dir={tmp_path}",
     ]  # fmt: skip
     processes = start_two("train", "debug", *settings)
     metrics = tmp_path / "metrics.jsonl"
@@ -136,7 +136,7 @@ def test_sigterm_to_one_host_has_both_save_the_same_step(tmp_path):
     assert [status for status, *_ in ended] == [143, 143], ended
     last = read_metrics(tmp_path)[-1]["step"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(last)]
-    assert 2 <= last < 200
+    assert 2 <= last < 5000
     ended = run_two("train", "debug", *settings, f"train.stop_at={last + 2}")
     assert [status for status, *_ in ended] == [0, 0], ended
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, last + 3))

@@ -35,7 +35,7 @@ def saved(run_dir):
 @pytest.mark.slow
 def test_a_run_is_saved_on_sigterm_and_goes_on(tmp_path):
     command = [
-        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=200", "mesh.fsdp=1",
+        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=5000", "mesh.fsdp=1",
         "checkpoint.every=1000", "data.eval_size=0", f"run.dir={tmp_path}",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -49,7 +49,7 @@ def test_a_run_is_saved_on_sigterm_and_goes_on(tmp_path):
     assert not (tmp_path / "summary.json").exists()
     last = steps(tmp_path)[-1]
     assert saved(tmp_path) == [last]
-    assert 3 <= last < 200
+    assert 3 <= last < 5000
     subprocess.run([*command, f"train.stop_at={last + 2}"], check=True, capture_output=True)
     assert steps(tmp_path) == list(range(1, last + 3))
 

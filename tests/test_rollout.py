@@ -72,7 +72,7 @@ def test_a_sample_does_not_depend_on_the_batch_around_it():
             )
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 6, 8, 12, 23])
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 6, 8, 12, 23])
 def test_samples_do_not_depend_on_the_slots(slots):
     """Rows that take the next completion, and lanes that take the next prompt, of other length."""
     prompts = [*PROMPTS, *(RNG.integers(7, 43, n).tolist() for n in (3, 1, 7))]
@@ -110,16 +110,17 @@ def test_a_small_cache_costs_little_accuracy(dtype):
 @pytest.mark.parametrize(
     ("given", "size"),
     [
-        ((64, 8, None), (64, 8)),
-        ((64, 8, 512), (64, 8)),
-        ((64, 8, 256), (64, 4)),
-        ((64, 8, 64), (32, 2)),
-        ((64, 8, 96), (32, 3)),
-        ((64, 8, 1), (1, 1)),
-        ((7, 4, 8), (7, 1)),
-        ((64, 8, 64, 8), (32, 2)),
-        ((64, 8, 4, 8), (8, 1)),  # every shard needs a lane
-        ((6, 8, 4, 4), (6, 8)),  # completions are cut over devices, not groups
+        ((64, 8, None), ((64, 8), 64)),
+        ((64, 8, 512), ((64, 8), 64)),
+        ((64, 8, 256), ((64, 4), 64)),
+        ((64, 8, 64), ((32, 2), 64)),
+        ((64, 8, 96), ((32, 3), 64)),
+        ((64, 8, 1), ((1, 1), 64)),
+        ((61, 1, 32), ((31, 1), 62)),  # filled up
+        ((53, 8, 36), ((18, 2), 54)),
+        ((64, 8, 64, 8), ((32, 2), 64)),
+        ((64, 8, 4, 8), ((8, 1), 64)),  # every shard needs a lane
+        ((6, 8, 4, 4), ((6, 8), 6)),  # completions are cut over devices, not groups
     ],
 )
 def test_lanes_and_rows(given, size):

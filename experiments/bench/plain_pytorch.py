@@ -1,4 +1,4 @@
-"""The strongest simple baseline: transformers' model, its generate, and twenty lines of PyTorch."""
+"""The simple baseline: transformers' model, its generate, twenty lines of PyTorch, uncompiled."""
 
 from ours import LEARNING_RATE
 
@@ -50,7 +50,7 @@ def train(w, folder, device):
         float(loss)
 
     with torch.no_grad():
-        check = float(logps_gk().mean())
+        check = logps_gk().reshape(-1).tolist()
     return update, check
 
 

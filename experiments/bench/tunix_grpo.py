@@ -29,6 +29,7 @@ def load(w, folder):
     import jax
     import jax.numpy as jnp
     from jax.sharding import AxisType
+    from workloads import ROPE_THETA
 
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     shape = {
@@ -39,7 +40,7 @@ def load(w, folder):
         "num_heads": w.heads,
         "head_dim": w.width // w.heads,
         "num_kv_heads": w.kv_heads,
-        "rope_theta": 10_000,
+        "rope_theta": ROPE_THETA,
         "norm_eps": 1e-6,
     }
     if w.family == "qwen2":
@@ -111,7 +112,7 @@ def train(w, folder, device):
         cluster.update_actor([example], None)
         jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
 
-    return update, float(jnp.mean(jnp.sum(scored, axis=-1)))
+    return update, jnp.sum(scored, axis=-1).tolist()
 
 
 def rollout(w, folder, device):

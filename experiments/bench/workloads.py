@@ -82,6 +82,7 @@ WORKLOADS = {
         **QWEN, width=1536, feed_forward=8960, layers=28, heads=12, g=8, t=256
     ),
 }
+ROPE_THETA = 1_000_000  # the one that Tunix's Llama takes, whatever its config says
 ON_CPU = ("tiny", "smollm2", "long_prompt", "long_completion", "large_vocabulary")
 ON_GPU = ("qwen2.5-0.5b", "qwen2.5-1.5b")
 
@@ -122,8 +123,9 @@ def write_model(w: Workload, folder: Path) -> None:
         num_key_value_heads=w.kv_heads,
         tie_word_embeddings=True,
         max_position_embeddings=4096,
-        rope_theta=10_000.0,
+        rope_theta=ROPE_THETA,
         rms_norm_eps=1e-6,
+        initializer_range=0.1,  # wide, so that log-probs tell models and tokens apart
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,

@@ -315,8 +315,13 @@ def _prefill(model, cache_dtype, prompts_gp, lengths_g):
 
 
 def _empty_cache(config, dtype, groups, k, length):
-    empty = jnp.zeros((groups, k, config.num_kv_heads, length, config.head_dim))
-    return [(stored(empty, dtype), stored(empty, dtype)) for _ in range(config.num_layers)]
+    vectors = (groups, k, config.num_kv_heads, length)
+
+    def empty() -> Stored:
+        zeros = jnp.zeros((*vectors, config.head_dim), dtype)
+        return Int8(zeros, jnp.zeros(vectors)) if zeros.dtype == jnp.int8 else zeros
+
+    return [(empty(), empty()) for _ in range(config.num_layers)]
 
 
 def _write(cache: Stored, new: jax.Array, place) -> Stored:

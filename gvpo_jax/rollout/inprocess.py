@@ -67,6 +67,7 @@ class InProcessEngine:
         stop_ids: tokens that end a completion and belong to it.
         slots: completions drawn at a time, see `lanes`; None: all.
         shards: parts that a batch's groups are cut into on devices; lanes are cut alike.
+        processes: how many have a part of each batch; the lanes' number is a multiple of it.
         place: `(tree, k) -> tree` puts a batch's arrays on devices, e.g. sharded over the groups;
             default: as they are.
         constrain: lays out, while tracing, what stays on devices: {"state": DecodeState}, perhaps
@@ -83,13 +84,14 @@ class InProcessEngine:
         *,
         slots: int | None = None,
         shards: int = 1,
+        processes: int = 1,
         place: Callable[[Any, int], Any] = lambda tree, k: tree,
         constrain: Callable[[Any], Any] = lambda tree: tree,
         fetch: Callable[[Any], Any] = jax.device_get,
         agree: Callable[[int], int] = int,
         prepare: Callable[[Any], Any] = lambda params: params,
     ):
-        self._slots, self._shards = slots, shards
+        self._slots, self._shards, self._processes = slots, shards, processes
         self._stop_ids, self._prepare = tuple(stop_ids), prepare
         self._place, self._fetch, self._agree = place, fetch, agree
         self._prefill, self._decode = compiled(model, self._stop_ids, constrain)
@@ -107,6 +109,11 @@ class InProcessEngine:
         longest_prompt: int | None = None,
     ) -> Rollout:
         """See `Engine.generate`."""
+        given, processes = len(prompts), self._processes
+        size, groups = lanes(given * processes, num_generations, self._slots, self._shards)
+        filling = groups // processes - given
+        prompts = [*prompts, *[prompts[0]] * filling]
+        prompt_ids = [*prompt_ids, *[prompt_ids[0]] * filling]
         prompts_gp, lengths_g = pad_prompts(prompts, longest_prompt, self._agree)
         batch = {
             "prompts": prompts_gp,
@@ -114,14 +121,13 @@ class InProcessEngine:
             "prompt_ids": np.asarray(prompt_ids, np.uint32),
         }
         batch, params = self._place(batch, num_generations), self._prepare(params)
-        all_prompts = batch["prompts"].shape[0]  # of all processes
         state, computed = self._prefill(
             params,
             batch["prompts"],
             batch["prompt_lengths"],
             k=num_generations,
             max_completion_length=max_completion_length,
-            size=lanes(all_prompts, num_generations, self._slots, self._shards),
+            size=size,
         )
         state = self._decode(
             params,
@@ -134,7 +140,7 @@ class InProcessEngine:
         )
         drawn = (state.completions_snt, state.lengths_sn, state.logps_snt)
         completions, lengths, logps = (
-            np.asarray(x).reshape(len(prompts), num_generations, *x.shape[2:])
+            np.asarray(x).reshape(len(prompts), num_generations, *x.shape[2:])[:given]
             for x in self._fetch(drawn)
         )
         last = np.take_along_axis(completions, lengths[..., None] - 1, axis=2)[..., 0]
@@ -142,19 +148,30 @@ class InProcessEngine:
         return Rollout(completions, lengths, finish.astype(np.int32), logps)
 
 
-def lanes(groups: int, k: int, slots: int | None, shards: int = 1) -> tuple[int, int]:
-    """Lanes and rows in each, for at most so many completions at a time, if that can be.
+def lanes(groups: int, k: int, slots: int | None, shards: int = 1) -> tuple[tuple[int, int], int]:
+    """Lanes and rows in each, and the groups that these are filled up to.
 
-    A lane's rows share the reading of its prompt; but they wait for each other where the lane moves
-    on to its next group: of equally many slots, two rows a lane are preferred. The lanes' number
-    divides the groups' and is a multiple of the shards; where the groups' is none, all completions
-    are drawn at once.
+    At most `slots` completions are drawn at a time, but for a lane in every shard. A lane's rows
+    share the reading of its prompt; but they wait for each other where the lane moves on to its
+    next group: of equally many slots, two rows a lane are preferred. Where the groups are not cut
+    over the shards, because they don't divide, all completions are drawn at once.
     """
     if slots is None or slots >= groups * k or groups % shards:
-        return groups, k
-    sizes = [n for n in range(shards, groups + 1, shards) if groups % n == 0]
-    fitting = [(n, min(slots // n, k)) for n in sizes if n <= slots] or [(shards, 1)]
-    return max(fitting, key=lambda size: (size[0] * size[1], -abs(size[1] - 2)))
+        return (groups, k), groups
+    sizes = [(n, min(slots // n, k)) for n in range(shards, groups + 1, shards) if n <= slots]
+
+    def used(size: tuple[int, int]) -> tuple[float, int]:
+        """Rows that do useful work; the waiting was simulated with lognormal lengths."""
+        n, r = size
+        waiting = 6 / (4 + r) if r > 2 and n < groups else 1
+        return n * r * waiting * groups / _filled(groups, n), -abs(r - 2)
+
+    size = max(sizes, key=used, default=(shards, 1))
+    return size, _filled(groups, size[0])
+
+
+def _filled(groups: int, count: int) -> int:
+    return -(-groups // count) * count
 
 
 def compiled(model: Any, stop_ids: Sequence[int], constrain: Callable[[Any], Any]):
@@ -250,16 +267,24 @@ def _draw_tokens(state: DecodeState, head_vd, key, ids_g, k, sampling):
 
 def _book(state: DecodeState, tokens_sr, logps_sr) -> DecodeState:
     """What was drawn, at its completions' next positions; of rows without one, nothing."""
+    if state.item_sr.shape == state.lengths_sn.shape:  # all at once: all are at one position
+        busy_sr = state.item_sr < state.lengths_sn.shape[1]
+        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.at, axis=2)
+        return state._replace(
+            completions_snt=write(state.completions_snt, jnp.where(busy_sr, tokens_sr, 0)),
+            logps_snt=write(state.logps_snt, jnp.where(busy_sr, logps_sr, 0)),
+            lengths_sn=state.lengths_sn + busy_sr,
+        )
 
     @jax.vmap
-    def write(lane, items, positions, values):
+    def write_token(lane, items, positions, values):
         return lane.at[items, positions].set(values, mode="drop")
 
     at = (state.item_sr, state.drawn_sr)
     counted = jax.vmap(lambda lane, items, values: lane.at[items].set(values, mode="drop"))
     return state._replace(
-        completions_snt=write(state.completions_snt, *at, tokens_sr),
-        logps_snt=write(state.logps_snt, *at, logps_sr),
+        completions_snt=write_token(state.completions_snt, *at, tokens_sr),
+        logps_snt=write_token(state.logps_snt, *at, logps_sr),
         lengths_sn=counted(state.lengths_sn, state.item_sr, state.drawn_sr + 1),
     )
 
@@ -275,6 +300,10 @@ def _hand_out(state: DecodeState, ends_sr, k):
     """Completions for the rows that have none left; and which rows go on with theirs."""
     n = state.lengths_sn.shape[1]
     goes_on_sr = (state.item_sr < n) & ~ends_sr
+    if state.item_sr.shape[1] == n:  # each has a row of its own
+        return state._replace(
+            item_sr=jnp.where(goes_on_sr, state.item_sr, n), drawn_sr=state.drawn_sr + 1
+        ), goes_on_sr
     free_sr = ~goes_on_sr
     group_done_s = jnp.all(free_sr, axis=1) & (state.next_s == (state.group_s + 1) * k)
     group_s = jnp.minimum(state.group_s + group_done_s, n // k - 1)
