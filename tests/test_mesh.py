@@ -271,7 +271,7 @@ def test_caches_are_cut_over_the_groups_and_odd_shapes_are_replicated():
     for leaf in jax.tree.leaves((state, computed)):
         if leaf.ndim:
             assert leaf.addressable_shards[0].data.shape[0] == 1, leaf.shape
-    small = policy(1, 2, 2, rollout__cache_dtype="int8")
+    small = policy(2, 2, 2, rollout__cache_dtype="int8")
     state, computed = small._engine._prefill(
         small.state.params, np.ones((8, 16), int), np.full(8, 3), k=4, max_completion_length=6,
         size=(4, 1),
