@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gvpo_jax.precision import einsum_f32
 
 _MASKED = -1e30  # finite, so that a row without a single key gives no NaN
+_BLOCKS, _SMALLEST_BLOCK = 4, 64  # of queries, at most so many and at least so long
 
 
 class Int8(NamedTuple):
@@ -67,26 +69,30 @@ def attend(
         prefix: the prompt, seen by every query of the group, or None.
     """
     g, k, t, h, d = queries_gkthd.shape
-    n = jax.tree.leaves(keys_gknsd)[0].shape[2]
-    queries = (queries_gkthd * d**-0.5).reshape(g, k, t, n, h // n, d)
-    own = _scores("gktnrd,gknsd->gknrts", queries, keys_gknsd)
-    own = jnp.where(mask_gkts[:, :, None, None], own, _MASKED)
+    n, s = jax.tree.leaves(keys_gknsd)[0].shape[2:4]
+    r, dtype = h // n, queries_gkthd.dtype
+    # All queries of a key-value head as the rows of one matrix: batches of plain matrix products.
+    queries = (queries_gkthd * d**-0.5).reshape(g, k, t, n, r, d)
+    queries_gknqd = jnp.moveaxis(queries, 2, 4).reshape(g, k, n, r * t, d)
+    some_g, some_k = mask_gkts.shape[:2]
+    mask = jnp.broadcast_to(mask_gkts[:, :, None, None], (some_g, some_k, 1, r, t, s))
+    own = _scores(queries_gknqd, keys_gknsd)
+    own = jnp.where(mask.reshape(some_g, some_k, 1, r * t, s), own, _MASKED)
     peak = jnp.max(own, axis=-1, keepdims=True)
     if prefix is not None:
-        shared = _scores("gktnrd,gnpd->gknrtp", queries, prefix.keys)
-        shared = jnp.where(prefix.mask[:, None, None, None, None], shared, _MASKED)
-        peak = jnp.maximum(peak, jnp.max(shared, axis=-1, keepdims=True))
+        shared = _scores(_join(queries_gknqd), prefix.keys)  # [g, n, k * q, p]
+        shared = jnp.where(prefix.mask[:, None, None], shared, _MASKED)
+        peak = jnp.maximum(peak, _split(jnp.max(shared, axis=-1, keepdims=True), k))
     peak = jax.lax.stop_gradient(peak)
     own = jnp.exp(own - peak)
-    total = jnp.sum(own, axis=-1)
-    dtype = queries_gkthd.dtype
-    out = _weighted("gknrts,gknsd->gktnrd", own, values_gknsd, dtype)
+    total = jnp.sum(own, axis=-1, keepdims=True)
+    out = _weighted(own, values_gknsd, dtype)
     if prefix is not None:
-        shared = jnp.exp(shared - peak)
-        total = total + jnp.sum(shared, axis=-1)
-        out = out + _weighted("gknrtp,gnpd->gktnrd", shared, prefix.values, dtype)
-    total_gktnr1 = jnp.moveaxis(total, -1, 2)[..., None]
-    return (out / total_gktnr1).astype(dtype).reshape(g, k, t, h, d)
+        shared = jnp.exp(shared - _join(peak))
+        total = total + _split(jnp.sum(shared, axis=-1, keepdims=True), k)
+        out = out + _split(_weighted(shared, prefix.values, dtype), k)
+    out = (out / total).astype(dtype).reshape(g, k, n, r, t, d)
+    return jnp.moveaxis(out, 4, 2).reshape(g, k, t, h, d)
 
 
 def causal(
@@ -95,26 +101,43 @@ def causal(
     values_gknsd: jax.Array,
     prefix: Prefix | None = None,
 ) -> jax.Array:
-    """`attend` where each query sees the prefix, the suffix up to its own place, and no further."""
+    """`attend` where each query sees the prefix, the suffix up to its own place, and no further.
+
+    In blocks of queries, so that of the keys after a block none is computed.
+    """
     t = queries_gkthd.shape[2]
-    mask_gkts = jnp.tril(jnp.ones((t, t), bool))[None, None]
-    return attend(queries_gkthd, keys_gknsd, values_gknsd, mask_gkts, prefix)
+    size = max(_SMALLEST_BLOCK, -(-t // _BLOCKS))
+    out = []
+    for start in range(0, t, size):
+        end = min(start + size, t)
+        mask_ts = np.arange(end) <= np.arange(start, end)[:, None]
+        queries = queries_gkthd[:, :, start:end]
+        keys, values = keys_gknsd[:, :, :, :end], values_gknsd[:, :, :, :end]
+        out.append(attend(queries, keys, values, jnp.asarray(mask_ts)[None, None], prefix))
+    return jnp.concatenate(out, axis=2)
 
 
-def _scores(spec: str, queries, keys: Stored):
+def _join(x_gknqd):
+    """`[g, k, n, q, d] -> [g, n, k * q, d]`: the queries of a whole group as one matrix."""
+    g, k, n, q, d = x_gknqd.shape
+    return jnp.swapaxes(x_gknqd, 1, 2).reshape(g, n, k * q, d)
+
+
+def _split(x, k):
+    """The inverse of `_join`."""
+    g, n, rows, d = x.shape
+    return jnp.swapaxes(x.reshape(g, n, k, rows // k, d), 1, 2)
+
+
+def _scores(queries, keys: Stored):
     if not isinstance(keys, Int8):
-        return einsum_f32(spec, queries, keys.astype(queries.dtype))
-    scores = einsum_f32(spec, queries, keys.whole.astype(queries.dtype))
-    return scores * _like_scores(keys.scale)
+        return einsum_f32("...qd,...sd->...qs", queries, keys.astype(queries.dtype))
+    scores = einsum_f32("...qd,...sd->...qs", queries, keys.whole.astype(queries.dtype))
+    return scores * keys.scale[..., None, :]
 
 
-def _weighted(spec: str, weights, values: Stored, dtype):
+def _weighted(weights, values: Stored, dtype):
     if not isinstance(values, Int8):
-        return einsum_f32(spec, weights.astype(dtype), values.astype(dtype))
-    weights = weights * _like_scores(values.scale)
-    return einsum_f32(spec, weights.astype(dtype), values.whole.astype(dtype))
-
-
-def _like_scores(scale):
-    """`[g, k, n, s]` or, of a prefix, `[g, n, p]`, against `[g, k, n, r, t, s]`."""
-    return (scale if scale.ndim == 4 else scale[:, None])[:, :, :, None, None]
+        return einsum_f32("...qs,...sd->...qd", weights.astype(dtype), values.astype(dtype))
+    weights = (weights * values.scale[..., None, :]).astype(dtype)
+    return einsum_f32("...qs,...sd->...qd", weights, values.whole.astype(dtype))

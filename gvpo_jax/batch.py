@@ -59,7 +59,7 @@ def pad_prompts(
     if len(lengths) == 0 or lengths.min() == 0:
         raise ValueError("every prompt needs at least one token: give it some text")
     width = int(lengths.max())
-    width = agree(bucket(width) if longest is None else _fraction(width, longest))
+    width = agree(bucket(width) if longest is None else fraction(width, longest))
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -77,19 +77,21 @@ def bucket(length: int, smallest: int = 16) -> int:
     return size
 
 
-def _fraction(width: int, longest: int) -> int:
+def fraction(length: int, longest: int) -> int:
+    """The padded length where the longest in the run is known: that, its half or its quarter."""
     sizes = (-(-longest // (parts * 8)) * 8 for parts in (4, 2, 1))  # multiples of 8
-    return next((size for size in sizes if size >= width), bucket(width))
+    return next((size for size in sizes if size >= length), bucket(length))
 
 
 def pad_groups(batch: Batch, groups: int) -> Batch:
-    """Fill up to `groups` groups with invalid copies of the first one: they count for nothing."""
+    """Fill up to `groups` groups with empty copies of the first one: they count for nothing."""
     missing = groups - batch.prompts.shape[0]
     if missing <= 0:
         return batch
     filled = Batch(*(np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in batch))
     filled.valid[-missing:] = False
     filled.lengths[-missing:] = 0
+    filled.prompt_lengths[-missing:] = 1
     return filled
 
 

@@ -167,6 +167,7 @@ class TrainConfig:
     # Parts that each group's completions are cut into, where a group is too large for memory: one
     # more forward pass, same gradient.
     completion_parts: int = 1
+    packing: bool = True  # prompts and completions are computed without their padding
     stop_at: int | None = None  # end this session after so many updates; the next start goes on
 
 

@@ -1,5 +1,7 @@
 """Log-probabilities of tokens from hidden states, without ever holding logits of every position."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -7,23 +9,34 @@ from jax.typing import ArrayLike
 from gvpo_jax.precision import einsum_f32
 
 CHUNK_TOKENS = 1024
+KEEP_BYTES = 2**29
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_tokens: int = CHUNK_TOKENS
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    keep_bytes: int = KEEP_BYTES,
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
-    Positions are worked off in chunks of the T axis; a chunk's logits are computed again in the
-    backward pass instead of being kept, so peak memory follows `chunk_tokens` x V and not T x V.
-    The leading axes stay whole, so that a batch sharded over devices stays where it is.
+    Positions are worked off in chunks of the T axis. A chunk's logits are computed again in the
+    backward pass, unless those of all positions are few enough to be kept. So peak memory follows
+    `chunk_tokens` x V and `keep_bytes`, and not T x V. The leading axes stay whole, so that a batch
+    sharded over devices stays where it is.
 
     Args:
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
         head: `[V, D]` output embedding.
         targets: `[..., T]` token ids in [0, V).
+        where: `[..., T]` booleans, positions that are asked for: what the others get means nothing,
+            and a chunk without any is not computed. Default: all.
         chunk_tokens: positions, over all leading axes together, whose logits may exist at once; a
             batch that is cut over devices takes that many times more.
+        keep_bytes: what the logits of all positions may take to be kept, on all devices together.
 
     Returns:
         `[..., T]` float32, in nats.
@@ -38,16 +51,12 @@ def token_logprobs(
         )
     t = targets.shape[-1]
     rows = max(targets.size // max(t, 1), 1)
-    width = min(max(chunk_tokens // rows, 1), t)
-    if width >= t:
-        return _chunk_logprobs(hidden, head, targets)
-    pad = -t % width
-    hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, pad), (0, 0)])
-    targets = jnp.pad(targets, [(0, 0)] * (targets.ndim - 1) + [(0, pad)])
-    chunks = (_split(hidden, -2, width), _split(targets, -1, width))
-    chunk = jax.checkpoint(lambda h, y: _chunk_logprobs(h, head, y))
-    _, logps = jax.lax.scan(lambda _, hy: (None, chunk(*hy)), None, chunks)
-    return jnp.moveaxis(logps, 0, -2).reshape(targets.shape)[..., :t]
+    width = max(min(chunk_tokens // rows, t), 1)
+    split = functools.partial(_split, axis=targets.ndim - 1, width=width)
+    wanted = None if where is None else split(jnp.broadcast_to(where, targets.shape))
+    keep = targets.size * len(head) * 4 <= keep_bytes
+    logps = _in_chunks(keep, split(hidden), head, split(targets), wanted)
+    return jnp.moveaxis(logps, 0, -2).reshape(*targets.shape[:-1], -1)[..., :t]
 
 
 def sequence_logprobs(token_logps: jax.Array, lengths: ArrayLike) -> jax.Array:
@@ -65,14 +74,70 @@ def completion_mask(lengths: ArrayLike, max_length: int) -> jax.Array:
     )
 
 
-def _chunk_logprobs(hidden, head, targets):
-    logits = einsum_f32("...d,vd->...v", hidden, head.astype(hidden.dtype))
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
-
-
 def _split(x, axis, width):
-    """[..., n * width, ...] -> [n, ..., width, ...] with the chunks in front, ready for scan."""
-    axis = x.ndim + axis
+    """[..., T, ...] -> [n, ..., width, ...], filled up: the chunks in front, ready for scan."""
+    x = jnp.pad(x, [(0, -size % width if i == axis else 0) for i, size in enumerate(x.shape)])
     shape = (*x.shape[:axis], x.shape[axis] // width, width, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(keep, hidden, head, targets, where):
+    """Log-probs of all chunks: `[n, ..., w, D]`, `[V, D]`, `[n, ..., w]`, the same -> that."""
+    return _forward(keep, hidden, head, targets, where)[0]
+
+
+def _forward(keep, hidden, head, targets, where):
+    def chunk(hidden, targets):
+        logits = _logits(hidden, head)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return picked - total, total, logits if keep else None
+
+    def step(_, x):
+        where, *x = x
+        return None, _unless_empty(chunk, where, *x)
+
+    _, (logps, total, logits) = jax.lax.scan(step, None, (where, hidden, targets))
+    return logps, (hidden, head, targets, where, total, logits)
+
+
+def _backward(keep, kept, cotangents):
+    hidden, head, targets, where, total, logits = kept
+
+    def chunk(hidden, targets, total, cotangent, logits):
+        logits = logits if keep else _logits(hidden, head)
+        ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+        d = jnp.where(ids == targets[..., None], 1, 0) - jnp.exp(logits - total[..., None])
+        d = (cotangent[..., None] * d).astype(hidden.dtype)
+        d_hidden = einsum_f32("...v,vd->...d", d, head.astype(hidden.dtype))
+        axes = "abcdefg"[: targets.ndim]
+        d_head = einsum_f32(f"{axes}v,{axes}h->vh", d, hidden)
+        return d_hidden.astype(hidden.dtype), d_head
+
+    def step(d_head, x):
+        where, *x = x
+        d_hidden, here = _unless_empty(chunk, where, *x)
+        return d_head + here, d_hidden
+
+    chunks = (where, hidden, targets, total, cotangents, logits)
+    d_head, d_hidden = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
+    return d_hidden, d_head.astype(head.dtype), None, None
+
+
+_in_chunks.defvjp(_forward, _backward)
+
+
+def _unless_empty(chunk, where, *arrays):
+    """`chunk(*arrays)`, or zeros where nothing is asked for."""
+    if where is None:
+        return chunk(*arrays)
+
+    def zeros(*arrays):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk, *arrays))
+
+    return jax.lax.cond(jnp.any(where), chunk, zeros, *arrays)
+
+
+def _logits(hidden, head):
+    return einsum_f32("...d,vd->...v", hidden, head.astype(hidden.dtype))

@@ -26,6 +26,7 @@ from gvpo_jax.distributed import (
 from gvpo_jax.errors import UserError
 from gvpo_jax.mesh import batch_axes, batch_shardings, group_shards, shardings
 from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
+from gvpo_jax.plan import Plan, make_plan
 from gvpo_jax.programs import constrain, make_programs, mesh_on
 from gvpo_jax.remote import connect, server_engine
 from gvpo_jax.rollout import InProcessEngine, Rollout, Sampling
@@ -148,20 +149,23 @@ class Policy:
         """
         groups, k = batch.rewards.shape
         missing = np.arange(groups) if known is None else np.flatnonzero(~known)
-        ref_logps = np.array(batch.ref_logps)
         size = max(groups // self._config.train.micro_batches, 1)
         # All processes go through as many parts, also one that has fewer to score.
-        for start in range(0, agreed(len(missing)), size):
-            rows = missing[start : start + size]
-            wanted = size + -size % self._unit(size, k)  # one program, however many are missing
-            filled = np.concatenate([rows, np.zeros(wanted - len(rows), np.int64)])
-            part = {
-                "prompts": batch.prompts[filled],
-                "prompt_lengths": batch.prompt_lengths[filled],
-                "completions": batch.completions[filled],
-            }
-            scored = self._programs.score(self.reference, self._place(part, k))
-            ref_logps[rows] = to_host(scored)[: len(rows)]
+        parts = -(-agreed(len(missing)) // size)
+        if parts == 0:
+            return batch
+        wanted = parts * (size + -size % self._unit(size, k))
+        some = missing if len(missing) else np.zeros(1, np.int64)
+        asked = pad_groups(Batch(*(x[some] for x in batch)), wanted)
+        plan = self._plan(asked, parts)
+        scored = np.empty_like(asked.ref_logps)
+        for rows in plan.rows:
+            names = ("prompts", "prompt_lengths", "completions", "lengths")
+            part = {name: getattr(asked, name)[rows] for name in names}
+            on_devices = self._programs.score(self.reference, self._place(part, k), plan.stream)
+            scored[rows] = to_host(on_devices)
+        ref_logps = np.array(batch.ref_logps)
+        ref_logps[missing] = scored[: len(missing)]
         return batch._replace(ref_logps=ref_logps)
 
     def pad(self, batch: Batch, groups: int = 0) -> Batch:
@@ -178,15 +182,17 @@ class Policy:
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One update; returns metrics still on the device, so that the caller need not wait."""
-        k = batch.rewards.shape[1]
-        placed = Batch(**self._place(batch._asdict(), k))
-        self.state, metrics = self._programs.step(self.state, placed)
+        t, k = self._config.train, batch.rewards.shape[1]
+        plan = self._plan(batch, t.micro_batches, t.completion_parts)
+        order = plan.rows.T.ravel()  # which `split_groups` deals out into these parts
+        placed = self._place({name: x[order] for name, x in batch._asdict().items()}, k)
+        self.state, metrics = self._programs.step(self.state, Batch(**placed), plan.stream)
         self.updates += 1
         if self._config.reference.name == "ema":
             self.reference = self._programs.blend(
                 self.reference, self.state.params, self._config.reference.decay
             )
-        return metrics
+        return metrics | {"padding": plan.padding}
 
     def refresh_reference_if_due(self) -> None:
         """Make the current policy the reference, unless the last refresh is too recent."""
@@ -214,6 +220,17 @@ class Policy:
         self.reference = trees.get("reference", self.reference)
         self._reference_fingerprint = fingerprint(self.reference)
         self.updates, self.refreshed_at = int(self.state.step), refreshed_at
+
+    def _plan(self, batch: Batch, parts: int, completion_parts: int = 1) -> Plan:
+        """How to compute this process's groups."""
+        shards = group_shards(self.mesh) // jax.process_count()
+        return make_plan(
+            batch,
+            parts=parts,
+            completion_parts=completion_parts,
+            shards=shards if self._config.train.packing else 0,
+            agree=agreed,
+        )
 
     def _score_sequences(self, params, prompts, lengths, completions) -> np.ndarray:
         """Token log-probs of groups that all processes have; each computes its share."""

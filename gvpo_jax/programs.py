@@ -51,8 +51,10 @@ class Programs:
     Attributes:
         sampler: what `rollout.inprocess` samples with.
         init: `params -> TrainState`; takes the parameters over.
-        step: `(state, batch) -> (state, metrics)`, one update; takes the state over.
-        score: `(params, {"prompts", "prompt_lengths", "completions"}) -> [g, k, t]` log-probs.
+        step: `(state, batch, stream) -> (state, metrics)`, one update; takes the state over. It is
+            compiled for each `stream`, see `train_step.score`; default: None.
+        score: `(params, {"prompts", "prompt_lengths", "completions", "lengths"}, stream) ->
+            [g, k, t]` log-probs; without a stream it needs no lengths.
         blend: `(average, params, decay) -> average`; takes the average over.
         reference: `params -> params`, a copy to score with. An average needs float32; any other is
             kept in the dtype of the computation, which gives the same numbers in less memory.
@@ -81,7 +83,9 @@ def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
     def init(params: Any) -> TrainState:
         return init_state(params, optimizer)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Batch, stream: int | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         new, metrics = train_step(
             state,
             batch,
@@ -91,6 +95,7 @@ def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
             beta=config.loss.beta,
             micro_batches=config.train.micro_batches,
             completion_parts=config.train.completion_parts,
+            stream=stream,
         )
         return new, metrics | {"learning_rate": jnp.asarray(schedule(state.step))}
 
@@ -98,8 +103,10 @@ def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
     return Programs(
         sampler=_sampler(config, model, mesh, apply),
         init=jax.jit(init, out_shardings=layout, donate_argnums=0),
-        step=jax.jit(step, out_shardings=(layout, replicated(mesh)), donate_argnums=0),
-        score=jax.jit(functools.partial(_score, apply, mesh)),
+        step=jax.jit(
+            step, out_shardings=(layout, replicated(mesh)), donate_argnums=0, static_argnums=2
+        ),
+        score=jax.jit(functools.partial(_score, apply, mesh), static_argnums=2),
         blend=jax.jit(_blend, donate_argnums=0),
         reference=jax.jit(functools.partial(_copy_in, _reference_dtype(config))),
     )
@@ -147,8 +154,8 @@ def constrain(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout)
 
 
-def _score(model, mesh, params, batch):
-    logps = score(model, params, batch["prompts"], batch["prompt_lengths"], batch["completions"])
+def _score(model, mesh, params, batch, stream=None):
+    logps = score(model, params, **batch, stream=stream)
     return constrain(mesh, {"logps": logps})["logps"]
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gvpo_jax.batch import Batch, bucket, pad_prompts
+from gvpo_jax.batch import Batch, bucket, fraction, pad_prompts
 from gvpo_jax.errors import UserError
 
 UNKNOWN = -1  # a policy version or a reference that nobody noted
@@ -140,7 +140,7 @@ def make_batch(
         groups: at least one.
         longest_prompt: see `pad_prompts`.
         longest_completion: tokens of the longest completion there will be in the run, where it is
-            known; the width is a bucket up to that, see `bucket`.
+            known, see `gvpo_jax.batch.fraction`; else the width is a bucket.
         k: completions of the largest group there will be; default: of the largest here.
         agree: a size needed here -> the one that all processes take.
     """
@@ -149,7 +149,9 @@ def make_batch(
     )
     k = agree(max(k or 0, *(len(g.lengths) for g in groups)))
     longest = agree(max(int(g.lengths.max(initial=0)) for g in groups))
-    t = max(min(bucket(longest), longest_completion or bucket(longest)), longest)
+    t = bucket(longest)
+    if longest_completion is not None:
+        t = max(min(fraction(longest, longest_completion), longest_completion), longest)
     lengths = np.stack([_widen(g.lengths, k) for g in groups])
     rewards = np.stack([_widen(g.rewards, k) for g in groups])
     valid = ~np.isnan(rewards) & (lengths > 0)

@@ -17,8 +17,9 @@ from gvpo_jax.batch import (
     split_completions,
     split_groups,
 )
-from gvpo_jax.logprobs import completion_mask, token_logprobs
+from gvpo_jax.logprobs import CHUNK_TOKENS, KEEP_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
+from gvpo_jax.packing import make_stream
 from gvpo_jax.samples import UNKNOWN, Source
 
 Metrics = dict[str, jax.Array]
@@ -37,14 +38,55 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def score(model: Any, params: Any, prompts, prompt_lengths, completions) -> jax.Array:
+def score(
+    model: Any,
+    params: Any,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    completions: jax.Array,
+    lengths: jax.Array | None = None,
+    *,
+    stream: int | None = None,
+) -> jax.Array:
     """Token log-probs of given completions, `[g, k, t]` float32 nats, meaningless past a length.
 
     The policy and the reference are scored by this same function, with different parameters.
+
+    Args:
+        model: see `gvpo_jax.models.decoder.Apply`.
+        params: its parameters.
+        prompts: `[g, p]`, with their lengths `[g]`.
+        completions: `[g, k, t]`, with their lengths `[g, k]`, which only a stream needs.
+        stream: tokens that are computed in each of the parts that the model's devices cut a batch
+            into, see `gvpo_jax.packing.stream_size`; NaN is returned where they are too few. None:
+            all, with padding.
     """
-    hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
     head_vd = model.head(params)
-    return token_logprobs(hidden_gktd, head_vd, completions, chunk_tokens=model.chunk_tokens)
+    logprobs = functools.partial(
+        token_logprobs,
+        chunk_tokens=CHUNK_TOKENS * model.shards,
+        keep_bytes=KEEP_BYTES * model.shards,
+    )
+    if stream is None:
+        hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
+        return logprobs(hidden_gktd, head_vd, completions)
+    fed = completions[..., :-1]
+    layout = make_stream(
+        prompt_lengths,
+        jnp.maximum(lengths - 1, 0),
+        prompts.shape[1],
+        fed.shape[2],
+        shards=model.shards,
+        size=stream,
+    )
+    first_gd, rest_snd = model.stream_hidden(params, prompts, fed, layout)
+    first_gkd = jnp.broadcast_to(first_gd[:, None], (*completions.shape[:2], first_gd.shape[-1]))
+    first_gk = logprobs(first_gkd, head_vd, completions[..., 0])
+    targets_sn = layout.pack(jnp.zeros_like(prompts)[:, None], completions[..., 1:])[:, 0]
+    rest_sn = logprobs(rest_snd, head_vd, targets_sn, where=layout.of_completions)
+    _, rest_gkt = layout.unpack(rest_sn[:, None])
+    logps_gkt = jnp.concatenate([first_gk[..., None], rest_gkt], axis=2)
+    return jnp.where(layout.fits, logps_gkt, jnp.nan)
 
 
 def train_step(
@@ -57,6 +99,7 @@ def train_step(
     beta: float,
     micro_batches: int = 1,
     completion_parts: int = 1,
+    stream: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of groups; what the loss is divided by is counted once, over them all.
 
@@ -75,6 +118,7 @@ def train_step(
         micro_batches: parts of whole groups that the batch is cut into; where they do not divide,
             the last one is filled up.
         completion_parts: parts that the completions of each group are cut into, likewise.
+        stream: see `score`; of each part of the batch.
 
     Returns:
         The new state, and scalar metrics of the policy before the update.
@@ -89,13 +133,14 @@ def train_step(
     batch = batch._replace(old_logps=jnp.where(own, jnp.nan, batch.old_logps))
     advantages_gk = objective.advantages(batch.rewards, batch.valid)
     count = objective.count(advantages_gk, _mask(batch), batch.valid)
+    scorer = functools.partial(score, model, stream=stream)
     if completion_parts > 1:
         loss = functools.partial(_share_of, objective, batch, advantages_gk, count)
         grads, logps = _two_passes(
-            model, state.params, batch, loss, micro_batches, completion_parts
+            scorer, state.params, batch, loss, micro_batches, completion_parts
         )
     else:
-        gradient = jax.grad(functools.partial(_share, model, objective), has_aux=True)
+        gradient = jax.grad(functools.partial(_share, scorer, objective), has_aux=True)
         parts = split_groups((batch, advantages_gk), micro_batches)
         grads, logps = _accumulate(gradient, state.params, parts, count)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -116,9 +161,11 @@ def _check_shapes(batch: Batch) -> None:
     chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
-def _share(model, objective, params, batch: Batch, advantages_gk, count):
+def _share(scorer, objective, params, batch: Batch, advantages_gk, count):
     """This part's share of the batch's loss, and its token log-probs."""
-    logps_gkt = score(model, params, batch.prompts, batch.prompt_lengths, batch.completions)
+    logps_gkt = scorer(
+        params, batch.prompts, batch.prompt_lengths, batch.completions, batch.lengths
+    )
     share = _share_of(objective, batch, advantages_gk, count, logps_gkt)
     return share, jax.lax.stop_gradient(logps_gkt)
 
@@ -146,28 +193,30 @@ def _accumulate(gradient, params, parts, count):
     return grads, join_groups(logps)
 
 
-def _two_passes(model, params, batch: Batch, loss, micro_batches, completion_parts):
+def _two_passes(scorer, params, batch: Batch, loss, micro_batches, completion_parts):
     """As `_accumulate`, over parts of groups: scores first, then backward with known weights."""
 
-    def cut(x_gkt):
-        x = split_completions(split_groups(x_gkt, micro_batches), completion_parts)
+    def cut(x_gk):
+        x = split_completions(split_groups(x_gk, micro_batches), completion_parts)
         return x.reshape(-1, *x.shape[2:])
 
     def repeat(x):
         return jnp.repeat(split_groups(x, micro_batches), completion_parts, axis=0)
 
-    def score_part(part_params, part):
-        return score(model, part_params, *part)
-
-    parts = (repeat(batch.prompts), repeat(batch.prompt_lengths), cut(batch.completions))
-    _, scored = jax.lax.scan(lambda _, part: (None, score_part(params, part)), None, parts)
+    parts = (
+        repeat(batch.prompts),
+        repeat(batch.prompt_lengths),
+        cut(batch.completions),
+        cut(batch.lengths),
+    )
+    _, scored = jax.lax.scan(lambda _, part: (None, scorer(params, *part)), None, parts)
     scored = scored.reshape(micro_batches, completion_parts, *scored.shape[1:])
     logps_gkt = join_groups(join_completions(scored))
     weights = cut(jax.grad(loss)(logps_gkt))
 
     def add(total, part_and_weights):
         part, part_weights = part_and_weights
-        _, backward = jax.vjp(lambda p: score_part(p, part), params)
+        _, backward = jax.vjp(lambda p: scorer(p, *part), params)
         return jax.tree.map(jnp.add, total, backward(part_weights)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -14,10 +14,19 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 # Floors from the ground up; a string is a room, or several. A module may import the rooms of lower
 # floors and its own room's; on CORRIDORS all rooms of the floor.
 HOUSE = {
-    "core": ["gvpo_jax", "loss", "baselines", "groups", "attention", "logprobs", "precision"],
+    "core": [
+        "gvpo_jax",
+        "loss",
+        "baselines",
+        "groups",
+        "attention",
+        "logprobs",
+        "packing",
+        "precision",
+    ],
     "ground": [
-        "errors config config_check mesh kernels distributed preemption batch samples runfiles "
-        "formats intervals"
+        "errors config config_check mesh kernels distributed preemption batch plan samples "
+        "runfiles formats intervals"
     ],
     "models": ["models"],
     "stages": [

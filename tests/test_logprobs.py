@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +31,46 @@ def test_every_chunk_size_gives_the_exact_numbers(chunk_tokens):
     np.testing.assert_allclose(logps, numpy_logprobs(HIDDEN, HEAD, TARGETS), atol=2e-6)
 
 
-def test_gradients_do_not_depend_on_the_chunk_size():
+@pytest.mark.parametrize("chunk_tokens", [1024, 12])
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_gradients_are_those_of_the_plain_formula(chunk_tokens, keep_bytes):
     hidden, head = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(HEAD, jnp.float32)
     cotangent = jnp.asarray(RNG.normal(size=TARGETS.shape), jnp.float32)
 
-    def value(hidden, head, chunk_tokens):
-        return jnp.sum(cotangent * token_logprobs(hidden, head, TARGETS, chunk_tokens=chunk_tokens))
+    def chunked(hidden, head):
+        logps = token_logprobs(
+            hidden, head, TARGETS, chunk_tokens=chunk_tokens, keep_bytes=keep_bytes
+        )
+        return jnp.sum(cotangent * logps)
 
-    whole = jax.grad(value, (0, 1))(hidden, head, 1024)
-    chunked = jax.grad(value, (0, 1))(hidden, head, 12)
-    for a, b in zip(whole, chunked, strict=True):
+    def plain(hidden, head):
+        logits = jnp.einsum("gktd,vd->gktv", hidden, head, precision="highest")
+        logps = jax.nn.log_softmax(logits)
+        return jnp.sum(cotangent * jnp.take_along_axis(logps, TARGETS[..., None], -1)[..., 0])
+
+    ours, expected = (jax.grad(f, (0, 1))(hidden, head) for f in (chunked, plain))
+    for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["some", "none"])
+def test_positions_that_nobody_asks_for_change_nothing_and_chunks_of_them_cost_nothing(wanted):
+    """NaN in the hidden states of the empty chunks would show that they were computed."""
+    where = np.zeros(TARGETS.shape, bool)
+    where[..., :4] = wanted == "some"
+    hidden = jnp.asarray(HIDDEN, jnp.float32).at[..., 6:, :].set(jnp.nan)
+    head = jnp.asarray(HEAD, jnp.float32)
+
+    def total(hidden, head):
+        logps = token_logprobs(hidden, head, TARGETS, where=where, chunk_tokens=12)
+        return jnp.sum(jnp.where(where, logps, 0)), logps
+
+    (_, logps), (d_hidden, d_head) = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head)
+    expected = np.where(where, numpy_logprobs(HIDDEN, HEAD, TARGETS), 0)
+    np.testing.assert_allclose(np.where(where, logps, 0), expected, atol=2e-6)
+    assert np.isfinite(d_head).all()
+    assert (np.abs(d_head).max() > 0) == (wanted == "some")
+    np.testing.assert_array_equal(np.asarray(d_hidden)[~where], 0)
 
 
 def test_bfloat16_states_get_float32_logits():
@@ -49,21 +80,19 @@ def test_bfloat16_states_get_float32_logits():
 
 
 def test_memory_does_not_grow_with_length_times_vocabulary():
-    def temporaries(t):
+    def temporaries(t, keep_bytes):
         hidden = jax.ShapeDtypeStruct((1, 4, t, 16), jnp.float32)
         head = jax.ShapeDtypeStruct((8192, 16), jnp.float32)
         targets = jax.ShapeDtypeStruct((1, 4, t), jnp.int32)
-        grad = jax.grad(lambda h, w, y: token_logprobs(h, w, y, chunk_tokens=64).sum(), (0, 1))
-        return (
-            jax.jit(grad)
-            .lower(hidden, head, targets)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        logps = functools.partial(token_logprobs, chunk_tokens=64, keep_bytes=keep_bytes)
+        grad = jax.grad(lambda h, w, y: logps(h, w, y).sum(), (0, 1))
+        compiled = jax.jit(grad).lower(hidden, head, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * 8192 * 4  # bytes of one position's logits, all four rows
-    assert temporaries(1024) - temporaries(128) < (1024 - 128) * logits / 20
+    assert temporaries(1024, 0) - temporaries(128, 0) < (1024 - 128) * logits / 20
+    kept = temporaries(128, 128 * logits) - temporaries(128, 128 * logits - 1)
+    assert 0.9 < kept / (128 * logits) < 1.1
 
 
 def test_sequence_sums_stop_at_the_length():

@@ -30,7 +30,7 @@ def completion_hidden(params, prompts, prompt_lengths, completions):
 
 
 BIGRAM = SimpleNamespace(
-    completion_hidden=completion_hidden, head=lambda params: params["head"], chunk_tokens=1024
+    completion_hidden=completion_hidden, head=lambda params: params["head"], shards=1
 )
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 

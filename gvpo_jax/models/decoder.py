@@ -6,6 +6,7 @@ Parameters are a plain nested dict of arrays, the first argument of functions fo
     decode             one token of every completion [g, k] -> hidden [g, k, d], the grown cache
     completion_hidden  prompts [g, p], completions [g, k, t] -> [g, k, t, d], the hidden states
                        that predict the completions' tokens
+    stream_hidden      the same without padding: [g, d] and [s, n, d], see `gvpo_jax.packing`
 
 Each prompt is computed once, whatever k. Axes as in `gvpo_jax.attention`; b, h: widths and heads.
 """
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gvpo_jax.attention import Int8, Prefix, Stored, attend, causal, stored
-from gvpo_jax.logprobs import CHUNK_TOKENS, completion_mask
+from gvpo_jax.logprobs import completion_mask
+from gvpo_jax.packing import Stream, attend_unpacked
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
@@ -114,18 +116,20 @@ class Attention(nnx.Module):
         if self.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, rope), _rotate(keys, rope)
-        keys, values = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
-        if cache is None:
-            out = self.on.attention(queries, keys, values, prefix)
+        kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
+        if isinstance(at, Stream):
+            out = attend_unpacked(self.on.attention, self.on.constrain, at, queries, keys, values)
+        elif cache is None:
+            out = self.on.attention(queries, *kv, prefix)
         else:
             before_gk, place = at
-            keys, values = _write(cache[0], keys, place), _write(cache[1], values, place)
-            size = jax.tree.leaves(keys)[0].shape[3]
+            kv = _write(cache[0], kv[0], place), _write(cache[1], kv[1], place)
+            size = jax.tree.leaves(kv)[0].shape[3]
             age = (place - jnp.arange(size)) % size
             so_far = age[None, None, None] <= before_gk[..., None, None]
-            out = attend(queries, keys, values, so_far, prefix)
+            out = attend(queries, *kv, so_far, prefix)
         out = self.on.constrain("heads", out)
-        return self.o(out.reshape(g, k, t, -1)), (keys, values)
+        return self.o(out.reshape(g, k, t, -1)), kv
 
 
 class MLP(nnx.Module):
@@ -155,7 +159,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A stack of blocks over one stream of tokens `[g, k, t]`; prompts are a stream with k = 1."""
+    """A stack of blocks over tokens `[g, k, t]`; k = 1 for prompts and for a `Stream` of them."""
 
     def __init__(
         self, c: DecoderConfig, *, dtype: Any, remat: Remat, on: Placement, rngs: nnx.Rngs
@@ -175,7 +179,7 @@ class Decoder(nnx.Module):
         positions_gkt: jax.Array,
         prefix: list[Prefix] | None = None,
         cache: list[KeysValues] | None = None,
-        at: tuple[jax.Array, jax.Array] | None = None,
+        at: tuple[jax.Array, jax.Array] | Stream | None = None,
     ) -> tuple[jax.Array, list[KeysValues]]:
         # Looked up in float32, so that the gradients of a frequent token add up in it.
         x = self.on.constrain("embedded", jnp.take(self.embed.embedding[...], tokens_gkt, axis=0))
@@ -206,8 +210,12 @@ class Apply:
             before. They lie at the places just before `place` in the cache, which is a ring.
         completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) ->
             [G, k, T, D]`, the hidden states that predict each completion token.
+        stream_hidden: `(params, prompts [G, P], completions [G, k, T - 1], stream) ->
+            (first [G, D], rest [S, n, D])`, the same for a `gvpo_jax.packing.Stream` of them: what
+            predicts the first tokens of a group, and in each completion token's place what predicts
+            the next one. None: the model has no such function.
         head: `params -> [V, D]`, the output embedding.
-        chunk_tokens: positions of a whole batch whose logits may exist at once.
+        shards: parts that the devices cut a batch into, group by group.
     """
 
     prefill: Callable[..., Any]
@@ -215,7 +223,8 @@ class Apply:
     decode: Callable[..., Any]
     completion_hidden: Callable[..., jax.Array]
     head: Callable[[Params], jax.Array]
-    chunk_tokens: int = CHUNK_TOKENS
+    shards: int = 1
+    stream_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
 def make_apply(
@@ -253,7 +262,8 @@ def make_apply(
         decode=lambda params, *arrays: _decode(model(params), *arrays),
         completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
         head=head,
-        chunk_tokens=CHUNK_TOKENS * on.shards,
+        shards=on.shards,
+        stream_hidden=lambda params, *arrays: _stream_hidden(model(params), *arrays),
     )
 
 
@@ -352,6 +362,20 @@ def _completion_hidden(model, prompts_gp, lengths_g, completions_gkt):
     )
     rest, _ = model(inputs, positions, prefix)
     return jnp.concatenate([first, rest], axis=2)
+
+
+def _stream_hidden(model, prompts_gp, completions_gkt, stream: Stream):
+    g, p = prompts_gp.shape
+    ends = stream.prompt_lengths[:, None, None]
+    positions = (
+        jnp.broadcast_to(jnp.arange(p)[None, None], (g, 1, p)),
+        jnp.broadcast_to(
+            ends + jnp.arange(completions_gkt.shape[2])[None, None], completions_gkt.shape
+        ),
+    )
+    tokens = stream.pack(prompts_gp[:, None], completions_gkt)
+    hidden, _ = model(tokens, stream.pack(*positions), at=stream)
+    return stream.last_of_prompts(hidden), hidden[:, 0]
 
 
 def _head(config, params):
