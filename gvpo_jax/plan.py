@@ -65,8 +65,8 @@ def stream_size(tokens: int, full: int) -> int | None:
     """
     size = full
     while True:
-        smaller = -(-int(size / _STEP) // 8) * 8
-        if smaller < tokens or smaller >= size:
+        smaller = min(-(-int(size / _STEP) // 8), (size - 1) // 8) * 8
+        if smaller < max(tokens, 1):
             return size if size < full else None
         size = smaller
 

@@ -1,4 +1,6 @@
-"""The shared-prefix route against the plain one that repeats the prompt k times."""
+"""The shared-prefix routes, padded and packed, against the plain one with the prompt k times."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,15 @@ import numpy as np
 import pytest
 
 from gvpo_jax.logprobs import completion_mask, token_logprobs
-from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, init_params, make_apply
+from gvpo_jax.models.decoder import (
+    DecoderConfig,
+    Placement,
+    RopeScaling,
+    full_logits,
+    init_params,
+    make_apply,
+)
+from gvpo_jax.train_step import score
 
 G, K, P, T = 3, 4, 7, 6
 SHAPE = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2}
@@ -64,13 +74,37 @@ def shared_logprobs(config, params, prompts, prompt_lengths, completions, length
     return jnp.where(completion_mask(lengths, T), logps, 0)
 
 
-def test_log_probs_equal_those_of_repeated_prompts(case):
+def packed_logprobs(config, params, *arrays, shards=1, spare=0, **options):
+    apply = make_apply(config, on=Placement(shards=shards), **options)
+    prompt_lengths, lengths = arrays[1], arrays[3]
+    fed = (prompt_lengths + (lengths - 1).sum(axis=1)).reshape(shards, -1).sum(axis=1).max()
+    logps = score(apply, params, *arrays, stream=int(fed) + spare)
+    return jnp.where(completion_mask(lengths, T), logps, 0)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        shared_logprobs,
+        packed_logprobs,
+        functools.partial(packed_logprobs, spare=5),
+        functools.partial(packed_logprobs, shards=3, spare=2),
+    ],
+)
+def test_log_probs_equal_those_of_repeated_prompts(case, route):
     config, params, *rest = case
     shared, plain = (
         jax.jit(lambda p, route=route: route(config, p, *rest))(params)
-        for route in (shared_logprobs, repeated_logprobs)
+        for route in (route, repeated_logprobs)
     )
     np.testing.assert_allclose(shared, plain, atol=1e-5)
+
+
+def test_a_stream_too_short_gives_no_wrong_number(case):
+    config, params, *rest = case
+    logps = jax.jit(lambda p: packed_logprobs(config, p, *rest, spare=-1))(params)
+    lengths = rest[-1]
+    assert np.isnan(np.asarray(logps)[np.arange(T) < lengths[..., None]]).all()
 
 
 def test_gradients_equal_those_of_repeated_prompts(case):
@@ -82,8 +116,13 @@ def test_gradients_equal_those_of_repeated_prompts(case):
         return jax.jit(jax.grad(value))(params)
 
     plain = gradient(repeated_logprobs)
-    for options in ({}, {"remat": "dots"}, {"remat": "layer"}):
-        shared = gradient(shared_logprobs, **options)
+    for route, options in (
+        (shared_logprobs, {}),
+        (shared_logprobs, {"remat": "dots"}),
+        (packed_logprobs, {"spare": 3}),
+        (packed_logprobs, {"shards": 3, "remat": "layer"}),
+    ):
+        shared = gradient(route, **options)
         for (path, a), b in zip(
             jax.tree.leaves_with_path(plain), jax.tree.leaves(shared), strict=True
         ):
