@@ -20,6 +20,9 @@ CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files
 class RunConfig:
     dir: str = "runs/run"  # holds everything the run writes; a second start on it resumes
     seed: int = 0  # data order, sampling
+    # Where the command line keeps compiled programs for the next start, on each machine; null:
+    # nowhere. JAX_COMPILATION_CACHE_DIR goes first.
+    compilation_cache: str | None = "~/.cache/gvpo-jax"
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,7 @@ class Config:
 # A resumed run may change these: they touch neither what was computed nor what will be.
 _FREE = (
     "run.dir",
+    "run.compilation_cache",
     "model.attention",
     "model.remat",
     "rollout.tensor",

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens from hidden states, without ever holding logits of every position."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def token_logprobs(
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
     wanted = None if where is None else split(jnp.broadcast_to(where, targets.shape))
     keep = targets.size * len(head) * 4 <= keep_bytes
-    logps = _in_chunks(keep, split(hidden), head, split(targets), wanted)
+    logps: Any = _in_chunks(keep, split(hidden), head, split(targets), wanted)
     return jnp.moveaxis(logps, 0, -2).reshape(*targets.shape[:-1], -1)[..., :t]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gvpo_jax.config import Config
 from gvpo_jax.data import load_rows
 from gvpo_jax.distributed import is_first, start, together
@@ -127,6 +129,9 @@ def _join(config: Config) -> None:
         initialization_timeout=d.initialization_timeout,
         heartbeat_timeout=d.heartbeat_timeout,
     )
+    cache = "jax_compilation_cache_dir"
+    if config.run.compilation_cache and getattr(jax.config, cache) is None:
+        jax.config.update(cache, str(Path(config.run.compilation_cache).expanduser()))
 
 
 def _reward_funcs(config: Config) -> list[Callable[..., Any]]:

@@ -57,9 +57,9 @@ def score(
         params: its parameters.
         prompts: `[g, p]`, with their lengths `[g]`.
         completions: `[g, k, t]`, with their lengths `[g, k]`, which only a stream needs.
-        stream: tokens that are computed in each of the parts that the model's devices cut a batch
-            into, see `gvpo_jax.packing.stream_size`; NaN is returned where they are too few. None:
-            all, with padding.
+        stream: tokens to compute in each of the `model.shards` parts of the batch, see
+            `gvpo_jax.plan.make_plan`; all is NaN where they are too few. None, or for a model
+            without `stream_hidden`: all tokens, padding too.
     """
     head_vd = model.head(params)
     logprobs = functools.partial(
@@ -67,7 +67,7 @@ def score(
         chunk_tokens=CHUNK_TOKENS * model.shards,
         keep_bytes=KEEP_BYTES * model.shards,
     )
-    if stream is None:
+    if stream is None or lengths is None or model.stream_hidden is None:
         hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
         return logprobs(hidden_gktd, head_vd, completions)
     fed = completions[..., :-1]

@@ -1,6 +1,7 @@
 """The command line: a short run with all its commands, and one line for every mistake."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from gvpo_jax.config import load_config
 from gvpo_jax.models import export_model, load_model
 from gvpo_jax.runfolder import claim
 
+FLAGS = "GVPO_TESTS_XLA_FLAGS"
 DEBUG = str(Path(__file__).parent.parent / "configs" / "debug.yaml")
 SHORT = ["train.steps=2", "train.batch_size=2", "data.eval_size=2", "eval.every=0", "mesh.fsdp=1"]
 
@@ -262,3 +264,12 @@ def test_the_same_from_a_shell(tmp_path, overrides, stdout):
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stdout == stdout
     assert not run.exists()
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
+    arguments = [*SHORT, "train.steps=1", "data.eval_size=0", f"run.dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "HOME": str(tmp_path), "XLA_FLAGS": os.environ[FLAGS]}
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # these tests' own
+    command = [sys.executable, "-m", "gvpo_jax", "train", DEBUG, *arguments]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert any((tmp_path / ".cache" / "gvpo-jax").glob("jit_step*"))
