@@ -24,12 +24,12 @@ def train(w, folder, device):
     }
     policy = Policy(override(Config(), **settings))
     arrays, gk = batch(w), (w.g, w.k)
-    per_token = np.repeat(arrays.ref_logps[..., None] / w.t, w.t, axis=-1)
+    per_token = np.full(arrays.mask.shape, -np.log(w.vocab), np.float32)
     given = Batch(
         prompts=arrays.prompts,
         prompt_lengths=np.full(w.g, w.p, np.int32),
         completions=arrays.completions,
-        lengths=np.full(gk, w.t, np.int32),
+        lengths=w.lengths.astype(np.int32),
         rewards=arrays.rewards,
         valid=np.ones(gk, bool),
         ref_logps=per_token,
@@ -37,7 +37,7 @@ def train(w, folder, device):
         source=np.zeros(gk, np.int32),
         version=np.zeros(gk, np.int32),
     )
-    scored = policy.with_reference(given).ref_logps
+    scored = policy.with_reference(given).ref_logps * arrays.mask
 
     def update():
         float(policy.update(given)["loss"])

@@ -25,7 +25,9 @@ def train(w, folder, device):
     prompts = torch.tensor(arrays.prompts).long().repeat_interleave(w.k, dim=0)
     completions = torch.tensor(arrays.completions).long().reshape(w.g * w.k, w.t)
     tokens = torch.cat([prompts, completions], dim=1).to(where(device))
-    rewards, refs = (torch.tensor(x).to(where(device)) for x in (arrays.rewards, arrays.ref_logps))
+    rewards, refs, mask = (
+        torch.tensor(x).to(where(device)) for x in (arrays.rewards, arrays.ref_logps, arrays.mask)
+    )
 
     def logps_gk():
         # Without the prompts' logits, and without the last token's successor.
@@ -34,7 +36,7 @@ def train(w, folder, device):
         flat = torch.nn.functional.cross_entropy(
             logits.reshape(-1, w.vocab), targets.reshape(-1), reduction="none"
         )
-        return -flat.reshape(w.g, w.k, w.t).sum(-1)
+        return -(flat.reshape(w.g, w.k, w.t) * mask).sum(-1)
 
     def centred(x):
         return x - x.mean(-1, keepdim=True)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from workloads import ON_CPU, ON_GPU, WORKLOADS, Workload, write_model
+from workloads import ON_CPU, ON_GPU, WORKLOADS, Workload, workload, write_model
 
 HERE = Path(__file__).parent
 CONTESTANTS = {
@@ -52,6 +52,7 @@ def main() -> None:
 
 def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> dict:
     """A row for each contestant that ran, and why another did not."""
+    w = workload(name, task)
     rows: dict[str, dict] = {}
     workers: dict[str, Worker] = {}
     try:
@@ -70,15 +71,17 @@ def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> d
                     rows[contestant] |= {x: y for x, y in time.items() if x == "error"}
         for contestant, worker in workers.items():
             if "error" not in rows[contestant]:
-                rows[contestant] |= figures(WORKLOADS[name], times[contestant], rows[contestant])
+                rows[contestant] |= figures(w, times[contestant], rows[contestant])
                 rows[contestant] |= worker.ask("end")
     finally:
         for worker in workers.values():
             worker.process.kill()
             worker.process.wait()
-    check_same_work(WORKLOADS[name], rows)
-    add_shares(task, WORKLOADS[name], rows, ceilings := measured_ceilings(name, options))
+    check_same_work(w, rows)
+    add_shares(task, w, rows, ceilings := measured_ceilings(name, options))
     here = {"machine": machine(options.device), "threads": options.threads, "ceilings": ceilings}
+    if task == "train":
+        here["ideal"] = w.ideal
     return here | {"rounds": options.rounds, "contestants": rows}
 
 
@@ -204,7 +207,8 @@ def as_text(name: str, task: str, row: dict) -> str:
         )
     peers = [rate for contestant, rate in rates.items() if contestant != "ours"]
     if peers and "ours" in rates:
-        lines.append(f"  ours / best peer: {rates['ours'] / max(peers):.2f}")
+        ideal = f", ideal {row['ideal']:.2f}" if "ideal" in row else ""
+        lines.append(f"  ours / best peer: {rates['ours'] / max(peers):.2f}{ideal}")
     return "\n".join(lines)
 
 

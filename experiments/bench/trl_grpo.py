@@ -44,7 +44,7 @@ def train(w, folder, device):
         "prompt_ids": torch.tensor(arrays.prompts).long().repeat_interleave(w.k, dim=0),
         "prompt_mask": torch.ones(rows, w.p, dtype=torch.long),
         "completion_ids": torch.tensor(arrays.completions).long().reshape(rows, w.t),
-        "completion_mask": torch.ones(rows, w.t, dtype=torch.long),
+        "completion_mask": torch.tensor(arrays.mask).long().reshape(rows, w.t),
         "advantages": torch.tensor(rewards / arrays.rewards.std(-1, keepdims=True)).reshape(-1),
         "num_items_in_batch": torch.tensor(w.tokens),
     }
@@ -62,6 +62,6 @@ def train(w, folder, device):
     tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     with torch.no_grad():
         logps, *_ = trainer._get_per_token_logps_and_entropies(
-            model, tokens, torch.ones_like(tokens), w.t
+            model, tokens, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1), w.t
         )
-    return update, logps.sum(-1).tolist()
+    return update, (logps * inputs["completion_mask"]).sum(-1).tolist()

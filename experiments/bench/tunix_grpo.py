@@ -95,7 +95,7 @@ def train(w, folder, device):
         prompt_ids=jnp.asarray(np.repeat(arrays.prompts, w.k, axis=0)),
         prompt_mask=jnp.ones((rows, w.p), jnp.int32),
         completion_ids=jnp.asarray(arrays.completions.reshape(rows, w.t)),
-        completion_mask=jnp.ones((rows, w.t), jnp.int32),
+        completion_mask=jnp.asarray(arrays.mask.reshape(rows, w.t)),
         advantages=jnp.asarray(rewards / arrays.rewards.std(-1, keepdims=True)).reshape(-1),
         ref_per_token_logps=None,
         old_per_token_logps=None,
@@ -112,7 +112,7 @@ def train(w, folder, device):
         cluster.update_actor([example], None)
         jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
 
-    return update, jnp.sum(scored, axis=-1).tolist()
+    return update, jnp.sum(scored * example.completion_mask, axis=-1).tolist()
 
 
 def rollout(w, folder, device):

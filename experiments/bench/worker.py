@@ -13,17 +13,17 @@ from pathlib import Path
 
 
 def main() -> None:
-    contestant, task, workload, folder, device = sys.argv[1:]
+    contestant, task, name, folder, device = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def answer(**values) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    from workloads import WORKLOADS
+    from workloads import workload
 
     module = importlib.import_module(contestant)
-    once, check = getattr(module, task)(WORKLOADS[workload], Path(folder), device)
+    once, check = getattr(module, task)(workload(name, task), Path(folder), device)
     first = timed(once)
     answer(first_seconds=first["seconds"], check=check)
     for line in sys.stdin:

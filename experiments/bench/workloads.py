@@ -8,7 +8,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model's shape and a batch: g prompts of p tokens, k completions of t tokens for each."""
+    """A model's shape and a batch: g prompts of p tokens, k completions of t tokens for each.
+
+    mixed: the completions to train on have lognormal lengths, cut at t.
+    """
 
     vocab: int
     width: int
@@ -22,11 +25,20 @@ class Workload:
     t: int
     family: str = "llama"
     dtype: str = "float32"
+    mixed: bool = False
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of the completions, `[g, k]`; a batch without its padding, with a median of t / 8."""
+        if not self.mixed:
+            return np.full((self.g, self.k), self.t)
+        drawn = np.random.default_rng(1).lognormal(np.log(self.t / 8), 1.0, (self.g, self.k))
+        return np.clip(drawn, 1, self.t).astype(int)
 
     @property
     def tokens(self) -> int:
         """Of the completions: what both tasks are counted in."""
-        return self.g * self.k * self.t
+        return int(self.lengths.sum())
 
     @property
     def weights(self) -> int:
@@ -43,7 +55,7 @@ class Workload:
         """
         head = self.vocab * self.width
         prompts, pairs = self.g * self.p, self.g * self.p**2 / 2
-        pairs += self.tokens * (self.p + self.t / 2)
+        pairs += float(np.sum(self.lengths * (self.p + self.lengths / 2)))
         products = (self.weights - head) * (prompts + self.tokens) + head * self.tokens
         return 6 * products + 12 * self.layers * self.width * pairs
 
@@ -60,8 +72,8 @@ class Workload:
 
     @property
     def ideal(self) -> float:
-        """How many times fewer tokens the model sees with each prompt computed once."""
-        return self.k * (self.p + self.t) / (self.p + self.k * self.t)
+        """How many times fewer tokens the model sees with each prompt once, and no padding."""
+        return self.g * self.k * (self.p + self.t) / (self.g * self.p + self.tokens)
 
 
 TINY = {"vocab": 8192, "width": 256, "feed_forward": 1024, "layers": 4, "heads": 8, "kv_heads": 4}
@@ -70,12 +82,13 @@ SMOLLM2 = {
 }  # fmt: skip
 QWEN = {"vocab": 151_936, "family": "qwen2", "dtype": "bfloat16", "p": 256, "k": 8, "kv_heads": 2}
 WORKLOADS = {
-    "small": Workload(512, 64, 128, 2, 4, 2, g=2, k=4, p=16, t=16),
+    "small": Workload(512, 64, 128, 2, 4, 2, g=2, k=4, p=16, t=16, mixed=True),
     "tiny": Workload(**TINY, g=4, k=8, p=32, t=64),
     "smollm2": Workload(**SMOLLM2, g=4, k=8, p=32, t=32),
     "long_prompt": Workload(**TINY, g=2, k=8, p=1024, t=128),
     "long_completion": Workload(**TINY, g=2, k=4, p=64, t=1024),
     "large_vocabulary": Workload(**TINY | {"vocab": 151_936}, g=4, k=8, p=32, t=64),
+    "mixed_lengths": Workload(**TINY, g=4, k=8, p=64, t=512, mixed=True),
     # Qwen2.5's shapes, for a GPU
     "qwen2.5-0.5b": Workload(**QWEN, width=896, feed_forward=4864, layers=24, heads=14, g=8, t=256),
     "qwen2.5-1.5b": Workload(
@@ -83,27 +96,39 @@ WORKLOADS = {
     ),
 }
 ROPE_THETA = 1_000_000  # the one that Tunix's Llama takes, whatever its config says
-ON_CPU = ("tiny", "smollm2", "long_prompt", "long_completion", "large_vocabulary")
+ON_CPU = ("tiny", "smollm2", "long_prompt", "long_completion", "large_vocabulary", "mixed_lengths")
 ON_GPU = ("qwen2.5-0.5b", "qwen2.5-1.5b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A batch: prompts [g, p], completions [g, k, t], rewards and reference log-probs [g, k]."""
+    """A batch: prompts [g, p], completions [g, k, t], rewards and reference log-probs [g, k].
+
+    mask: [g, k, t], 1 where there is a token; 0 where there is padding, whose token is 0.
+    """
 
     prompts: np.ndarray
     completions: np.ndarray
+    mask: np.ndarray
     rewards: np.ndarray
     ref_logps: np.ndarray
 
 
+def workload(name: str, task: str) -> Workload:
+    """What there is to do; nobody ends a text while sampling."""
+    w = WORKLOADS[name]
+    return w if task == "train" else dataclasses.replace(w, mixed=False)
+
+
 def batch(w: Workload) -> Arrays:
     rng = np.random.default_rng(0)
+    mask = np.arange(w.t) < w.lengths[..., None]
     return Arrays(
         prompts=rng.integers(1, w.vocab - 1, (w.g, w.p)).astype(np.int32),
-        completions=rng.integers(1, w.vocab - 1, (w.g, w.k, w.t)).astype(np.int32),
+        completions=(rng.integers(1, w.vocab - 1, mask.shape) * mask).astype(np.int32),
+        mask=mask.astype(np.int32),
         rewards=rng.random((w.g, w.k)).astype(np.float32),
-        ref_logps=np.full((w.g, w.k), -w.t * np.log(w.vocab), np.float32),
+        ref_logps=(-w.lengths * np.log(w.vocab)).astype(np.float32),
     )
 
 
