@@ -9,8 +9,7 @@ from jax.typing import ArrayLike
 
 from gvpo_jax.precision import einsum_f32
 
-CHUNK_TOKENS = 1024
-KEEP_BYTES = 2**29
+CHUNK_BYTES, KEEP_BYTES = 2**28, 2**29
 
 
 def token_logprobs(
@@ -19,15 +18,15 @@ def token_logprobs(
     targets: jax.Array,
     *,
     where: jax.Array | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_bytes: int = CHUNK_BYTES,
     keep_bytes: int = KEEP_BYTES,
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
     Positions are worked off in chunks of the T axis. A chunk's logits are computed again in the
-    backward pass, unless those of all positions are few enough to be kept. So peak memory follows
-    `chunk_tokens` x V and `keep_bytes`, and not T x V. The leading axes stay whole, so that a batch
-    sharded over devices stays where it is.
+    backward pass, unless those of all positions are few enough to be kept. So peak memory grows
+    neither with T nor with V. The leading axes stay whole, so that a batch sharded over devices
+    stays where it is.
 
     Args:
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
@@ -35,9 +34,9 @@ def token_logprobs(
         targets: `[..., T]` token ids in [0, V).
         where: `[..., T]` booleans, positions that are asked for: what the others get means nothing,
             and a chunk without any is not computed. Default: all.
-        chunk_tokens: positions, over all leading axes together, whose logits may exist at once; a
-            batch that is cut over devices takes that many times more.
-        keep_bytes: what the logits of all positions may take to be kept, on all devices together.
+        chunk_bytes: what the float32 logits of a chunk may take, on all devices together; a chunk
+            has one position of each row at least.
+        keep_bytes: what those of all positions may take to be kept.
 
     Returns:
         `[..., T]` float32, in nats.
@@ -51,11 +50,11 @@ def token_logprobs(
             "[..., T, D], [V, D] and [..., T]"
         )
     t = targets.shape[-1]
-    rows = max(targets.size // max(t, 1), 1)
-    width = max(min(chunk_tokens // rows, t), 1)
+    bytes_of_all = targets.size * len(head) * 4
+    width = max(min(chunk_bytes * t // max(bytes_of_all, 1), t), 1)
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
     wanted = None if where is None else split(jnp.broadcast_to(where, targets.shape))
-    keep = targets.size * len(head) * 4 <= keep_bytes
+    keep = bytes_of_all <= keep_bytes
     logps: Any = _in_chunks(keep, split(hidden), head, split(targets), wanted)
     return jnp.moveaxis(logps, 0, -2).reshape(*targets.shape[:-1], -1)[..., :t]
 

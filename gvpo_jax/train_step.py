@@ -17,7 +17,7 @@ from gvpo_jax.batch import (
     split_completions,
     split_groups,
 )
-from gvpo_jax.logprobs import CHUNK_TOKENS, KEEP_BYTES, completion_mask, token_logprobs
+from gvpo_jax.logprobs import CHUNK_BYTES, KEEP_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
 from gvpo_jax.packing import make_stream
 from gvpo_jax.samples import UNKNOWN, Source
@@ -64,7 +64,7 @@ def score(
     head_vd = model.head(params)
     logprobs = functools.partial(
         token_logprobs,
-        chunk_tokens=CHUNK_TOKENS * model.shards,
+        chunk_bytes=CHUNK_BYTES * model.shards,
         keep_bytes=KEEP_BYTES * model.shards,
     )
     if stream is None or lengths is None or model.stream_hidden is None:

@@ -10,6 +10,7 @@ from gvpo_jax.logprobs import completion_mask, sequence_logprobs, token_logprobs
 RNG = np.random.default_rng(0)
 HIDDEN, HEAD = RNG.normal(size=(2, 3, 11, 8)), RNG.normal(size=(29, 8))
 TARGETS = RNG.integers(0, 29, (2, 3, 11))
+LOGITS = 29 * 4  # bytes of one position's
 
 
 def numpy_logprobs(hidden, head, targets):
@@ -25,7 +26,7 @@ def test_every_chunk_size_gives_the_exact_numbers(chunk_tokens):
         jnp.asarray(HIDDEN, jnp.float32),
         jnp.asarray(HEAD, jnp.float32),
         TARGETS,
-        chunk_tokens=chunk_tokens,
+        chunk_bytes=chunk_tokens * LOGITS,
     )
     assert logps.dtype == jnp.float32
     np.testing.assert_allclose(logps, numpy_logprobs(HIDDEN, HEAD, TARGETS), atol=2e-6)
@@ -39,7 +40,7 @@ def test_gradients_are_those_of_the_plain_formula(chunk_tokens, keep_bytes):
 
     def chunked(hidden, head):
         logps = token_logprobs(
-            hidden, head, TARGETS, chunk_tokens=chunk_tokens, keep_bytes=keep_bytes
+            hidden, head, TARGETS, chunk_bytes=chunk_tokens * LOGITS, keep_bytes=keep_bytes
         )
         return jnp.sum(cotangent * logps)
 
@@ -62,7 +63,7 @@ def test_positions_that_nobody_asks_for_change_nothing_and_chunks_of_them_cost_n
     head = jnp.asarray(HEAD, jnp.float32)
 
     def total(hidden, head):
-        logps = token_logprobs(hidden, head, TARGETS, where=where, chunk_tokens=12)
+        logps = token_logprobs(hidden, head, TARGETS, where=where, chunk_bytes=12 * LOGITS)
         return jnp.sum(jnp.where(where, logps, 0)), logps
 
     (_, logps), (d_hidden, d_head) = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head)
@@ -80,17 +81,19 @@ def test_bfloat16_states_get_float32_logits():
 
 
 def test_memory_does_not_grow_with_length_times_vocabulary():
-    def temporaries(t, keep_bytes):
+    def temporaries(t, keep_bytes=0, v=8192):
         hidden = jax.ShapeDtypeStruct((1, 4, t, 16), jnp.float32)
-        head = jax.ShapeDtypeStruct((8192, 16), jnp.float32)
+        head = jax.ShapeDtypeStruct((v, 16), jnp.float32)
         targets = jax.ShapeDtypeStruct((1, 4, t), jnp.int32)
-        logps = functools.partial(token_logprobs, chunk_tokens=64, keep_bytes=keep_bytes)
+        logps = functools.partial(token_logprobs, chunk_bytes=2**21, keep_bytes=keep_bytes)
         grad = jax.grad(lambda h, w, y: logps(h, w, y).sum(), (0, 1))
         compiled = jax.jit(grad).lower(hidden, head, targets).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * 8192 * 4  # bytes of one position's logits, all four rows
-    assert temporaries(1024, 0) - temporaries(128, 0) < (1024 - 128) * logits / 20
+    assert temporaries(1024) - temporaries(128) < (1024 - 128) * logits / 20
+    heads = 2 * (32768 - 8192) * 16 * 4  # the head's own gradient, and a chunk's share of it
+    assert temporaries(128, v=32768) - temporaries(128) < 2**20 + heads
     kept = temporaries(128, 128 * logits) - temporaries(128, 128 * logits - 1)
     assert 0.9 < kept / (128 * logits) < 1.1
 

@@ -189,7 +189,7 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks():
 
         def total(params):
             return jnp.sum(
-                token_logprobs(hidden.astype(dtype), head(params), tokens, chunk_tokens=2)
+                token_logprobs(hidden.astype(dtype), head(params), tokens, chunk_bytes=2 * 64 * 4)
             )
 
         return jax.grad(total)(params)["head"]["kernel"]

@@ -70,7 +70,7 @@ def repeated_logprobs(config, params, prompts, prompt_lengths, completions, leng
 def shared_logprobs(config, params, prompts, prompt_lengths, completions, lengths, **options):
     apply = make_apply(config, **options)
     hidden = apply.completion_hidden(params, prompts, prompt_lengths, completions)
-    logps = token_logprobs(hidden, apply.head(params), completions, chunk_tokens=24)
+    logps = token_logprobs(hidden, apply.head(params), completions, chunk_bytes=24 * 61 * 4)
     return jnp.where(completion_mask(lengths, T), logps, 0)
 
 
