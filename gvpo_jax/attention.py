@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gvpo_jax.precision import einsum_f32
 
@@ -110,10 +109,10 @@ def causal(
     out = []
     for start in range(0, t, size):
         end = min(start + size, t)
-        mask_ts = np.arange(end) <= np.arange(start, end)[:, None]
+        mask_ts = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
         queries = queries_gkthd[:, :, start:end]
         keys, values = keys_gknsd[:, :, :, :end], values_gknsd[:, :, :, :end]
-        out.append(attend(queries, keys, values, jnp.asarray(mask_ts)[None, None], prefix))
+        out.append(attend(queries, keys, values, mask_ts[None, None], prefix))
     return jnp.concatenate(out, axis=2)
 
 

@@ -59,7 +59,7 @@ def pad_prompts(
     if len(lengths) == 0 or lengths.min() == 0:
         raise ValueError("every prompt needs at least one token: give it some text")
     width = int(lengths.max())
-    width = agree(bucket(width) if longest is None else fraction(width, longest))
+    width = agree(bucket(width) if longest is None else part_of_longest(width, longest))
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -77,7 +77,7 @@ def bucket(length: int, smallest: int = 16) -> int:
     return size
 
 
-def fraction(length: int, longest: int) -> int:
+def part_of_longest(length: int, longest: int) -> int:
     """The padded length where the longest in the run is known: that, its half or its quarter."""
     sizes = (-(-longest // (parts * 8)) * 8 for parts in (4, 2, 1))  # multiples of 8
     return next((size for size in sizes if size >= length), bucket(length))

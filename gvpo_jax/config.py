@@ -170,7 +170,7 @@ class TrainConfig:
     # Parts that each group's completions are cut into, where a group is too large for memory: one
     # more forward pass, same gradient.
     completion_parts: int = 1
-    packing: bool = True  # prompts and completions are computed without their padding
+    packing: bool = True  # leave out, but for attention, what pads prompts and completions
     stop_at: int | None = None  # end this session after so many updates; the next start goes on
 
 
@@ -256,6 +256,7 @@ _FREE = (
     "rollout.concurrency",
     "rollout.logp_tolerance",
     "rollout.api_key_env",
+    "train.packing",
     "train.stop_at",
     "checkpoint",
     "log",

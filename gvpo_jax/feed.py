@@ -13,6 +13,7 @@ from gvpo_jax.data import EncodedPrompts, batch_indices
 from gvpo_jax.distributed import share
 from gvpo_jax.errors import UserError
 from gvpo_jax.lookahead import Lookahead
+from gvpo_jax.plan import Plan
 from gvpo_jax.policy import Policy, agreed
 from gvpo_jax.replay import ReplayBuffer
 from gvpo_jax.runfiles import to_json
@@ -24,9 +25,10 @@ Arrays = dict[str, np.ndarray]
 
 
 class Fed(NamedTuple):
-    """A batch to update on, what there is to tell about it, and its new completions as texts."""
+    """A batch to update on, how, what there is to tell of it, and its new completions as texts."""
 
     batch: Batch
+    plan: Plan
     metrics: dict[str, float]
     records: list[dict[str, Any]]
 
@@ -147,7 +149,7 @@ class OnlineFeed:
         c = self._config
         fed, groups = feed_groups(self._policy, groups, c, self._longest, c.rollout.num_generations)
         metrics = fed.metrics | drawn.metrics
-        return Fed(fed.batch, metrics, drawn.records), groups[: len(drawn.groups)]
+        return fed._replace(metrics=metrics, records=drawn.records), groups[: len(drawn.groups)]
 
     def _with_older(self, key: int, place: int, group: Group) -> Group:
         if not self._config.replay.completions:
@@ -222,7 +224,7 @@ def feed_groups(
     known[: len(groups)] = [g.reference == reference != UNKNOWN for g in groups]
     batch = policy.with_reference(batch, known)
     scored = [cut(batch, place, group, reference) for place, group in enumerate(groups)]
-    return Fed(batch, metrics, []), scored
+    return Fed(batch, policy.plan(batch), metrics, []), scored
 
 
 class _Version(NamedTuple):

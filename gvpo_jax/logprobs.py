@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from gvpo_jax.precision import einsum_f32
 
-CHUNK_BYTES, KEEP_BYTES = 2**28, 2**29
+CHUNK_BYTES = 2**29
 
 
 def token_logprobs(
@@ -19,24 +19,23 @@ def token_logprobs(
     *,
     where: jax.Array | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-    keep_bytes: int = KEEP_BYTES,
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
-    Positions are worked off in chunks of the T axis. A chunk's logits are computed again in the
-    backward pass, unless those of all positions are few enough to be kept. So peak memory grows
-    neither with T nor with V. The leading axes stay whole, so that a batch sharded over devices
-    stays where it is.
+    Positions are worked off in chunks of the T axis. The logits of a single chunk are kept for the
+    backward pass, those of several are computed again. So peak memory grows neither with T nor with
+    V. The leading axes stay whole, so that a batch sharded over devices stays where it is.
+    Reverse-mode derivatives only.
 
     Args:
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
         head: `[V, D]` output embedding.
         targets: `[..., T]` token ids in [0, V).
         where: `[..., T]` booleans, positions that are asked for: what the others get means nothing,
-            and a chunk without any is not computed. Default: all.
+            and a chunk without any is not computed. Hidden states are finite all the same.
+            Default: all.
         chunk_bytes: what the float32 logits of a chunk may take, on all devices together; a chunk
             has one position of each row at least.
-        keep_bytes: what those of all positions may take to be kept.
 
     Returns:
         `[..., T]` float32, in nats.
@@ -50,12 +49,11 @@ def token_logprobs(
             "[..., T, D], [V, D] and [..., T]"
         )
     t = targets.shape[-1]
-    bytes_of_all = targets.size * len(head) * 4
-    width = max(min(chunk_bytes * t // max(bytes_of_all, 1), t), 1)
+    most = max(chunk_bytes * t // max(targets.size * len(head) * 4, 1), 1)
+    width = max(-(-t // max(-(-t // most), 1)), 1)  # chunks of about one length
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
     wanted = None if where is None else split(jnp.broadcast_to(where, targets.shape))
-    keep = bytes_of_all <= keep_bytes
-    logps: Any = _in_chunks(keep, split(hidden), head, split(targets), wanted)
+    logps: Any = _in_chunks(split(hidden), head, split(targets), wanted)
     return jnp.moveaxis(logps, 0, -2).reshape(*targets.shape[:-1], -1)[..., :t]
 
 
@@ -81,15 +79,17 @@ def _split(x, axis, width):
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_chunks(keep, hidden, head, targets, where):
+@jax.custom_vjp
+def _in_chunks(hidden, head, targets, where):
     """Log-probs of all chunks: `[n, ..., w, D]`, `[V, D]`, `[n, ..., w]`, the same -> that."""
-    return _forward(keep, hidden, head, targets, where)[0]
+    return _forward(hidden, head, targets, where)[0]
 
 
-def _forward(keep, hidden, head, targets, where):
+def _forward(hidden, head, targets, where):
+    table, keep = head.astype(hidden.dtype), len(hidden) == 1
+
     def chunk(hidden, targets):
-        logits = _logits(hidden, head)
+        logits = einsum_f32("...d,vd->...v", hidden, table)
         total = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return picked - total, total, logits if keep else None
@@ -102,27 +102,28 @@ def _forward(keep, hidden, head, targets, where):
     return logps, (hidden, head, targets, where, total, logits)
 
 
-def _backward(keep, kept, cotangents):
+def _backward(kept, cotangents):
     hidden, head, targets, where, total, logits = kept
+    table = head.astype(hidden.dtype)
 
     def chunk(hidden, targets, total, cotangent, logits):
-        logits = logits if keep else _logits(hidden, head)
+        if logits is None:
+            logits = einsum_f32("...d,vd->...v", hidden, table)
         ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
         d = jnp.where(ids == targets[..., None], 1, 0) - jnp.exp(logits - total[..., None])
         d = (cotangent[..., None] * d).astype(hidden.dtype)
-        d_hidden = einsum_f32("...v,vd->...d", d, head.astype(hidden.dtype))
-        axes = "abcdefg"[: targets.ndim]
-        d_head = einsum_f32(f"{axes}v,{axes}h->vh", d, hidden)
-        return d_hidden.astype(hidden.dtype), d_head
+        d_hidden = einsum_f32("...v,vd->...d", d, table)
+        axes = "abcefg"[: targets.ndim]
+        return d_hidden.astype(hidden.dtype), einsum_f32(f"{axes}d,{axes}v->dv", hidden, d)
 
-    def step(d_head, x):
+    def step(sum_dv, x):
         where, *x = x
-        d_hidden, here = _unless_empty(chunk, where, *x)
-        return d_head + here, d_hidden
+        d_hidden, here_dv = _unless_empty(chunk, where, *x)
+        return sum_dv + here_dv, d_hidden
 
     chunks = (where, hidden, targets, total, cotangents, logits)
-    d_head, d_hidden = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
-    return d_hidden, d_head.astype(head.dtype), None, None
+    sum_dv, d_hidden = jax.lax.scan(step, jnp.zeros(head.shape[::-1], jnp.float32), chunks)
+    return d_hidden, sum_dv.T.astype(head.dtype), None, None
 
 
 _in_chunks.defvjp(_forward, _backward)
@@ -137,7 +138,3 @@ def _unless_empty(chunk, where, *arrays):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk, *arrays))
 
     return jax.lax.cond(jnp.any(where), chunk, zeros, *arrays)
-
-
-def _logits(hidden, head):
-    return einsum_f32("...d,vd->...v", hidden, head.astype(hidden.dtype))

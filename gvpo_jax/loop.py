@@ -132,7 +132,7 @@ class Loop:
                 log.completions(counters.step + place, fed.records)
         for fed in batches * c.train.num_iterations:
             if counters.step < c.train.steps:
-                log.step(self.policy.update(fed.batch), fed.metrics)
+                log.step(self.policy.update(fed.batch, fed.plan), fed.metrics)
 
     def _evaluate(self, log: RunLog, name: str) -> float | None:
         """Accuracy on the held-out rows, written down; None where there are none."""

@@ -74,7 +74,8 @@ def batch_sizes(config: Config) -> dict[str, Sizes]:
 def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Program]:
     """Update, scoring by the reference, prefill and decoding, as a `Policy` compiles them.
 
-    Without the last two where servers sample.
+    For completions of full length, so that there is no padding to leave out. Without the last two
+    where servers sample.
 
     Raises:
         UserError: a batch or a parameter does not divide over the mesh, or the lengths are more

@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     Attributes:
         rows: `[parts, g/parts]`, the groups of each part, row by row of the stream.
         stream: places in a row of the stream; None: padded.
-        padding: share of the computed tokens that are none.
+        padding: share of the tokens computed in this process that are none.
     """
 
     rows: np.ndarray
@@ -47,7 +47,7 @@ def make_plan(
     fed = np.maximum(batch.lengths - 1, 0)
     tokens = completion_parts * batch.prompt_lengths + fed.sum(axis=1)
     rows, size = np.arange(g).reshape(-1, parts if g % parts == 0 else 1).T, None
-    if bins and g % bins == 0:
+    if bins and g % bins == 0 and batch.completions.shape[2] > 1:
         dealt = deal(tokens, bins)
         rows = dealt.reshape(shards, parts, -1).swapaxes(0, 1).reshape(parts, -1)
         fed = np.pad(fed, ((0, 0), (0, k_part * completion_parts - k)))

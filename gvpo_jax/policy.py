@@ -157,12 +157,15 @@ class Policy:
         wanted = parts * (size + -size % self._unit(size, k))
         some = missing if len(missing) else np.zeros(1, np.int64)
         asked = pad_groups(Batch(*(x[some] for x in batch)), wanted)
-        plan = self._plan(asked, parts)
+        plan = make_plan(asked, parts=parts, shards=self._shards, agree=agreed)
+        # Few groups may be missing, or many: one program for all of a batch's size.
+        whole = make_plan(batch, parts=groups // size, shards=self._shards, agree=agreed)
+        stream = plan.stream and whole.stream and max(plan.stream, whole.stream)
         scored = np.empty_like(asked.ref_logps)
         for rows in plan.rows:
             names = ("prompts", "prompt_lengths", "completions", "lengths")
             part = {name: getattr(asked, name)[rows] for name in names}
-            on_devices = self._programs.score(self.reference, self._place(part, k), plan.stream)
+            on_devices = self._programs.score(self.reference, self._place(part, k), stream)
             scored[rows] = to_host(on_devices)
         ref_logps = np.array(batch.ref_logps)
         ref_logps[missing] = scored[: len(missing)]
@@ -180,10 +183,23 @@ class Policy:
         end = self.model.tokenizer.eos_token_id  # a model may name several; this one ends its texts
         return [*ids, *([end] if isinstance(end, int) else self.stop_ids[:1])]
 
-    def update(self, batch: Batch) -> dict[str, jax.Array]:
-        """One update; returns metrics still on the device, so that the caller need not wait."""
-        t, k = self._config.train, batch.rewards.shape[1]
-        plan = self._plan(batch, t.micro_batches, t.completion_parts)
+    def plan(self, batch: Batch) -> Plan:
+        """How `update` is to compute the batch; all processes ask at once."""
+        t = self._config.train
+        return make_plan(
+            batch,
+            parts=t.micro_batches,
+            completion_parts=t.completion_parts,
+            shards=self._shards,
+            agree=agreed,
+        )
+
+    def update(self, batch: Batch, plan: Plan | None = None) -> dict[str, jax.Array | float]:
+        """One update; returns metrics still on the device, so that the caller need not wait.
+
+        plan: of this batch, where it is there; to make one waits for the update before.
+        """
+        k, plan = batch.rewards.shape[1], plan or self.plan(batch)
         order = plan.rows.T.ravel()  # which `split_groups` deals out into these parts
         placed = self._place({name: x[order] for name, x in batch._asdict().items()}, k)
         self.state, metrics = self._programs.step(self.state, Batch(**placed), plan.stream)
@@ -221,16 +237,11 @@ class Policy:
         self._reference_fingerprint = fingerprint(self.reference)
         self.updates, self.refreshed_at = int(self.state.step), refreshed_at
 
-    def _plan(self, batch: Batch, parts: int, completion_parts: int = 1) -> Plan:
-        """How to compute this process's groups."""
+    @property
+    def _shards(self) -> int:
+        """Rows of a stream that this process has; 0: nothing is packed."""
         shards = group_shards(self.mesh) // jax.process_count()
-        return make_plan(
-            batch,
-            parts=parts,
-            completion_parts=completion_parts,
-            shards=shards if self._config.train.packing else 0,
-            agree=agreed,
-        )
+        return shards if self._config.train.packing else 0
 
     def _score_sequences(self, params, prompts, lengths, completions) -> np.ndarray:
         """Token log-probs of groups that all processes have; each computes its share."""

@@ -83,8 +83,8 @@ def forward_flops(s: Shape, *, groups: int, k: int, p: int, t: int, tokens_score
     """FLOP of one forward pass over prompts of p and k completions of t - 1 tokens each.
 
     The prompt is computed once for its k completions. 2 FLOP per parameter and token in the
-    layers, 4 x width per pair of a query and a key (the whole square: nothing skips what the
-    causal mask hides), 2 per parameter of the head and scored token.
+    layers, 4 x width per pair of a query and a key (the whole square, though blocks that the causal
+    mask hides are skipped), 2 per parameter of the head and scored token.
     """
     tokens = groups * (p + k * max(t - 1, 0))
     pairs = groups * (p * p + k * max(t - 1, 0) * (p + max(t - 1, 0)))

@@ -95,7 +95,7 @@ class RunLog:
         if self._writer:
             self._writer.close()
 
-    def step(self, on_device: Mapping[str, jax.Array], here: Mapping[str, float]) -> None:
+    def step(self, on_device: Mapping[str, jax.Array | float], here: Mapping[str, float]) -> None:
         """Book an update that was just sent off."""
         self._fetch()
         now = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gvpo_jax.batch import Batch, bucket, fraction, pad_prompts
+from gvpo_jax.batch import Batch, bucket, pad_prompts, part_of_longest
 from gvpo_jax.errors import UserError
 
 UNKNOWN = -1  # a policy version or a reference that nobody noted
@@ -140,7 +140,7 @@ def make_batch(
         groups: at least one.
         longest_prompt: see `pad_prompts`.
         longest_completion: tokens of the longest completion there will be in the run, where it is
-            known, see `gvpo_jax.batch.fraction`; else the width is a bucket.
+            known, see `gvpo_jax.batch.part_of_longest`; else the width is a bucket.
         k: completions of the largest group there will be; default: of the largest here.
         agree: a size needed here -> the one that all processes take.
     """
@@ -151,7 +151,7 @@ def make_batch(
     longest = agree(max(int(g.lengths.max(initial=0)) for g in groups))
     t = bucket(longest)
     if longest_completion is not None:
-        t = max(min(fraction(longest, longest_completion), longest_completion), longest)
+        t = max(min(part_of_longest(longest, longest_completion), longest_completion), longest)
     lengths = np.stack([_widen(g.lengths, k) for g in groups])
     rewards = np.stack([_widen(g.rewards, k) for g in groups])
     valid = ~np.isnan(rewards) & (lengths > 0)

@@ -17,7 +17,7 @@ from gvpo_jax.batch import (
     split_completions,
     split_groups,
 )
-from gvpo_jax.logprobs import CHUNK_BYTES, KEEP_BYTES, completion_mask, token_logprobs
+from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
 from gvpo_jax.packing import make_stream
 from gvpo_jax.samples import UNKNOWN, Source
@@ -62,30 +62,38 @@ def score(
             without `stream_hidden`: all tokens, padding too.
     """
     head_vd = model.head(params)
-    logprobs = functools.partial(
-        token_logprobs,
-        chunk_bytes=CHUNK_BYTES * model.shards,
-        keep_bytes=KEEP_BYTES * model.shards,
-    )
-    if stream is None or lengths is None or model.stream_hidden is None:
+    logprobs = functools.partial(token_logprobs, chunk_bytes=CHUNK_BYTES * model.shards)
+    if stream is None or model.stream_hidden is None:
         hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
         return logprobs(hidden_gktd, head_vd, completions)
-    fed = completions[..., :-1]
+    if lengths is None:
+        raise ValueError("a stream needs the lengths of the completions")
+    (g, k, t), fed = completions.shape, completions[..., :-1]
     layout = make_stream(
         prompt_lengths,
         jnp.maximum(lengths - 1, 0),
         prompts.shape[1],
-        fed.shape[2],
+        t - 1,
         shards=model.shards,
         size=stream,
     )
     first_gd, rest_snd = model.stream_hidden(params, prompts, fed, layout)
-    first_gkd = jnp.broadcast_to(first_gd[:, None], (*completions.shape[:2], first_gd.shape[-1]))
-    first_gk = logprobs(first_gkd, head_vd, completions[..., 0])
-    targets_sn = layout.pack(jnp.zeros_like(prompts)[:, None], completions[..., 1:])[:, 0]
-    rest_sn = logprobs(rest_snd, head_vd, targets_sn, where=layout.of_completions)
+    first_gkd = jnp.broadcast_to(first_gd[:, None], (g, k, first_gd.shape[-1]))
+    next_sn = layout.pack(jnp.zeros_like(prompts)[:, None], completions[..., 1:])[:, 0]
+
+    def in_front(first_gk, rest_sn):
+        rows = first_gk.reshape(model.shards, -1, *first_gk.shape[2:])
+        return jnp.concatenate([rows, rest_sn], axis=1)
+
+    logps_sn = logprobs(
+        in_front(first_gkd, rest_snd),
+        head_vd,
+        in_front(completions[..., 0], next_sn),
+        where=in_front(jnp.ones((g, k), bool), layout.of_completions),
+    )
+    first_gk, rest_sn = jnp.split(logps_sn, [g * k // model.shards], axis=1)
     _, rest_gkt = layout.unpack(rest_sn[:, None])
-    logps_gkt = jnp.concatenate([first_gk[..., None], rest_gkt], axis=2)
+    logps_gkt = jnp.concatenate([first_gk.reshape(g, k, 1), rest_gkt], axis=2)
     return jnp.where(layout.fits, logps_gkt, jnp.nan)
 
 

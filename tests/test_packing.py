@@ -101,6 +101,26 @@ def test_groups_that_are_there_already_are_not_scored_again():
     )
 
 
+def test_one_program_scores_however_many_groups_are_missing():
+    one, batch = policy(), lognormal_batch(np.random.default_rng(1), 8, 4)
+    for missing in range(1, 9):
+        one.with_reference(batch, np.arange(8) >= missing)
+    assert one._programs.score._cache_size() == 1
+
+
+def test_completions_of_one_token_are_trained_on():
+    settings = {"rollout__max_completion_length": 1}
+    packed, padded = policy(**settings), policy(**settings, train__packing=False)
+    groups = [
+        make_group([65, 66 + i], [[70], [71], [72], [73]], [0, 1, 0, 1], source=Source.POLICY)
+        for i in range(4)
+    ]
+    batch = make_batch(groups, longest_prompt=LONGEST_PROMPT, longest_completion=1)
+    ours, theirs = (one.update(one.with_reference(batch)) for one in (packed, padded))
+    np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
+    assert float(ours["grad_norm"]) > 0
+
+
 def test_parts_get_about_as_many_tokens():
     tokens = np.random.default_rng(0).lognormal(5, 1, 64)
     dealt = deal(tokens, 8)

@@ -1,0 +1,168 @@
+"""How the cost of an update grows with k, T, P, V and depth, and that of a prompt with k.
+
+    python experiments/growth/run.py --out experiments/growth            # minutes on 2 cores
+    python experiments/growth/run.py --small --out FOLDER                # seconds: what CI runs
+
+One size grows at a time, the others stay. FLOPs and temporary memory are XLA's own count of the
+compiled program, times the median of warm rounds. Writes results.json and growth.svg, and prints
+tables.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from gvpo_jax.batch import Batch
+from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply
+from gvpo_jax.objectives import gvpo
+from gvpo_jax.svg import Chart, Line, chart_content
+from gvpo_jax.train_step import init_state, train_step
+
+BASE = {"k": 8, "t": 64, "p": 64, "v": 8192, "layers": 4}
+SIZES = {
+    "k": [2, 4, 8, 16, 32],
+    "t": [32, 64, 128, 256, 512],
+    "p": [32, 64, 128, 256, 512, 1024],
+    "v": [2048, 8192, 32_768, 131_072],
+    "layers": [2, 4, 8, 16],
+}
+SMALL = {"k": [2, 4], "t": [32, 64], "p": [32, 64], "v": [2048, 65_536], "layers": [2, 4]}
+GROUPS, WIDTH, LONG_PROMPT = 2, 256, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    options = parser.parse_args()
+    rounds, sizes = (1, SMALL) if options.small else (options.rounds, SIZES)
+    updates = {
+        axis: [{"size": size} | update(rounds, **BASE | {axis: size}) for size in values]
+        for axis, values in sizes.items()
+    }
+    # Completions of two tokens: what is left is the prompt's.
+    prompts = [
+        {"size": k} | update(rounds, **BASE | {"k": k, "p": LONG_PROMPT, "t": 2})
+        for k in sizes["k"]
+    ]
+    report = {"machine": machine(), "jax": jax.__version__, "base": BASE, "groups": GROUPS}
+    report |= {"rounds": rounds, "updates": updates, "prompts": prompts}
+    print(as_text(report))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, options.out / "growth.svg")
+
+
+def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
+    """What one update costs: float operations, seconds, MiB of temporaries."""
+    config = DecoderConfig(
+        "llama", v, WIDTH, 4 * WIDTH, layers, 8, 4, WIDTH // 8, tie_embeddings=True
+    )
+    optimizer = optax.adamw(1e-6)
+    step = functools.partial(
+        train_step,
+        model=make_apply(config),
+        optimizer=optimizer,
+        objective=gvpo(beta=0.1),
+        beta=0.1,
+    )
+    state = init_state(init_params(config, 0), optimizer)
+    batch = random_batch(v, k, p, t)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch))
+        seconds.append(time.perf_counter() - start)
+    return {
+        "gflops": compiled.cost_analysis()["flops"] / 1e9,
+        "seconds": statistics.median(seconds[1:]),
+        "fastest": min(seconds[1:]),
+        "slowest": max(seconds[1:]),
+        "temporaries_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    }
+
+
+def random_batch(v: int, k: int, p: int, t: int) -> Batch:
+    rng = np.random.default_rng(0)
+    gk, gkt = (GROUPS, k), (GROUPS, k, t)
+    return Batch(
+        prompts=rng.integers(0, v, (GROUPS, p)).astype(np.int32),
+        prompt_lengths=np.full(GROUPS, p, np.int32),
+        completions=rng.integers(0, v, gkt).astype(np.int32),
+        lengths=np.full(gk, t, np.int32),
+        rewards=rng.normal(size=gk).astype(np.float32),
+        valid=np.ones(gk, bool),
+        ref_logps=np.full(gkt, -np.log(v), np.float32),
+        old_logps=np.full(gkt, np.nan, np.float32),
+        source=np.zeros(gk, np.int32),
+        version=np.zeros(gk, np.int32),
+    )
+
+
+def machine() -> str:
+    models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return models[0].split(":")[1].strip() if models else platform.machine()
+
+
+def as_text(report: dict) -> str:
+    lines = []
+    tables = report["updates"] | {f"k, prompts of {LONG_PROMPT}, t = 2": report["prompts"]}
+    for axis, rows in tables.items():
+        lines += [f"| {axis} | GFLOP | seconds | temporaries, MiB |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['size']} | {row['gflops']:.1f} | {row['seconds']:.3f} ({row['fastest']:.3f} "
+            f"to {row['slowest']:.3f}) | {row['temporaries_mib']:.0f} |"
+            for row in rows
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+STYLE = """
+text { fill: #7a818a; font: 11px system-ui, sans-serif; }
+.grid { stroke: #868d96; opacity: .25; }
+.line { fill: none; stroke: #14998c; stroke-width: 2; }
+.dot { fill: #14998c; }
+.whisker { stroke: #14998c; }
+"""
+TITLES = {"k": "completions of a prompt", "t": "tokens of a completion", "p": "tokens of a prompt"}
+TITLES |= {"v": "vocabulary", "layers": "layers"}
+
+
+def draw(report: dict, path: Path) -> None:
+    """Seconds of an update over each size, and over k for the prompts alone, in six panels."""
+    panels = [(TITLES[axis], rows) for axis, rows in report["updates"].items()]
+    panels.append((f"completions, of 2 tokens, of a prompt of {LONG_PROMPT}", report["prompts"]))
+    size = (300, 180)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * size[0]} {2 * size[1] + 40}"'
+        f' role="img" aria-label="seconds of an update"><style>{STYLE}</style>'
+    ]
+    for n, (title, rows) in enumerate(panels):
+        line = Line(
+            [row["size"] for row in rows],
+            [row["seconds"] for row in rows],
+            look="dots",
+            spans=[(row["fastest"], row["slowest"]) for row in rows],
+        )
+        spec = Chart([line], title, include_y=(0.0,), x_title="", size=size)
+        x, y = n % 3 * size[0], n // 3 * (size[1] + 20)
+        parts.append(
+            f'<g transform="translate({x} {y})"><text x="44" y="14">seconds over {title}</text>'
+            f'<g transform="translate(0 6)">{chart_content(spec)}</g></g>'
+        )
+    path.write_text("".join([*parts, "</svg>\n"]))
+
+
+if __name__ == "__main__":
+    main()
