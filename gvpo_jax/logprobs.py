@@ -32,8 +32,8 @@ def token_logprobs(
         head: `[V, D]` output embedding.
         targets: `[..., T]` token ids in [0, V).
         where: `[..., T]` booleans, positions that are asked for: what the others get means nothing,
-            and a chunk without any is not computed. Hidden states are finite all the same.
-            Default: all.
+            and chunks after the last of them are not computed. Hidden states are finite all the
+            same. Default: all.
         chunk_bytes: what the float32 logits of a chunk may take, on all devices together; a chunk
             has one position of each row at least.
 
@@ -86,19 +86,15 @@ def _in_chunks(hidden, head, targets, where):
 
 
 def _forward(hidden, head, targets, where):
-    table, keep = head.astype(hidden.dtype), len(hidden) == 1
+    table, alone = head.astype(hidden.dtype), len(hidden) == 1
 
     def chunk(hidden, targets):
         logits = einsum_f32("...d,vd->...v", hidden, table)
         total = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return picked - total, total, logits if keep else None
+        return (picked - total, total, logits if alone else None), None
 
-    def step(_, x):
-        where, *x = x
-        return None, _unless_empty(chunk, where, *x)
-
-    _, (logps, total, logits) = jax.lax.scan(step, None, (where, hidden, targets))
+    (logps, total, logits), _ = _work_off(chunk, where, (hidden, targets))
     return logps, (hidden, head, targets, where, total, logits)
 
 
@@ -112,29 +108,49 @@ def _backward(kept, cotangents):
         ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
         d = jnp.where(ids == targets[..., None], 1, 0) - jnp.exp(logits - total[..., None])
         d = (cotangent[..., None] * d).astype(hidden.dtype)
-        d_hidden = einsum_f32("...v,vd->...d", d, table)
+        d_hidden = einsum_f32("...v,vd->...d", d, table).astype(hidden.dtype)
         axes = "abcefg"[: targets.ndim]
-        return d_hidden.astype(hidden.dtype), einsum_f32(f"{axes}d,{axes}v->dv", hidden, d)
+        return d_hidden, einsum_f32(f"{axes}d,{axes}v->dv", hidden, d)
 
-    def step(sum_dv, x):
-        where, *x = x
-        d_hidden, here_dv = _unless_empty(chunk, where, *x)
-        return sum_dv + here_dv, d_hidden
-
-    chunks = (where, hidden, targets, total, cotangents, logits)
-    sum_dv, d_hidden = jax.lax.scan(step, jnp.zeros(head.shape[::-1], jnp.float32), chunks)
-    return d_hidden, sum_dv.T.astype(head.dtype), None, None
+    chunks = (hidden, targets, total, cotangents, logits)
+    d_hidden, d_head_dv = _work_off(chunk, where, chunks)
+    return d_hidden, d_head_dv.T.astype(head.dtype), None, None
 
 
 _in_chunks.defvjp(_forward, _backward)
 
 
-def _unless_empty(chunk, where, *arrays):
-    """`chunk(*arrays)`, or zeros where nothing is asked for."""
-    if where is None:
-        return chunk(*arrays)
+def _work_off(chunk, where, arrays):
+    """What `chunk` gives for each chunk: the first part stacked, the second added up.
 
-    def zeros(*arrays):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk, *arrays))
+    All is zero after the last chunk of which `where` asks for something.
+    """
 
-    return jax.lax.cond(jnp.any(where), chunk, zeros, *arrays)
+    def one(i):
+        return chunk(
+            *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), arrays)
+        )
+
+    n = len(arrays[0])
+    if n == 1:
+        stacked, added = one(0)
+        return jax.tree.map(lambda x: x[None], stacked), added
+
+    def step(i, so_far):
+        stacked, added = so_far
+        new, here = one(i)
+        stacked = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stacked, new
+        )
+        return stacked, jax.tree.map(jnp.add, added, here)
+
+    stacked, added = jax.eval_shape(one, 0)
+    start = (
+        jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), stacked),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), added),
+    )
+    count = n
+    if where is not None:
+        asked = jnp.any(where, axis=range(1, where.ndim))
+        count = jnp.max(jnp.where(asked, jnp.arange(1, n + 1), 0))
+    return jax.lax.fori_loop(0, count, step, start)
