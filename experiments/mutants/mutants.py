@@ -15,6 +15,7 @@ class Mutant(NamedTuple):
 
 LOSS = ("tests/test_loss.py", "tests/test_identities.py")
 STEP = ("tests/test_logprobs.py", "tests/test_train_step.py")
+PACKED = ("tests/test_shared_prefix.py", "tests/test_packing.py")
 ROLLOUT = ("tests/test_rollout.py",)
 # One test each: the others of the file take long, and are about other things.
 FILLING = ("tests/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
@@ -154,8 +155,23 @@ MUTANTS = (
     Mutant(
         "log-probs from bfloat16 logits",
         "logprobs.py",
-        "    picked = jnp.take_along_axis(logits",
-        "    logits = logits.astype(jnp.bfloat16)\n    picked = jnp.take_along_axis(logits",
+        "        total = jax.nn.logsumexp(logits, axis=-1)",
+        "        logits = logits.astype(jnp.bfloat16)\n"
+        "        total = jax.nn.logsumexp(logits, axis=-1)",
+        STEP,
+    ),
+    Mutant(
+        "the gradient of a chunk of logits without its target",
+        "logprobs.py",
+        "jnp.where(ids == targets[..., None], 1, 0) - jnp.exp",
+        "-jnp.exp",
+        STEP,
+    ),
+    Mutant(
+        "only the last chunk's gradient of the head used",
+        "logprobs.py",
+        "jax.tree.map(jnp.add, added, here)",
+        "here",
         STEP,
     ),
     Mutant(
@@ -260,9 +276,51 @@ MUTANTS = (
     Mutant(
         "the policy scored as its own reference",
         "policy.py",
-        "self._score(self.reference,",
-        "self._score(self.state.params,",
+        "self._programs.score(self.reference,",
+        "self._programs.score(self.state.params,",
         TEXT,
+    ),
+    Mutant(
+        "the last token that a stream is fed left out",
+        "train_step.py",
+        "jnp.maximum(lengths - 1, 0),",
+        "jnp.maximum(lengths - 2, 0),",
+        PACKED,
+    ),
+    Mutant(
+        "a packed completion's first token predicted from the prompt's last but one",
+        "packing.py",
+        "self.prompt_lengths.reshape(s, g // s) - 1",
+        "jnp.maximum(self.prompt_lengths.reshape(s, g // s) - 2, 0)",
+        PACKED,
+    ),
+    Mutant(
+        "packed completions see the padding of their prompt",
+        "packing.py",
+        "mask = completion_mask(stream.prompt_lengths, p)",
+        "mask = completion_mask(jnp.full_like(stream.prompt_lengths, p), p)",
+        PACKED,
+    ),
+    Mutant(
+        "packed completions placed one position early",
+        "models/decoder.py",
+        "ends + jnp.arange(completions_gkt.shape[2])",
+        "ends - 1 + jnp.arange(completions_gkt.shape[2])",
+        PACKED,
+    ),
+    Mutant(
+        "the gradient of a packed token goes to its neighbour",
+        "packing.py",
+        "return _take(g, place), None, None",
+        "return jnp.roll(_take(g, place), 1, axis=1), None, None",
+        PACKED,
+    ),
+    Mutant(
+        "packed groups dealt out to other parts than the plan says",
+        "policy.py",
+        "order = plan.rows.T.ravel()",
+        "order = plan.rows.ravel()",
+        PACKED,
     ),
 )
 SMALL = MUTANTS[:3]
