@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,9 @@ def test_saved_results_are_those_of_the_readme():
         assert summary["eval/accuracy_after"] - summary["eval/accuracy_before"] >= 0.25
         assert summary["train_seconds"] <= 600
         assert summary["peak_memory_gib"] * 2**30 <= 10e9
+
+
+def test_every_mutant_is_still_a_change_of_one_place():
+    mutants = runpy.run_path(str(ROOT / "experiments" / "mutants" / "mutants.py"))["MUTANTS"]
+    places = {m.name: (ROOT / "gvpo_jax" / m.file).read_text().count(m.old) for m in mutants}
+    assert set(places.values()) == {1}, places

@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         "the end token left out of a sampled completion",
         "rollout/inprocess.py",
-        "s.lengths_gk + ~s.stopped_gk",
-        "s.lengths_gk + ~(s.stopped_gk | stops)",
+        "drawn = (state.completions_snt, state.lengths_sn, state.logps_snt)",
+        "drawn = (state.completions_snt, jnp.maximum(state.lengths_sn - 1, 1), state.logps_snt)",
         ROLLOUT,
     ),
     Mutant(
