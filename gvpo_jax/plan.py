@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     Attributes:
         rows: `[parts, g/parts]`, the groups of each part, row by row of the stream.
         stream: places in a row of the stream; None: padded.
-        padding: share of the tokens computed in this process that are none.
+        padding: share of the computed tokens that are none, over all processes.
     """
 
     rows: np.ndarray
@@ -30,7 +30,7 @@ def make_plan(
     parts: int = 1,
     completion_parts: int = 1,
     shards: int,
-    agree: Callable[[int], int] = int,
+    gather: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Plan:
     """Deals the groups out so that all parts have about as many tokens, and says how many.
 
@@ -39,23 +39,25 @@ def make_plan(
         parts: that the groups are cut into.
         completion_parts: that the completions of each group are cut into.
         shards: that each part is cut into, over devices; 0: not by groups, which is then padded.
-        agree: the size needed here -> the one that all processes take.
+        gather: this process's numbers `[1, n]` -> those of all processes `[processes, n]`.
     """
     g, k = batch.lengths.shape
     k_part, bins = -(-k // completion_parts), parts * shards
     width = batch.prompts.shape[1] + k_part * (batch.completions.shape[2] - 1)
     fed = np.maximum(batch.lengths - 1, 0)
     tokens = completion_parts * batch.prompt_lengths + fed.sum(axis=1)
-    rows, size = np.arange(g).reshape(-1, parts if g % parts == 0 else 1).T, None
-    if bins and g % bins == 0 and batch.completions.shape[2] > 1:
+    rows, most = np.arange(g).reshape(-1, parts if g % parts == 0 else 1).T, 0
+    packed = bins > 0 and g % bins == 0 and batch.completions.shape[2] > 1
+    if packed:
         dealt = deal(tokens, bins)
         rows = dealt.reshape(shards, parts, -1).swapaxes(0, 1).reshape(parts, -1)
         fed = np.pad(fed, ((0, 0), (0, k_part * completion_parts - k)))
         of_parts = batch.prompt_lengths[:, None] + fed.reshape(g, k_part, -1).sum(axis=1)
-        most = agree(int(of_parts[dealt].sum(axis=1).max()))
-        size = stream_size(most, g // bins * width)
-    computed = completion_parts * (g * width if size is None else bins * size)
-    return Plan(rows, size, 1 - float(tokens.sum()) / computed)
+        most = of_parts[dealt].sum(axis=1).max()
+    everywhere = gather(np.array([[most, tokens.sum()]]))
+    size = stream_size(int(everywhere[:, 0].max()), g // bins * width) if packed else None
+    computed = completion_parts * (g * width if size is None else bins * size) * len(everywhere)
+    return Plan(rows, size, 1 - float(everywhere[:, 1].sum()) / computed)
 
 
 def stream_size(tokens: int, full: int) -> int | None:

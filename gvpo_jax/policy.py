@@ -157,9 +157,9 @@ class Policy:
         wanted = parts * (size + -size % self._unit(size, k))
         some = missing if len(missing) else np.zeros(1, np.int64)
         asked = pad_groups(Batch(*(x[some] for x in batch)), wanted)
-        plan = make_plan(asked, parts=parts, shards=self._shards, agree=agreed)
+        plan = make_plan(asked, parts=parts, shards=self._shards, gather=gather)
         # Few groups may be missing, or many: one program for all of a batch's size.
-        whole = make_plan(batch, parts=groups // size, shards=self._shards, agree=agreed)
+        whole = make_plan(batch, parts=groups // size, shards=self._shards, gather=gather)
         stream = plan.stream and whole.stream and max(plan.stream, whole.stream)
         scored = np.empty_like(asked.ref_logps)
         for rows in plan.rows:
@@ -191,7 +191,7 @@ class Policy:
             parts=t.micro_batches,
             completion_parts=t.completion_parts,
             shards=self._shards,
-            agree=agreed,
+            gather=gather,
         )
 
     def update(self, batch: Batch, plan: Plan | None = None) -> dict[str, jax.Array | float]:

@@ -38,9 +38,9 @@ def batches_of(run_dir, monkeypatch, rows=ROWS, **settings):
     """The batches of a run's updates."""
     batches, update = [], Policy.update
 
-    def spy(self, batch):
+    def spy(self, batch, plan):
         batches.append(jax.device_get(batch))
-        return update(self, batch)
+        return update(self, batch, plan)
 
     monkeypatch.setattr(Policy, "update", spy)
     trainer(run_dir, **settings).train(rows, letter_share)
