@@ -67,23 +67,22 @@ class Trainer:
         """A trainer of a hub model, a folder of safetensors or a .gguf file.
 
         Any other setting of the config is given as `section__key`, e.g. `train__steps=200` or
-        `run__dir="runs/mine"`.
+        `run__dir="runs/mine"`; so given, it goes before its short name.
 
         Raises:
             UserError: as for the class, or for an unknown setting.
         """
-        config = override(
-            Config(),
-            model__name=name,
-            loss__beta=beta,
-            optimizer__learning_rate=learning_rate,
-            data__max_prompt_length=max_prompt_length,
-            rollout__num_generations=num_generations,
-            rollout__max_completion_length=max_completion_length,
-            rollout__temperature=temperature,
-            rollout__top_p=top_p,
-            **settings,
-        )
+        named = {
+            "model__name": name,
+            "loss__beta": beta,
+            "optimizer__learning_rate": learning_rate,
+            "data__max_prompt_length": max_prompt_length,
+            "rollout__num_generations": num_generations,
+            "rollout__max_completion_length": max_completion_length,
+            "rollout__temperature": temperature,
+            "rollout__top_p": top_p,
+        }
+        config = override(Config(), **named | settings)
         return cls(config)
 
     def train_step(

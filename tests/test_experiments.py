@@ -128,6 +128,17 @@ def test_saved_results_are_those_of_the_readme():
         assert summary["peak_memory_gib"] * 2**30 <= 10e9
 
 
+def test_growth(tmp_path):
+    """Four times the completions cost about four times as much, and their prompt what it did."""
+    run("growth", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    tables = results["updates"]["k"], results["prompts"]
+    updates, prompts = ([row["gflops"] for row in table] for table in tables)
+    assert 2.5 < updates[1] / updates[0] < 4
+    assert prompts[1] < 1.2 * prompts[0]
+    ElementTree.parse(tmp_path / "growth.svg")
+
+
 def test_every_mutant_is_still_a_change_of_one_place():
     mutants = runpy.run_path(str(ROOT / "experiments" / "mutants" / "mutants.py"))["MUTANTS"]
     places = {m.name: (ROOT / "gvpo_jax" / m.file).read_text().count(m.old) for m in mutants}

@@ -393,3 +393,12 @@ def test_texts_end_with_the_tokenizers_own_end_token(tmp_path):
 def test_rows_that_are_none_are_refused(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         Trainer(config(tmp_path), load_model("debug")).train(rows, letter_share)
+
+
+def test_a_setting_with_a_short_name_may_be_given_by_its_full_one(tmp_path):
+    sizes = {"max_prompt_length": 8, "max_completion_length": 8, "mesh__fsdp": 1}
+    trainer = Trainer.from_pretrained(
+        "debug", optimizer__learning_rate=0.5, loss__beta=0.3, run__dir=str(tmp_path), **sizes
+    )
+    assert trainer.config.optimizer.learning_rate == 0.5
+    assert trainer.config.loss.beta == 0.3
