@@ -23,9 +23,9 @@ def token_logprobs(
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
     Positions are worked off in chunks of the T axis. The logits of a single chunk are kept for the
-    backward pass, those of several are computed again. So peak memory grows neither with T nor with
-    V. The leading axes stay whole, so that a batch sharded over devices stays where it is.
-    Reverse-mode derivatives only.
+    backward pass, those of several are computed again: beyond `chunk_bytes`, the memory that logits
+    take grows neither with T nor with V. The leading axes stay whole, so that a batch sharded over
+    devices stays where it is. Reverse-mode derivatives only.
 
     Args:
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
