@@ -98,7 +98,7 @@ def compile_run(
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "chip": dataclasses.asdict(chip),
-        "model": model_config or config.model.name,
+        "model": Path(model_config).name if model_config else config.model.name,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(model))),
         "batch": {name: dataclasses.asdict(size) for name, size in sizes.items()},
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},

@@ -20,6 +20,10 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
+# What XLA:TPU makes of a collective's part between slices: its hosts send and receive it.
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="\{([\d,:]+)\}.*_xla_megascale_transfer_type="(\w+)"'
+)
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -194,28 +198,35 @@ def _collective(computation: str, line: str, devices: int, slices: int):
     if not found:
         return None
     name, shape, opcode, _ = found.groups()
-    kind = opcode.removesuffix("-start")
-    if kind not in _COLLECTIVES:
-        return None
     arrays = [_size(*array) for array in _ARRAY.findall(shape)]
-    if opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        arrays = arrays[1:2]  # (operand, result, ...)
-    size = sum(arrays)
-    group, between = _groups(line, devices, slices)
-    if kind == "collective-permute":
-        group = devices
-    if kind == "all-reduce" and "all-reduce-scatter" in computation:
-        kind, size = "reduce-scatter", size / group
+    kind = opcode.removesuffix("-start")
+    if opcode == "recv" and (over := _BETWEEN_SLICES.search(line)):
+        kind, size = over[2].lower().replace("_", "-"), arrays[0]  # (result, ...)
+        group, between = _count(over[1]), True
+    elif kind in _COLLECTIVES:
+        if opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            arrays = arrays[1:2]  # (operand, result, ...)
+        size = sum(arrays)
+        group, between = _groups(line, devices, slices)
+        if kind == "collective-permute":
+            group = devices
+        if kind == "all-reduce" and "all-reduce-scatter" in computation:
+            kind, size = "reduce-scatter", size / group
+    else:
+        return None
     share = (group - 1) / group
-    wire = {
-        "all-gather": size * share,
-        "all-reduce": 2 * size * share,
-        "reduce-scatter": size * (group - 1),
-        "all-to-all": size * share,
-        "collective-permute": size,
-    }[kind]
-    channel = re.search(r"channel_id=(\d+)", line)
+    received = {"all-reduce": 2 * share, "reduce-scatter": group - 1}
+    received |= {"all-gather": share, "all-to-all": share}
+    wire = size * received.get(kind, 1)
+    # Channels of sends and receives are counted by themselves.
+    channel = None if opcode == "recv" else re.search(r"channel_id=(\d+)", line)
     return (channel[1] if channel else name), (kind, group, between), size, wire
+
+
+def _count(ranges: str) -> int:
+    """How many numbers "1,4:6" names: 4."""
+    ends = [[int(end) for end in part.split(":")] for part in ranges.split(",")]
+    return sum(end[-1] - end[0] + 1 for end in ends)
 
 
 def _groups(line: str, devices: int, slices: int) -> tuple[int, bool]:

@@ -1,8 +1,10 @@
-"""`attention.causal` by the hardware's own kernels: splash on TPU, cuDNN's on GPU.
+"""`attention.causal`, and products with weights, as each kind of hardware computes them best.
 
-Neither knows of a prefix that several completions share, so each completion is given the prompt's
-keys and values in front of its own; these are computed once all the same. Scores are never whole in
-memory, but cuDNN is given a mask for each pair of positions.
+Attention on TPU is splash, on GPU cuDNN's. Neither knows of a prefix that several completions
+share, so each completion is given the prompt's keys and values in front of its own; these are
+computed once all the same. Scores are never whole in memory, but cuDNN is given a mask for each
+pair of positions. On a CPU it is `causal` itself, on one key-value head of one group after the
+other. The figures behind what is done on a CPU are in experiments/bench/README.md.
 """
 
 import functools
@@ -18,11 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from gvpo_jax.attention import Prefix, causal
 from gvpo_jax.errors import UserError
+from gvpo_jax.logprobs import CHUNK_BYTES
 from gvpo_jax.mesh import activation_axes
 
 Attention = Callable[..., jax.Array]
 Name = Literal["auto", "xla", "splash", "cudnn"]
 _BLOCK, _LANES = 512, 128  # positions that splash works on at once, at most and at least
+_AT_ONCE = 2**24  # bytes of scores, on a CPU
 
 
 def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention:
@@ -45,12 +49,24 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
     if low and _has_cudnn(mesh, head_dim) and name in ("auto", "cudnn"):
         return functools.partial(on_gpu, mesh)
     if name in ("auto", "xla"):
-        return causal
+        return functools.partial(on_cpu, mesh) if platform == "cpu" else causal
     home = "a TPU" if name == "splash" else "an NVIDIA GPU from Ampere on, heads up to 128"
     raise UserError(
         f"model.attention={name} needs {home}, and model.dtype=bfloat16; here are "
         f"{platform.upper()} devices and {jnp.dtype(dtype).name}; auto chooses by itself"
     )
+
+
+def product_on(mesh: Mesh) -> Callable[..., jax.Array]:
+    """`jax.lax.dot_general` as `nnx.Linear` calls it, for arrays on this mesh."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return jax.lax.dot_general
+    return lambda x, weights, *_, **defaults: _product(x, weights)
+
+
+def chunk_bytes_on(mesh: Mesh) -> int:
+    """Of logits that a device of this mesh holds at once, where they are more than it keeps."""
+    return CHUNK_BYTES // 4 if mesh.devices.flat[0].platform == "cpu" else CHUNK_BYTES
 
 
 def _has_cudnn(mesh: Mesh, head_dim: int) -> bool:
@@ -96,6 +112,26 @@ def on_gpu(
     return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
 
 
+def on_cpu(
+    mesh: Mesh,
+    queries_gkthd: jax.Array,
+    keys_gknsd: jax.Array,
+    values_gknsd: jax.Array,
+    prefix: Prefix | None = None,
+    *,
+    at_once: int = _AT_ONCE,
+) -> jax.Array:
+    """See `attention.causal`: in parts that stay in a processor's cache, if it is much.
+
+    Scores are computed again in the backward pass, and memory is that of one part: new pages cost a
+    CPU about as much as computing what goes into them.
+
+    at_once: bytes of scores up to which there is only one part.
+    """
+    kernel = functools.partial(_part_by_part, at_once=at_once)
+    return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
+
+
 def _on_each_device(kernel, mesh: Mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix):
     g, k, _, heads, _ = queries_gkthd.shape
     over_groups, over_k = activation_axes(mesh, g, k)
@@ -112,6 +148,54 @@ def _on_each_device(kernel, mesh: Mesh, queries_gkthd, keys_gknsd, values_gknsd,
         check_vma=False,
     )
     return run(queries_gkthd, keys_gknsd, values_gknsd, prefix and tuple(prefix))
+
+
+def _part_by_part(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once):
+    g, k, t, h, d = queries_gkthd.shape
+    n, s = keys_gknsd.shape[2:4]
+    whole = 4 * g * k * h * t * (s + (0 if prefix is None else prefix[0].shape[2]))
+    if whole <= at_once:
+        return causal(queries_gkthd, keys_gknsd, values_gknsd, prefix and Prefix(*prefix))
+
+    def each_head(x_gkn):
+        return jnp.swapaxes(x_gkn, 1, 2).reshape(g * n, 1, k, 1, *x_gkn.shape[3:])
+
+    queries = jnp.moveaxis(queries_gkthd.reshape(g, k, t, n, h // n, d), 3, 1)
+    parts = (
+        queries.reshape(g * n, 1, k, t, h // n, d),
+        each_head(keys_gknsd),
+        each_head(values_gknsd),
+    )
+    if prefix is not None:
+        keys, values = (x.reshape(g * n, 1, 1, -1, d) for x in prefix[:2])
+        parts = *parts, Prefix(keys, values, jnp.repeat(prefix[2], n, axis=0)[:, None])
+    out = jax.lax.map(jax.checkpoint(lambda part: causal(*part)), parts)
+    return jnp.moveaxis(out.reshape(g, n, k, t, h // n, d), 1, 3).reshape(g, k, t, h, d)
+
+
+@jax.custom_vjp
+def _product(x, weights):
+    """`[..., a], [a, b] -> [..., b]`.
+
+    The gradient of the weights needs one of its factors transposed: that is the narrower one here,
+    where JAX takes the other for a layer that widens.
+    """
+    return jax.lax.dot_general(x, weights, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_forward(x, weights):
+    return _product(x, weights), (x, weights)
+
+
+def _product_backward(kept, d_out):
+    (x, weights), rows = kept, tuple(range(d_out.ndim - 1))
+    d_x = jax.lax.dot_general(d_out, weights, (((d_out.ndim - 1,), (1,)), ((), ())))
+    if x.shape[-1] <= d_out.shape[-1]:
+        return d_x, jax.lax.dot_general(x, d_out, ((rows, rows), ((), ())))
+    return d_x, jax.lax.dot_general(d_out, x, ((rows, rows), ((), ()))).T
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _cudnn(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation):

@@ -19,6 +19,7 @@ def token_logprobs(
     *,
     where: jax.Array | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    kept_bytes: int = 0,
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
@@ -36,6 +37,7 @@ def token_logprobs(
             same. Default: all.
         chunk_bytes: what the float32 logits of a chunk may take, on all devices together; a chunk
             has one position of each row at least.
+        kept_bytes: what they may take where one chunk is all, if that is more.
 
     Returns:
         `[..., T]` float32, in nats.
@@ -49,7 +51,8 @@ def token_logprobs(
             "[..., T, D], [V, D] and [..., T]"
         )
     t = targets.shape[-1]
-    most = max(chunk_bytes * t // max(targets.size * len(head) * 4, 1), 1)
+    logits_bytes = max(targets.size * len(head) * 4, 1)
+    most = t if logits_bytes <= kept_bytes else max(chunk_bytes * t // logits_bytes, 1)
     width = max(-(-t // max(-(-t // most), 1)), 1)  # chunks of about one length
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
     wanted = None if where is None else split(jnp.broadcast_to(where, targets.shape))

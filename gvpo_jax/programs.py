@@ -13,7 +13,7 @@ from gvpo_jax.baselines import Objective
 from gvpo_jax.batch import Batch
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
-from gvpo_jax.kernels import attention_on
+from gvpo_jax.kernels import attention_on, chunk_bytes_on, product_on
 from gvpo_jax.mesh import (
     batch_shardings,
     check_hosts,
@@ -118,6 +118,8 @@ def _apply(config: Config, model: DecoderConfig, mesh: Mesh) -> Apply:
         constrain=functools.partial(constrain_activation, mesh),
         params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
         attention=attention_on(mesh, config.model.attention, dtype, model.head_dim),
+        product=product_on(mesh),
+        chunk_bytes=chunk_bytes_on(mesh),
         shards=group_shards(mesh),
     )
     kept = config.rollout.cache_dtype

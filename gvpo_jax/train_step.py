@@ -62,7 +62,11 @@ def score(
             without `stream_hidden`: all tokens, padding too.
     """
     head_vd = model.head(params)
-    logprobs = functools.partial(token_logprobs, chunk_bytes=CHUNK_BYTES * model.shards)
+    logprobs = functools.partial(
+        token_logprobs,
+        chunk_bytes=model.chunk_bytes * model.shards,
+        kept_bytes=CHUNK_BYTES * model.shards,
+    )
     if stream is None or model.stream_hidden is None:
         hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
         return logprobs(hidden_gktd, head_vd, completions)

@@ -16,7 +16,7 @@ from gvpo_jax.cli import main
 from gvpo_jax.compile_report import as_text, compile_run
 from gvpo_jax.config import Config, load_config
 from gvpo_jax.errors import UserError
-from gvpo_jax.hlo import collectives, loops, memory
+from gvpo_jax.hlo import Collective, collectives, loops, memory
 from gvpo_jax.lowering import run_programs
 from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.shapes import KNOWN, model_shape
@@ -379,3 +379,39 @@ def test_saved_reports_are_of_the_configs_as_they_are():
         assert (report["topology"], then) == (topology, json.loads(json.dumps(now)))
         assert report["fits"]
         assert f"| {name} | train step |" in (folder / "README.md").read_text()
+
+
+def test_what_travels_between_slices_is_counted():
+    """XLA:TPU turns it into sends and receives, one for each collective; channels are their own."""
+
+    def over(slices, kind):
+        target = f'_xla_megascale_target="{{{slices}}}x{{0:1}}"'
+        return f'frontend_attributes={{{target},_xla_megascale_transfer_type="{kind}"}}'
+
+    hlo = f"""{HLO}
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %a = f32[8]{{0}} all-reduce(%x), channel_id=7, replica_groups={{{{0,1}},{{2,3}}}}, to_apply=%add
+  %s = (bf16[2,8]{{1,0}}, u32[], token[]) send(%a), channel_id=8, {over("1,2", "ALL_REDUCE")}
+  %r = (bf16[2,8]{{1,0}}, u32[], token[]) recv(%t), channel_id=7, {over("1,2", "ALL_REDUCE")}
+  %r.1 = (f32[12]{{0}}, u32[], token[]) recv(%u), channel_id=9, {over("0:2", "ALL_GATHER")}
+}}
+"""
+    found = {c.kind: c for c in collectives(hlo, devices=4) if c.between_slices}
+    assert found["all-reduce"] == Collective("all-reduce", 2, True, 1, 32, 32)
+    assert found["all-gather"] == Collective("all-gather", 3, True, 1, 48, 32)
+
+
+def test_each_chip_sends_its_share_of_the_gradients_to_the_other_slice(tmp_path):
+    """In bfloat16 or float32, and little beside it."""
+    d, v, ff, kv = 256, 512, 512, 128
+    shape = {"hidden_size": d, "vocab_size": v, "intermediate_size": ff}
+    (tmp_path / "config.json").write_text(json.dumps(TINY | shape))
+    out = tmp_path / "two.json"
+    options = ["--slices", "2", "--only", "train", "--model-config", str(tmp_path / "config.json")]
+    command = ["compile", "debug", "--topology", TOPOLOGY, *options, "--out", str(out)]
+    assert main([*command, *OVERRIDES, "train.batch_size=8"]) == 0
+    (row,) = json.loads(out.read_text())["programs"]
+    moved = sum(c["wire_bytes"] for c in row["collectives"] if c["between_slices"])
+    entries = (2 * v * d + 2 * d * d + 2 * d * kv + 3 * d * ff) // 4
+    assert 2 * entries < moved < 1.1 * 4 * entries
+    assert row["seconds"]["dcn"] > 0

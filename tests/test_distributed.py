@@ -28,6 +28,8 @@ SETTINGS = [
     "optimizer.name=sgd", "optimizer.learning_rate=0.1", "run.seed=1",
 ]  # fmt: skip
 CLOCKS = re.compile("time|second|memory")
+# Nothing but rounding is left of these, which is of its own in programs of different shapes.
+ROUNDING = ("sync/logp_difference/mean", "sync/logp_difference/max")
 # What JAX's collectives on CPUs print, from several threads at once: lines come mixed up.
 GLOO = {"Gloo", "Rank", "is", "connected", "to", "peer", "ranks", "Expected", "number", "of"}
 
@@ -77,7 +79,9 @@ def assert_same(a: Path, b: Path):
     for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
         assert x.keys() == y.keys()
         for name in x:
-            if not CLOCKS.search(name):
+            if name in ROUNDING:
+                assert max(x[name], y[name]) < 1e-5, name
+            elif not CLOCKS.search(name):
                 np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-6, err_msg=name)
     for x, y in zip(
         read_jsonl(a / "eval" / "after.jsonl"), read_jsonl(b / "eval" / "after.jsonl"), strict=True

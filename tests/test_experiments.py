@@ -88,6 +88,8 @@ def test_bench(tmp_path):
         rows = results[f"small/{task}/cpu"]["contestants"]
         assert len(rows) == contestants
         assert all(row["tokens_per_second"] > 0 for row in rows.values()), rows
+    picture = (tmp_path / "results.svg").read_text()
+    assert "small" in "".join(ElementTree.fromstring(picture).itertext())
 
 
 def test_gvpo_vs_grpo(tmp_path):

@@ -1,4 +1,4 @@
-"""Hardware's attention kernels against `attention.causal`: splash interpreted, cuDNN's shapes."""
+"""What each kind of hardware computes against the plain way: splash interpreted, cuDNN's shapes."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 from gvpo_jax.attention import Prefix, causal
 from gvpo_jax.errors import UserError
-from gvpo_jax.kernels import attention_on, on_gpu, on_tpu
+from gvpo_jax.kernels import attention_on, on_cpu, on_gpu, on_tpu, product_on
 from gvpo_jax.mesh import make_mesh
 
 G, K, H, N, D = 2, 2, 4, 2, 16
@@ -77,11 +77,48 @@ def test_cudnn_gives_the_same_numbers(t, p):
     assert_same(functools.partial(on_gpu, make_mesh(fsdp=1)), inputs(t, p, jnp.bfloat16), 2e-2)
 
 
+@pytest.mark.parametrize(("t", "p"), [(7, 0), (130, 9)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_part_by_part_gives_the_same_numbers(t, p, sizes):
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    parts = functools.partial(on_cpu, mesh, at_once=0)
+    assert_same(parts, inputs(t, p, g=2 if sizes == (1, 1, 1) else 4), 1e-5)
+
+
+def test_part_by_part_takes_the_memory_of_one_part():
+    mesh, (*own, prefix) = make_mesh(fsdp=1), inputs(256, 64)
+    scores = 4 * G * K * H * 256 * (256 + 64)
+
+    def temporaries(at_once):
+        def total(own):
+            return jnp.sum(on_cpu(mesh, *own, prefix, at_once=at_once))
+
+        compiled = jax.jit(jax.grad(total)).lower(own).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(scores - 1) < 0.5 * temporaries(scores)
+
+
+@pytest.mark.parametrize(("wide", "out"), [(8, 24), (24, 8), (16, 16)])
+def test_products_with_weights_are_products(wide, out):
+    """And so are their gradients, whichever factor is the narrower one."""
+    rng = np.random.default_rng(0)
+    x, w, d = (rng.normal(size=s) for s in ((2, 3, 5, wide), (wide, out), (2, 3, 5, out)))
+    dimensions = (((3,), (0,)), ((), ()))
+    product = functools.partial(product_on(make_mesh(fsdp=1)), dimension_numbers=dimensions)
+    got, backward = jax.vjp(lambda *both: product(*both), *map(jnp.float32, (x, w)))
+    d_x, d_w = backward(jnp.float32(d))
+    np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_x, d @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_w, np.einsum("abcd,abcf->df", x, d), rtol=1e-5, atol=1e-5)
+
+
 def test_the_kernel_follows_the_devices():
     mesh = make_mesh(fsdp=1)
     for dtype in ("float32", "bfloat16"):
-        assert attention_on(mesh, "auto", dtype, 64) is causal
-        assert attention_on(mesh, "xla", dtype, 64) is causal
+        assert attention_on(mesh, "auto", dtype, 64).func is on_cpu
+        assert attention_on(mesh, "xla", dtype, 64).func is on_cpu
         for name in ("splash", "cudnn"):
             with pytest.raises(UserError, match=f"model.attention={name} needs"):
                 attention_on(mesh, name, dtype, 64)

@@ -78,11 +78,11 @@ def test_bfloat16_states_get_float32_logits():
 
 
 def test_memory_does_not_grow_with_length_times_vocabulary():
-    def temporaries(t, chunk_bytes=2**21, v=8192):
+    def temporaries(t, v=8192, **settings):
         hidden = jax.ShapeDtypeStruct((1, 4, t, 16), jnp.float32)
         head = jax.ShapeDtypeStruct((v, 16), jnp.float32)
         targets = jax.ShapeDtypeStruct((1, 4, t), jnp.int32)
-        logps = functools.partial(token_logprobs, chunk_bytes=chunk_bytes)
+        logps = functools.partial(token_logprobs, **{"chunk_bytes": 2**21} | settings)
         grad = jax.grad(lambda h, w, y: logps(h, w, y).sum(), (0, 1))
         compiled = jax.jit(grad).lower(hidden, head, targets).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -93,6 +93,8 @@ def test_memory_does_not_grow_with_length_times_vocabulary():
     assert temporaries(128, v=32768) - temporaries(128) < 2**20 + heads
     one_chunk = temporaries(128, chunk_bytes=128 * logits)  # kept, and what becomes of it
     assert 1.9 < one_chunk / (128 * logits) < 2.2
+    assert temporaries(128, kept_bytes=128 * logits) == one_chunk
+    assert temporaries(128, kept_bytes=128 * logits - 1) == temporaries(128)
 
 
 def test_sequence_sums_stop_at_the_length():

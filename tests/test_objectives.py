@@ -30,7 +30,10 @@ def completion_hidden(params, prompts, prompt_lengths, completions):
 
 
 BIGRAM = SimpleNamespace(
-    completion_hidden=completion_hidden, head=lambda params: params["head"], shards=1
+    completion_hidden=completion_hidden,
+    head=lambda params: params["head"],
+    shards=1,
+    chunk_bytes=2**29,
 )
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 

@@ -4,12 +4,13 @@ import functools
 import json
 import socket
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 import test_distributed as processes
-from http_stub import OWN_EOS, Logits, StubServer, network_of, seconds
+from http_stub import OWN_EOS, Logits, StubServer, network_of
 
 from gvpo_jax import distributed
 from gvpo_jax.batch import pad_prompts
@@ -313,19 +314,19 @@ def test_a_server_that_is_not_there(tmp_path, refused, capfd):
 
 def test_a_sampler_ahead_does_not_keep_a_failed_run_waiting(tmp_path):
     """The reward fails while the next round waits for a server that never answers."""
+    failed = []
     with server() as stub:
 
         def failing(prompts, **_):
             stub.faults.extend(["hang"] * 8)
+            failed.append(time.monotonic())
             raise ZeroDivisionError("on purpose")
 
-        def work():
-            with pytest.raises(UserError, match="on purpose"):
-                Trainer(config(tmp_path, stub, rollout__lookahead=2), load_model("debug")).train(
-                    ROWS, failing
-                )
-
-        assert seconds(work) < 15
+        with pytest.raises(UserError, match="on purpose"):
+            Trainer(config(tmp_path, stub, rollout__lookahead=2), load_model("debug")).train(
+                ROWS, failing
+            )
+        assert time.monotonic() - failed[0] < 10
 
 
 @pytest.mark.parametrize(

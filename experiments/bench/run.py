@@ -3,6 +3,7 @@
     python experiments/bench/run.py                    # all workloads on this machine's CPU
     python experiments/bench/run.py --only tiny        # one of them
     python experiments/bench/run.py --device gpu       # Qwen2.5's shapes
+    python experiments/bench/run.py --tables           # only the README's tables and picture
     python experiments/bench/run.py --only small --rounds 1 --out FILE       # CI
 
 Every contestant is a process of its own with the same weights, batch and cores; all of a task are
@@ -20,9 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from page import picture, with_tables
 from workloads import ON_CPU, ON_GPU, WORKLOADS, Workload, workload, write_model
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 CONTESTANTS = {
     "train": ("ours", "plain_pytorch", "trl_grpo", "tunix_grpo"),
     "rollout": ("ours", "plain_pytorch", "tunix_grpo"),
@@ -38,9 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--python", action="append", default=[], metavar="CONTESTANT=PATH")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--tables", action="store_true", help="only draw tables and picture")
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for name in options.only or (ON_CPU if options.device == "cpu" else ON_GPU):
+    workloads = options.only or (ON_CPU if options.device == "cpu" else ON_GPU)
+    for name in () if options.tables else workloads:
         with tempfile.TemporaryDirectory(prefix="gvpo-jax-bench-") as folder:
             write_model(WORKLOADS[name], Path(folder))
             for task in options.task or CONTESTANTS:
@@ -48,6 +52,10 @@ def main() -> None:
                 print(as_text(name, task, row), flush=True)
                 results[f"{name}/{task}/{options.device}"] = row
                 options.out.write_text(json.dumps(results, indent=2) + "\n")
+    options.out.with_suffix(".svg").write_text(picture(results))
+    if options.out.resolve().parent == HERE:
+        page = HERE / "README.md"
+        page.write_text(with_tables(page.read_text(), results))
 
 
 def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> dict:
@@ -142,7 +150,10 @@ class Worker:
             return json.loads(line)
         self.process.wait()
         said = [line for line in self.log.read_text().splitlines() if line.strip()]
-        return {"error": said[-1] if said else f"exit status {self.process.returncode}"}
+        status = self.process.returncode
+        if status < 0:
+            return {"error": f"killed by signal {-status}: out of memory?"}
+        return {"error": said[-1] if said else f"exit status {status}"}
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:

@@ -322,5 +322,19 @@ MUTANTS = (
         "order = plan.rows.ravel()",
         PACKED,
     ),
+    Mutant(
+        "the gradient of a layer's input goes through weights that are not transposed",
+        "kernels.py",
+        "(((d_out.ndim - 1,), (1,)), ((), ()))",
+        "(((d_out.ndim - 1,), (0,)), ((), ()))",
+        ("tests/test_kernels.py",),
+    ),
+    Mutant(
+        "each head of a group is given the first group's prompt",
+        "kernels.py",
+        "jnp.repeat(prefix[2], n, axis=0)",
+        "jnp.repeat(prefix[2][:1], n * g, axis=0)",
+        ("tests/test_kernels.py",),
+    ),
 )
 SMALL = MUTANTS[:3]

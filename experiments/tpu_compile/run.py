@@ -21,6 +21,7 @@ from gvpo_jax.models.shapes import KNOWN
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 SEVEN, TWO = "qwen2.5-math-7b", ["--slices", "2"]
+EIGHT = ["train.micro_batches=8"]  # as many groups a chip at once as on 64 chips, or twice
 QWEN3 = ["model.name=Qwen/Qwen3-0.6B", "model.remat=layer", "train.micro_batches=8"]
 
 # name -> config, topology, further arguments
@@ -29,19 +30,21 @@ RECIPES: dict[str, tuple[str, str, list[str]]] = {
     "qwen3-0.6b_v5e-1": ("colab", "v5e:1x1", QWEN3),
     "1.5b_v5e-8": ("qwen2.5-math-1.5b", "v5e:2x4", []),
     "7b_v5e-64": (SEVEN, "v5e:8x8", []),
-    "7b_v6e-32": (SEVEN, "v6e:4x8", []),
-    "7b_v5p-32": (SEVEN, "v5p:2x2x4", []),
+    "7b_v6e-32": (SEVEN, "v6e:4x8", EIGHT),
+    "7b_v5p-32": (SEVEN, "v5p:2x2x4", EIGHT),
     "7b_2xv5e-32": (SEVEN, "v5e:4x8", TWO),
 }
 
 # The 7B model's update with 4 of its 28 layers: what grows with the chips, and what does not.
 LAYERS = 4
 V5E = ((16, "4x4"), (64, "8x8"), (256, "16x16"))
-V5P = ((64, "4x4x4"), (128, "4x4x8"), (1024, "8x8x16"))
+V5P = ((64, "4x4x4"), (128, "4x4x8"))
 SCALING: dict[str, tuple[str, int, list[str]]] = {
     **{f"weak_v5e-{n}": (f"v5e:{shape}", 4 * n, []) for n, shape in V5E},
     "weak_2xv5e-256": ("v5e:16x16", 4 * 512, TWO),
     **{f"weak_v5p-{2 * n}": (f"v5p:{shape}", 4 * n, []) for n, shape in V5P},
+    # Its hidden size, 3584, does not divide over more.
+    "weak_v5p-2048": ("v5p:8x8x16", 4 * 1024, ["mesh.data=8", "mesh.fsdp=128"]),
     **{f"strong_v5e-{n}": (f"v5e:{shape}", 256, []) for n, shape in V5E},
 }
 SMALL = {
@@ -80,7 +83,7 @@ def arguments(name: str, scratch: Path) -> tuple[str, str, list[str]]:
     if name in RECIPES:
         return RECIPES[name]
     topology, groups, more = SCALING[name]
-    shape = scratch / "config.json"
+    shape = scratch / f"qwen2.5-math-7b-{LAYERS}-layers.json"
     shape.write_text(json.dumps(KNOWN["Qwen/Qwen2.5-Math-7B"] | {"num_hidden_layers": LAYERS}))
     # One group, that is 5,120 tokens, on a chip at once; all chips busy in each micro-batch.
     parts = max(groups // (chips(topology) * (2 if more else 1)), 1)

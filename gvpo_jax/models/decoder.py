@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gvpo_jax.attention import Int8, Prefix, Stored, attend, causal, stored
-from gvpo_jax.logprobs import completion_mask
+from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask
 from gvpo_jax.packing import Stream, attend_unpacked
 
 Params = dict[str, Any]
@@ -71,12 +71,16 @@ class Placement:
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
         attention: see `gvpo_jax.attention.causal`.
+        product: `jax.lax.dot_general` of activations and a layer's weights.
+        chunk_bytes: see `Apply`.
         shards: parts that a batch is cut into.
     """
 
     constrain: Callable[[str, jax.Array], jax.Array] = lambda name, x: x
     params: Callable[[Params], Params] = lambda params: params
     attention: Callable[..., jax.Array] = causal
+    product: Callable[..., jax.Array] = jax.lax.dot_general
+    chunk_bytes: int = CHUNK_BYTES
     shards: int = 1
 
 
@@ -164,7 +168,7 @@ class Decoder(nnx.Module):
     def __init__(
         self, c: DecoderConfig, *, dtype: Any, remat: Remat, on: Placement, rngs: nnx.Rngs
     ):
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=on.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(c, linear, on) for _ in range(c.num_layers)])
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -216,6 +220,7 @@ class Apply:
             the next one. None: the model has no such function.
         head: `params -> [V, D]`, the output embedding.
         shards: parts that the devices cut a batch into, group by group.
+        chunk_bytes: of logits that a device holds at once, where they are more than it keeps.
     """
 
     prefill: Callable[..., Any]
@@ -224,6 +229,7 @@ class Apply:
     completion_hidden: Callable[..., jax.Array]
     head: Callable[[Params], jax.Array]
     shards: int = 1
+    chunk_bytes: int = CHUNK_BYTES
     stream_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
@@ -263,6 +269,7 @@ def make_apply(
         completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
         head=head,
         shards=on.shards,
+        chunk_bytes=on.chunk_bytes,
         stream_hidden=lambda params, *arrays: _stream_hidden(model(params), *arrays),
     )
 
