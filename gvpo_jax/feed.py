@@ -1,7 +1,7 @@
 """What an update trains on: new groups, older ones and given ones, mixed into batches."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +22,7 @@ from gvpo_jax.sampler import Drawn, Sampler
 from gvpo_jax.samples import UNKNOWN, Group, cut, join, make_batch, pack, unpack
 
 Arrays = dict[str, np.ndarray]
+Scoring = Callable[[], tuple["Fed", list[Group]]]  # waits for the reference's log-probs
 
 
 class Fed(NamedTuple):
@@ -147,7 +148,8 @@ class OnlineFeed:
         if r.groups:
             groups += self._replay.groups(r.groups // jax.process_count(), key)
         c = self._config
-        fed, groups = feed_groups(self._policy, groups, c, self._longest, c.rollout.num_generations)
+        k = c.rollout.num_generations
+        fed, groups = send_groups(self._policy, groups, c, self._longest, k)()
         metrics = fed.metrics | drawn.metrics
         return fed._replace(metrics=metrics, records=drawn.records), groups[: len(drawn.groups)]
 
@@ -169,6 +171,10 @@ class OfflineFeed:
         self._policy, self._config, self._groups = policy, config, list(groups)
         self._longest = max(len(group.prompt) for group in groups)
         self._k = max(len(group.lengths) for group in groups)
+        self._ahead: tuple[int, Scoring] | None = None
+        updates = -(-config.train.steps // config.train.num_iterations)
+        per_round = config.train.steps_per_generation
+        self._last = -(-updates // per_round) * per_round - 1
 
     def round(self, number: int) -> list[Fed]:
         """The round's batches, with reference log-probs."""
@@ -196,20 +202,34 @@ class OfflineFeed:
         """Nothing to end."""
 
     def _batch(self, number: int) -> Fed:
-        c = self._config
-        here = share(c.train.batch_size)
-        indices = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)[here]
-        groups = [self._groups[i] for i in indices]
-        fed, groups = feed_groups(self._policy, groups, c, self._longest, self._k)
-        for i, group in zip(indices, groups, strict=True):
+        """A batch; the next one is sent to the reference before the update on this one is.
+
+        So the devices have that update to do while this process waits for the next one's scores,
+        and makes a batch of them.
+        """
+        ahead, self._ahead = self._ahead, None
+        scoring = ahead[1] if ahead and ahead[0] == number else self._send(number)
+        fed, groups = scoring()
+        for i, group in zip(self._indices(number), groups, strict=True):
             self._groups[i] = group
+        if number < self._last and self._config.reference.name == "initial":
+            self._ahead = number + 1, self._send(number + 1)
         return fed
 
+    def _send(self, number: int) -> Scoring:
+        groups = [self._groups[i] for i in self._indices(number)]
+        return send_groups(self._policy, groups, self._config, self._longest, self._k)
 
-def feed_groups(
+    def _indices(self, number: int) -> np.ndarray:
+        c = self._config
+        every = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)
+        return every[share(c.train.batch_size)]
+
+
+def send_groups(
     policy: Policy, groups: list[Group], config: Config, longest_prompt: int, k: int | None = None
-) -> tuple[Fed, list[Group]]:
-    """A batch with the reference's log-probs, scored where they are not cached; and its groups."""
+) -> Scoring:
+    """A batch that the reference scores where its log-probs are not cached; its groups then."""
     batch = make_batch(
         groups,
         longest_prompt=longest_prompt,
@@ -218,13 +238,18 @@ def feed_groups(
         agree=agreed,
     )
     batch = policy.pad(batch, -(-config.train.batch_size // jax.process_count()))
-    metrics = reward_metrics(batch)
     reference = policy.reference_fingerprint
     known = np.ones(len(batch.rewards), bool)  # what only fills up needs no scores
     known[: len(groups)] = [g.reference == reference != UNKNOWN for g in groups]
-    batch = policy.with_reference(batch, known)
-    scored = [cut(batch, place, group, reference) for place, group in enumerate(groups)]
-    return Fed(batch, policy.plan(batch), metrics, []), scored
+    plan = policy.plan(batch)  # now: to agree on it later would wait for an update
+    received = policy.send_to_reference(batch, known)
+
+    def scoring() -> tuple[Fed, list[Group]]:
+        scored = received()
+        cuts = [cut(scored, place, group, reference) for place, group in enumerate(groups)]
+        return Fed(scored, plan, reward_metrics(scored), []), cuts
+
+    return scoring
 
 
 class _Version(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -143,9 +143,18 @@ class Policy:
         return zlib.crc32(f"{self._reference_fingerprint} {self._config.model.dtype}".encode())
 
     def with_reference(self, batch: Batch, known: np.ndarray | None = None) -> Batch:
-        """The batch with the reference's token log-probs, scored in the update's micro-batches.
+        """The batch with the reference's token log-probs; see `send_to_reference`."""
+        return self.send_to_reference(batch, known)()
+
+    def send_to_reference(
+        self, batch: Batch, known: np.ndarray | None = None
+    ) -> Callable[[], Batch]:
+        """Has the reference score a batch, in the update's micro-batches, without waiting for it.
 
         known: `[g]` booleans, the groups whose `ref_logps` are there already.
+
+        Returns:
+            A function that waits, and returns the batch with the reference's token log-probs.
         """
         groups, k = batch.rewards.shape
         missing = np.arange(groups) if known is None else np.flatnonzero(~known)
@@ -153,7 +162,7 @@ class Policy:
         # All processes go through as many parts, also one that has fewer to score.
         parts = -(-agreed(len(missing)) // size)
         if parts == 0:
-            return batch
+            return lambda: batch
         wanted = parts * (size + -size % self._unit(size, k))
         some = missing if len(missing) else np.zeros(1, np.int64)
         asked = pad_groups(Batch(*(x[some] for x in batch)), wanted)
@@ -161,15 +170,22 @@ class Policy:
         # Few groups may be missing, or many: one program for all of a batch's size.
         whole = make_plan(batch, parts=groups // size, shards=self._shards, gather=gather)
         stream = plan.stream and whole.stream and max(plan.stream, whole.stream)
-        scored = np.empty_like(asked.ref_logps)
+        names = ("prompts", "prompt_lengths", "completions", "lengths")
+        sent = []
         for rows in plan.rows:
-            names = ("prompts", "prompt_lengths", "completions", "lengths")
             part = {name: getattr(asked, name)[rows] for name in names}
-            on_devices = self._programs.score(self.reference, self._place(part, k), stream)
-            scored[rows] = to_host(on_devices)
-        ref_logps = np.array(batch.ref_logps)
-        ref_logps[missing] = scored[: len(missing)]
-        return batch._replace(ref_logps=ref_logps)
+            placed = self._place(part, k)
+            sent.append((rows, self._programs.score(self.reference, placed, stream)))
+
+        def received() -> Batch:
+            scored = np.empty_like(asked.ref_logps)
+            for rows, on_devices in sent:
+                scored[rows] = to_host(on_devices)
+            ref_logps = np.array(batch.ref_logps)
+            ref_logps[missing] = scored[: len(missing)]
+            return batch._replace(ref_logps=ref_logps)
+
+        return received
 
     def pad(self, batch: Batch, groups: int = 0) -> Batch:
         """Filled up with groups that count for nothing: to `groups`, and to divide evenly."""

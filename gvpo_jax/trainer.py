@@ -8,7 +8,7 @@ from gvpo_jax.checkpoint import Checkpoints
 from gvpo_jax.config import Config, override
 from gvpo_jax.data import EncodedPrompts, encode_prompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.feed import Feed, OfflineFeed, OnlineFeed, feed_groups
+from gvpo_jax.feed import Feed, OfflineFeed, OnlineFeed, send_groups
 from gvpo_jax.loop import Loop, resume
 from gvpo_jax.models import LoadedModel, export_model
 from gvpo_jax.offline import OfflineGroups, read_groups
@@ -210,7 +210,7 @@ class Trainer:
         size, rows = self.config.train.batch_size, []
         for start in range(0, len(groups), size):
             part = groups[start : start + size]
-            _, scored = feed_groups(self.policy, part, self.config, prompts.longest)
+            _, scored = send_groups(self.policy, part, self.config, prompts.longest)()
             rows += [
                 {
                     **row,

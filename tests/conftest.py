@@ -26,8 +26,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ["GVPO_TESTS_XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
 )
 # Many trainers, here and in child processes, but few different programs.
-_cache = tempfile.TemporaryDirectory(prefix="gvpo-jax-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the one of the process above them
+    _cache = tempfile.TemporaryDirectory(prefix="gvpo-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402  (reads the lines above)

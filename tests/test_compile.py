@@ -367,10 +367,7 @@ def test_saved_reports_are_of_the_configs_as_they_are():
     """And each fits; a recipe that changed must be compiled again, but not for a new default."""
     folder = Path(__file__).parent.parent / "experiments" / "tpu_compile"
     recipes = runpy.run_path(str(folder / "run.py"))["RECIPES"]
-    saved = [name for name in recipes if (folder / "reports" / f"{name}.json").exists()]
-    assert {"7b_v5e-64", "1.5b_v5e-8"} <= set(saved)
-    for name in saved:
-        config, topology, more = recipes[name]
+    for name, (config, topology, more) in recipes.items():
         settings = [item for item in more if "=" in item]
         report = json.loads((folder / "reports" / f"{name}.json").read_text())
         file = folder.parent.parent / "configs" / f"{config}.yaml"

@@ -2,8 +2,8 @@
 
     python experiments/pod/plan.py
 
-Limits as if each were alone: FLOP at peak; weights gathered and gradients scattered over ICI in
-every micro-batch, gradients summed over DCN; decoding that reads weights and cache for each token.
+Limits as if each were alone: FLOP at peak; weights gathered and gradients scattered over ICI, and
+summed over DCN, in every micro-batch; decoding that reads weights and cache for each token.
 """
 
 from gvpo_jax.models.shapes import KNOWN
@@ -42,9 +42,10 @@ def row(name: str, kind: str, chips: int, slices: int, groups: int, tensor: int)
     compute = (here * work if here >= 1 else max(here * K, 1) * alone) / chip.flops
     weights = 2 * PARAMETERS
     parts = max(here, 1)  # micro-batches of one group
-    # Gathered forward, again to compute layers once more, and backward; gradients scattered.
-    ici = parts * 4 * weights / chip.ici_bandwidth
-    dcn = 2 * weights / chips / chip.dcn_bandwidth if slices > 1 else 0.0
+    # Gathered forward, again to compute layers once more, and backward; gradients are scattered,
+    # and summed over slices, once for the prompts and once for the completions.
+    ici = parts * (3 + 2) * weights / chip.ici_bandwidth
+    dcn = parts * 2 * weights / chips / chip.dcn_bandwidth if slices > 1 else 0.0
     once, many = (decode(chip, here * times, tensor) for times in (1, 4))
     update = max(compute, ici, dcn)
     shares = [f"{x / (x + update):.0%}" for x in (once, many / 4)]
