@@ -92,6 +92,19 @@ def test_bench(tmp_path):
     assert "small" in "".join(ElementTree.fromstring(picture).itertext())
 
 
+def test_trace(tmp_path):
+    """Each update is sent to the devices while they are at work on what comes before it."""
+    run("trace", "--out", tmp_path / "results.json", XLA_FLAGS="")
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    for pairs in (
+        runs["given groups"]["one to the next"],
+        runs["sampled groups"]["one to the next"],
+    ):
+        assert pairs["pairs"] >= 5
+        assert pairs["sent_while_busy"] == pairs["pairs"]
+    assert "over a rollout" in runs["sampled groups"]
+
+
 def test_gvpo_vs_grpo(tmp_path):
     """A run of each kind; what is finished is not run again; the report has them all."""
     raw = tmp_path / "raw"

@@ -323,10 +323,10 @@ MUTANTS = (
         PACKED,
     ),
     Mutant(
-        "the gradient of a layer's input goes through weights that are not transposed",
+        "query heads of a part given other key-value heads",
         "kernels.py",
-        "(((d_out.ndim - 1,), (1,)), ((), ()))",
-        "(((d_out.ndim - 1,), (0,)), ((), ()))",
+        "queries_gkthd.reshape(g, k, t, n, h // n, d)",
+        "queries_gkthd.reshape(g, k, t, h // n, n, d).swapaxes(3, 4)",
         ("tests/test_kernels.py",),
     ),
     Mutant(
