@@ -50,7 +50,7 @@ ASSUMPTIONS = (
     "compute: FLOP counted from shapes, what is computed twice included, at the chip's bfloat16 "
     "peak",
     "hbm: XLA's bytes accessed, times the rounds of the main loop (micro-batches, tokens); inner "
-    "loops count once",
+    "loops count once; of decoding, weights and cache read once for each token",
     "ici, dcn: bytes received by ring algorithms, with all links of a chip busy, none waiting",
     "time: the largest of the four, as if they overlapped perfectly; MFU: model FLOP over peak in "
     "that time, so an upper bound",
@@ -145,7 +145,7 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
     hlo, held = dump["hlo"], memory(dump["buffers"], dump["hlo"])
     traffic = collectives(hlo, devices=devices, slices=slices, trips=program.loop)
     costs = _costs(compiled)
-    accessed = costs["bytes_accessed"] or held.arguments + held.outputs
+    accessed = program.reads or costs["bytes_accessed"] or held.arguments + held.outputs
     limits = estimate(
         chip,
         flops=work.executed / devices,

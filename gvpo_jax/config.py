@@ -164,7 +164,8 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 100  # updates in all
     batch_size: int = 8  # prompts per update
-    steps_per_generation: int = 1  # updates' worth of prompts that one rollout samples
+    # Updates' worth of prompts that one rollout samples, all at once; rollout.slots bounds memory.
+    steps_per_generation: int = 1
     num_iterations: int = 1  # passes over each rollout
     micro_batches: int = 1  # parts of whole groups per update, to save memory; same gradient
     # Parts that each group's completions are cut into, where a group is too large for memory: one

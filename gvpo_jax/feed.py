@@ -67,11 +67,8 @@ class OnlineFeed:
         self.notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"] if lost else []
 
         def draw(number: int, at: "_Version") -> list[Drawn]:
-            first = number * per_round
-            return [
-                sampler.draw(n, prompts, given, at.params, at.updates)
-                for n in range(first, first + per_round)
-            ]
+            numbers = range(number * per_round, (number + 1) * per_round)
+            return sampler.draw(numbers, prompts, given, at.params, at.updates)
 
         self._draw = draw
         self._ahead: Lookahead[list[Drawn]] | None = None

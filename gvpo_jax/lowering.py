@@ -38,12 +38,15 @@ class Program:
         lower: traces it for its mesh.
         beside: bytes on a device that it does not touch but that lie there meanwhile.
         loop: how often its main loop's body runs: micro-batches, or tokens; 1: there is none.
+        reads: bytes that a device reads in each round of that loop, where they are known better
+            than XLA counts them.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     beside: int
     loop: int
+    reads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def batch_sizes(config: Config) -> dict[str, Sizes]:
     longest = -(-c.data.max_prompt_length // 8) * 8  # as `pad_prompts` rounds
     t, k = c.rollout.max_completion_length, c.rollout.num_generations
     part = max(c.train.batch_size // c.train.micro_batches, 1)
-    new = c.train.batch_size - c.replay.groups
+    new = (c.train.batch_size - c.replay.groups) * c.train.steps_per_generation
     drawn = k - c.rollout.demonstrations - c.replay.completions
     return {
         "train": Sizes(c.train.batch_size, k, longest, t),
@@ -114,7 +117,7 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     return [
         *training,
         Program("rollout: prefill", lower_prefill, others, 1),
-        Program("rollout: decode", lower_decode, others, steps),
+        Program("rollout: decode", lower_decode, others, steps, _read_each_step(weights, kept)),
     ]
 
 
@@ -130,11 +133,20 @@ def device_bytes(tree: Any) -> int:
     return sum(map(of, jax.tree.leaves(tree)))
 
 
+def _read_each_step(weights: Any, kept: dict[str, Any]) -> int:
+    """Bytes on a device; XLA counts a cache that is updated in place as read and written whole."""
+    state, prompts = kept["state"], kept["prompts"]
+    looked_up = {"embed"} if "head" in weights else set()
+    multiplied = {name: x for name, x in weights.items() if name not in looked_up}
+    prefix = prompts.prefix if state.prefix is None else state.prefix
+    return device_bytes((multiplied, state.cache, prefix))
+
+
 def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
     check_hosts(mesh, "mesh.tensor")
     for key, name in (
         ("score", "train.batch_size / train.micro_batches"),
-        ("rollout", "train.batch_size"),
+        ("rollout", "train.batch_size x train.steps_per_generation"),
     ):
         try:
             batch_axes(mesh, sizes[key].groups, sizes[key].k)

@@ -40,26 +40,29 @@ class Sampler:
 
     def draw(
         self,
-        number: int,
+        numbers: Sequence[int],
         prompts: EncodedPrompts,
         demonstrations: Sequence[Group] | None,
         params: Any,
         version: int,
-    ) -> "Drawn":
-        """The new groups of batch `number`, sampled by `params` after `version` updates.
+    ) -> list["Drawn"]:
+        """The new groups of these batches, sampled together by `params` after `version` updates.
 
-        Each has the samples that the config asks for, then its row's demonstrations.
+        Each group has the samples that the config asks for, then its row's demonstrations.
         """
         c = self._config
         new = c.train.batch_size - c.replay.groups
         here = share(new)
-        indices = batch_indices(len(prompts.rows), new, number, c.run.seed)[here]
-        rows = [prompts.rows[i] for i in indices]
+        rows, visits = [], []
+        for number in numbers:
+            rows.append(batch_indices(len(prompts.rows), new, number, c.run.seed)[here])
+            first = number * c.train.batch_size  # visits, not rows: a row's next has fresh keys
+            visits += range(first, first + new)[here]
+        indices = np.concatenate(rows)
         ids = [prompts.token_ids[i] for i in indices]
-        first = number * c.train.batch_size  # visits, not rows: a row's next one gets fresh keys
         rollout = self._policy.generate(
             ids,
-            range(first, first + new)[here],
+            visits,
             num_generations=c.rollout.num_generations
             - c.rollout.demonstrations
             - c.replay.completions,
@@ -71,6 +74,18 @@ class Sampler:
         groups = _groups(indices, ids, rollout, version)
         if demonstrations is not None:
             groups = [join(group, demonstrations[group.row]) for group in groups]
+        size = len(rows[0])
+        parts = [slice(start, start + size) for start in range(0, len(groups), size)]
+        return [
+            self._judge(number, prompts, groups[part], Rollout(*(x[part] for x in rollout)))
+            for number, part in zip(numbers, parts, strict=True)
+        ]
+
+    def _judge(
+        self, number: int, prompts: EncodedPrompts, groups: list[Group], rollout: Rollout
+    ) -> "Drawn":
+        """The groups of batch `number` with their rewards."""
+        rows = [prompts.rows[group.row] for group in groups]
         texts, scores = together(lambda: self._score(rows, groups))
         if gather(np.array([scores.failed == len(scores.rewards)])).all():
             raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")

@@ -222,6 +222,20 @@ def test_sampling_ahead_lies_beside_an_update(tiny):
     assert beside["after"] < beside["lanes"] < beside["ahead"]
 
 
+def test_decoding_reads_weights_and_cache_once_for_each_token(tiny):
+    """Of a whole round, by hand; the embedding is looked up, and the head read."""
+    more = ["rollout.tensor=1", "train.steps_per_generation=3", "data.max_prompt_length=24"]
+    config = load_config("debug", [*OVERRIDES, *more])
+    programs = run_programs(config, model_shape("", str(tiny)), mesh_on(config, jax.devices()[:4]))
+    d, v, ff, kv = 64, 256, 128, 32
+    weights = v * d + 2 * d * d + 2 * d * kv + 3 * d * ff + 3 * d
+    groups = 3 * 4 // 4  # on each of four devices
+    keys_and_values = groups * (24 + 2 * 8) * 2 * kv
+    mask = groups * 24
+    assert programs[-1].name == "rollout: decode"
+    assert programs[-1].reads == 2 * (weights + keys_and_values) + mask
+
+
 def test_where_servers_sample_there_is_nothing_to_decode(tiny):
     servers = ["rollout.engine=vllm", "rollout.servers=[http://localhost:8000]"]
     config = load_config("debug", [*OVERRIDES, *servers])

@@ -47,6 +47,29 @@ def batches_of(run_dir, monkeypatch, rows=ROWS, **settings):
     return batches
 
 
+def test_a_round_is_sampled_at_once_and_its_samples_are_those_of_batch_after_batch(
+    tmp_path, monkeypatch
+):
+    asked, generate = [], Policy.generate
+
+    def spy(self, prompts, *given, **options):
+        asked.append(len(prompts))
+        return generate(self, prompts, *given, **options)
+
+    monkeypatch.setattr(Policy, "generate", spy)
+    still = {"optimizer__learning_rate": 1e-12}  # or the second batch would see another policy
+    two = {"train__steps_per_generation": 2}
+    at_once = list(batches_of(tmp_path / "2", monkeypatch, **still, **two))
+    assert asked == [4, 4]
+    alone = batches_of(tmp_path / "1", monkeypatch, **still)
+    assert asked == [4, 4, 2, 2, 2, 2]
+    assert [batch.version.max() for batch in at_once] == [0, 0, 2, 2]
+    for a, b in zip(at_once, alone, strict=True):
+        np.testing.assert_array_equal(a.prompts, b.prompts)
+        np.testing.assert_array_equal(a.completions, b.completions)
+        np.testing.assert_array_equal(a.rewards, b.rewards)
+
+
 def test_older_completions_of_the_prompt_join_its_group(tmp_path, monkeypatch):
     batches = batches_of(tmp_path, monkeypatch, ROWS[:2], replay__completions=2)
     assert batches[0].valid.sum(axis=-1).tolist() == [2, 2]  # nothing to replay yet

@@ -11,6 +11,7 @@ from gvpo_jax.attention import Prefix, causal
 from gvpo_jax.errors import UserError
 from gvpo_jax.kernels import attention_on, on_cpu, on_gpu, on_tpu, product_on
 from gvpo_jax.mesh import make_mesh
+from gvpo_jax.models.decoder import DecoderConfig, Placement, init_params, make_apply
 
 G, K, H, N, D = 2, 2, 4, 2, 16
 
@@ -112,6 +113,22 @@ def test_products_with_weights_are_products(wide, out):
     np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_x, d @ w.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_w, np.einsum("abcd,abcf->df", x, d), rtol=1e-5, atol=1e-5)
+
+
+def test_products_with_weights_are_what_dots_keeps():
+    """`remat=dots` computes none of them again, here as where JAX knows them by itself."""
+    config = DecoderConfig("llama", 32, 16, 24, 1, 2, 1, 8, tie_embeddings=True)
+    arrays = (np.ones((1, 3), int), np.full(1, 3), np.ones((1, 2, 4), int))
+
+    def products(remat):
+        apply = make_apply(config, remat=remat, on=Placement(product=product_on(make_mesh(fsdp=1))))
+        total = lambda params: apply.completion_hidden(params, *arrays).sum()  # noqa: E731
+        text = str(jax.make_jaxpr(jax.grad(total))(init_params(config, 0)))
+        return text.count("custom_vjp_call[")
+
+    once = 2 * 7  # in a layer, for prompts and for completions
+    assert products("none") == products("dots") == once
+    assert products("layer") > once
 
 
 def test_the_kernel_follows_the_devices():

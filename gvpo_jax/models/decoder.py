@@ -71,7 +71,8 @@ class Placement:
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
         attention: see `gvpo_jax.attention.causal`.
-        product: `jax.lax.dot_general` of activations and a layer's weights.
+        product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
+            its own gives what it returns the `checkpoint_name` "product".
         chunk_bytes: see `Apply`.
         shards: parts that a batch is cut into.
     """
@@ -309,8 +310,11 @@ def _graph(config, dtype, remat, on):
 def _with_remat(remat: Remat):
     if remat == "none":
         return Block.__call__
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layer": None}
-    return nnx.remat(Block.__call__, policy=policies[remat])
+    keep = jax.checkpoint_policies
+    dots = keep.save_from_both_policies(
+        keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("product")
+    )
+    return nnx.remat(Block.__call__, policy=dots if remat == "dots" else None)
 
 
 def _prompts(model, prompts_gp, lengths_g):
