@@ -6,9 +6,10 @@
     python experiments/bench/run.py --tables           # only the README's tables and picture
     python experiments/bench/run.py --only small --rounds 1 --out FILE       # CI
 
-Every contestant is a process of its own with the same weights, batch and cores; all of a task are
-warm before the rounds begin, in which they take turns. `--python tunix_grpo=PATH` gives one
-another interpreter. Results are added to those in --out, so workloads can be run one by one.
+Every contestant is a process of its own with the same weights, batch and cores. Ours runs beside
+one peer after the other: both are warm before the rounds begin, in which they take turns, and no
+turn begins before the other is at rest. `--python tunix_grpo=PATH` gives one another interpreter.
+Results are added to those in --out, so workloads can be run one by one.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from page import picture, with_tables
@@ -62,35 +65,55 @@ def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> d
     """A row for each contestant that ran, and why another did not."""
     w = workload(name, task)
     rows: dict[str, dict] = {}
-    workers: dict[str, Worker] = {}
-    try:
-        for contestant in CONTESTANTS[task]:
-            worker = Worker(contestant, task, name, folder, options)
-            first = worker.hear()
-            rows[contestant] = first
-            if "error" not in first:
-                workers[contestant] = worker
-        times: dict[str, list[dict]] = {contestant: [] for contestant in workers}
-        for _ in range(options.rounds):
-            for contestant, worker in workers.items():
-                if "error" not in rows[contestant]:
-                    time = worker.ask("go")
-                    times[contestant].append(time)
-                    rows[contestant] |= {x: y for x, y in time.items() if x == "error"}
-        for contestant, worker in workers.items():
-            if "error" not in rows[contestant]:
-                rows[contestant] |= figures(w, times[contestant], rows[contestant])
-                rows[contestant] |= worker.ask("end")
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.wait()
+    times: dict[str, list[dict]] = {}
+    for peer in CONTESTANTS[task][1:]:
+        said, rounds = side_by_side(("ours", peer), name, task, folder, options)
+        for contestant, answers in said.items():
+            most = max(answers.get("peak_gib", 0.0), rows.get(contestant, {}).get("peak_gib", 0.0))
+            rows[contestant] = answers | ({"peak_gib": most} if most else {})
+            times.setdefault(contestant, []).extend(rounds[contestant])
+    for contestant, row in rows.items():
+        if "error" not in row:
+            row |= figures(w, times[contestant], row)
     check_same_work(w, rows)
     add_shares(task, w, rows, ceilings := measured_ceilings(name, options))
     here = {"machine": machine(options.device), "threads": options.threads, "ceilings": ceilings}
     if task == "train":
         here["ideal"] = w.ideal
     return here | {"rounds": options.rounds, "contestants": rows}
+
+
+def side_by_side(
+    contestants: Sequence[str], name: str, task: str, folder: str, options: argparse.Namespace
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """What each says, an error at least, and its rounds; only these are in memory meanwhile."""
+    said: dict[str, dict] = {}
+    workers: dict[str, Worker] = {}
+    rounds: dict[str, list[dict]] = {contestant: [] for contestant in contestants}
+    try:
+        for contestant in contestants:
+            workers[contestant] = Worker(contestant, task, name, folder, options)
+            said[contestant] = workers[contestant].hear()
+        for _ in range(options.rounds):
+            for contestant, worker in workers.items():
+                if "error" in said[contestant]:
+                    continue
+                settle(workers.values())
+                took = worker.ask("go")
+                if "error" in took:
+                    said[contestant] = took
+                else:
+                    rounds[contestant].append(took)
+        for contestant, worker in workers.items():
+            if "error" not in said[contestant]:
+                said[contestant] |= worker.ask("end")
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.wait()
+    if "error" in said["ours"]:
+        raise SystemExit(f"ours did not run: {said['ours']['error']}")
+    return said, rounds
 
 
 def measured_ceilings(name: str, options: argparse.Namespace) -> dict:
@@ -143,6 +166,14 @@ class Worker:
         self.process.stdin.flush()
         return self.hear()
 
+    def cpu_seconds(self) -> float:
+        """That its process has taken so far; 0 when it has ended."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def hear(self) -> dict:
         """Its next line; where there is none, the last line of what it complained about."""
         assert self.process.stdout
@@ -154,6 +185,17 @@ class Worker:
         if status < 0:
             return {"error": f"killed by signal {-status}: out of memory?"}
         return {"error": said[-1] if said else f"exit status {status}"}
+
+
+def settle(workers: Iterable[Worker], window: float = 0.3, most: float = 60.0) -> None:
+    """Waits until nobody is at work: some go on freeing their memory once they have answered."""
+    end = time.monotonic() + most
+    while time.monotonic() < end:
+        before = sum(worker.cpu_seconds() for worker in workers)
+        time.sleep(window)
+        if sum(worker.cpu_seconds() for worker in workers) - before < window / 10:
+            return
+    raise SystemExit(f"a contestant is still at work {most:.0f} s after its answer")
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
