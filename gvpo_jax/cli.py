@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     compiling.add_argument("--out", metavar="FILE", help="where to write the report as JSON")
     compiling.set_defaults(run=_compile)
     for command in (train, evaluate, compiling):
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loss.beta=0.2")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loss.beta=0.2"
+        )
     report = commands.add_parser("report", help="draw report.html again")
     report.add_argument("run_dir", help="a run folder")
     report.set_defaults(run=_report)

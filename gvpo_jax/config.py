@@ -1,8 +1,9 @@
 """A run's settings: frozen dataclasses whose comments are the manual, from YAML and `key=value`."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -375,6 +376,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_RECORDS = {
+    record.__name__: record
+    for record in (Config, TaskConfig, *(type(getattr(Config(), f.name)) for f in fields(Config)))
+}
+
+
 def _one_line(error: Exception) -> str:
     """OmegaConf's first sentence and the key it is about, without the lines on its own types."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -384,4 +391,9 @@ def _one_line(error: Exception) -> str:
     message = lines[0] if lines else type(error).__name__
     if "is not a ListConfig" in message:
         message = "needs a list, e.g. [a, b]"
+    if "incompatible container types" in message:
+        message = "it must hold sections of settings, e.g. loss: {beta: 0.2}"
+    if (stranger := re.fullmatch(r"Key '.*' not in '(\w+)'", message)) and stranger[1] in _RECORDS:
+        known = ", ".join(f.name for f in fields(_RECORDS[stranger[1]]))
+        message += f", which has {known}"
     return f"{key}: {message}" if key and key not in message else message

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ class Loop:
         for place, fed in enumerate(batches, start=1):
             if fed.records:
                 log.completions(counters.step + place, fed.records)
+            if math.isnan(fed.metrics["reward"]):
+                log.note("no completion of the next batch has a reward: nothing to learn from it")
         for fed in batches * c.train.num_iterations:
             if counters.step < c.train.steps:
                 log.step(self.policy.update(fed.batch, fed.plan), fed.metrics)

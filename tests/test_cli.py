@@ -107,6 +107,7 @@ def _start():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("epochs=3", "'epochs' not in 'Config', which has run, model"),
         ("los.beta=1", "Key 'los' not in 'Config'. Did you mean"),
         ("loss.bata=1", "loss.bata: Key 'bata' not in 'LossConfig'. Did you mean: 'beta'?"),
         ("loss.beta=0", "loss.beta must be > 0, got 0.0"),

@@ -63,6 +63,8 @@ def test_tasks_and_their_settings(write):
         ("loss: {bata: 1}", [], "c.yaml: loss.bata: .*Did you mean: 'beta'?"),
         ("", ["rollout.num_generation=8"], "rollout.num_generation: .*Did you mean.*'num_gener"),
         ("data: {tasks: [{nam: gcd}]}", [], "Did you mean: 'name'?"),
+        ("", ["epochs=3"], "'epochs' not in 'Config', which has run, model, data,"),
+        ("", ["train.epochs=3"], "'epochs' not in 'TrainConfig', which has steps, batch_size,"),
     ],
 )
 def test_a_misspelt_key_is_told_its_neighbour(write, text, given, message):
@@ -148,7 +150,7 @@ def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
     [
         ("loss:\n  beta: [0.1\n", "c.yaml is not a readable YAML config: line 3: "),
         ("loss: {beta: 0.1, beta: 0.2}", "line 1: found duplicate key beta"),
-        ("- 1\n", "c.yaml is not a readable YAML config"),
+        ("- 1\n", "c.yaml is not a readable YAML config: it must hold sections of settings"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )

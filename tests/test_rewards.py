@@ -201,6 +201,15 @@ def test_exception_out_of_the_call_fails_all_rows():
     assert (scores.abstained, scores.failed) == (0, 3)
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_function_with_other_parameters_is_told_which_it_may_have(on_error):
+    def other(question, answer):
+        return 0.0
+
+    with pytest.raises(UserError, match=r"'other' can't be called with prompts, .*\*\*kwargs"):
+        run([gives(1, 1, 1), other], on_error=on_error)
+
+
 @pytest.mark.parametrize(
     "bad",
     [NAN, math.inf, -math.inf, np.float32("nan"), pytest.param(10**400, id="huge"), "1", [1]],

@@ -200,6 +200,17 @@ def test_rewards_may_abstain_and_then_their_completions_leave_the_group(tmp_path
     assert [row["reward"] is None for row in rows] == [True, False, False, False] * 2
 
 
+def test_a_batch_without_any_reward_is_told_of(tmp_path, capsys):
+    def none(prompts, completions, **_):
+        return [None] * len(completions)
+
+    trainer = Trainer(config(tmp_path, train__steps=2), load_model("debug"))
+    before = jax.device_get(trainer.policy.state.params)
+    trainer.train(ROWS, none)
+    assert capsys.readouterr().out.count("no completion of the next batch has a reward") == 2
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.policy.state.params))
+
+
 def test_reward_functions_get_trls_call(tmp_path):
     calls = []
 

@@ -21,7 +21,9 @@ import numpy as np
 import optax
 
 from gvpo_jax.batch import Batch
-from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply
+from gvpo_jax.kernels import attention_on, chunk_bytes_on, product_on
+from gvpo_jax.mesh import make_mesh
+from gvpo_jax.models.decoder import DecoderConfig, Placement, init_params, make_apply
 from gvpo_jax.objectives import gvpo
 from gvpo_jax.svg import Chart, Line, chart_content
 from gvpo_jax.train_step import init_state, train_step
@@ -31,7 +33,7 @@ SIZES = {
     "k": [2, 4, 8, 16, 32],
     "t": [32, 64, 128, 256, 512],
     "p": [32, 64, 128, 256, 512, 1024],
-    "v": [2048, 8192, 32_768, 131_072],
+    "v": [2048, 8192, 32_768, 131_072, 262_144],
     "layers": [2, 4, 8, 16],
 }
 SMALL = {"k": [2, 8]}
@@ -67,10 +69,15 @@ def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
     config = DecoderConfig(
         "llama", v, WIDTH, 4 * WIDTH, layers, 8, 4, WIDTH // 8, tie_embeddings=True
     )
-    optimizer = optax.adamw(1e-6)
+    optimizer, mesh = optax.adamw(1e-6), make_mesh(fsdp=1)
+    placement = Placement(  # as a `Policy` computes it on this machine
+        attention=attention_on(mesh, "auto", "float32", config.head_dim),
+        product=product_on(mesh),
+        chunk_bytes=chunk_bytes_on(mesh),
+    )
     step = functools.partial(
         train_step,
-        model=make_apply(config),
+        model=make_apply(config, on=placement),
         optimizer=optimizer,
         objective=gvpo(beta=0.1),
         beta=0.1,
@@ -89,6 +96,8 @@ def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
         "fastest": min(seconds[1:]),
         "slowest": max(seconds[1:]),
         "temporaries_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+        "logits_mib": GROUPS * k * t * v * 4 / 2**20,
+        "table_mib": v * WIDTH * 4 / 2**20,
     }
 
 
@@ -118,12 +127,14 @@ def as_text(report: dict) -> str:
     lines = []
     tables = report["updates"] | {f"k, prompts of {LONG_PROMPT}, t = 2": report["prompts"]}
     for axis, rows in tables.items():
-        lines += [f"| {axis} | GFLOP | seconds | temporaries, MiB |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['size']} | {row['gflops']:.1f} | {row['seconds']:.3f} ({row['fastest']:.3f} "
-            f"to {row['slowest']:.3f}) | {row['temporaries_mib']:.0f} |"
-            for row in rows
-        ]
+        more = [("logits_mib", "all logits, MiB"), ("table_mib", "the table, MiB")] * (axis == "v")
+        titles = [axis, "GFLOP", "seconds", "temporaries, MiB", *(title for _, title in more)]
+        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        for row in rows:
+            seconds = "{seconds:.3f} ({fastest:.3f} to {slowest:.3f})".format(**row)
+            mib = [f"{row[name]:.0f}" for name in ("temporaries_mib", *(name for name, _ in more))]
+            cells = [str(row["size"]), f"{row['gflops']:.1f}", seconds, *mib]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from gvpo_jax.roofline import CHIPS, Shape, train_work
 
 MODEL = KNOWN["Qwen/Qwen2.5-Math-7B"]
 K, P, T = 4, 1024, 1024  # completions of a prompt, tokens of both
+UPDATES = 4  # whose prompts a rollout samples at once: train.steps_per_generation
 PARAMETERS = 7.62e9
 KV_BYTES = 2 * 2 * MODEL["num_hidden_layers"] * MODEL["num_key_value_heads"] * 128  # a token's
 
@@ -24,7 +25,7 @@ CASES = (
 )
 TITLES = (
     "", "chips", "groups a chip", "compute", "ICI", "DCN", "decoding", "share of decoding",
-    "if 4 updates were decoded at once",
+    "if each update's were decoded alone",
 )  # fmt: skip
 
 
@@ -37,19 +38,21 @@ def row(name: str, kind: str, chips: int, slices: int, groups: int, tensor: int)
     chip, devices = CHIPS[kind], chips * slices
     here = groups / devices
     # Below one group a chip, its completions are spread, and the prompt is computed on each.
-    work = train_work(shape(), groups=1, k=K, p=P, t=T, remat=True, two_passes=False).executed
-    alone = train_work(shape(), groups=1, k=1, p=P, t=T, remat=True, two_passes=False).executed
-    compute = (here * work if here >= 1 else max(here * K, 1) * alone) / chip.flops
+    group, single = (
+        train_work(shape(), groups=1, k=k, p=P, t=T, remat=True, two_passes=False).executed
+        for k in (K, 1)
+    )
+    compute = (here * group if here >= 1 else max(here * K, 1) * single) / chip.flops
     weights = 2 * PARAMETERS
     parts = max(here, 1)  # micro-batches of one group
     # Gathered forward, again to compute layers once more, and backward; gradients are scattered,
     # and summed over slices, once for the prompts and once for the completions.
     ici = parts * (3 + 2) * weights / chip.ici_bandwidth
     dcn = parts * 2 * weights / chips / chip.dcn_bandwidth if slices > 1 else 0.0
-    once, many = (decode(chip, here * times, tensor) for times in (1, 4))
+    decoding, alone = (decode(chip, here * n, tensor) / n for n in (UPDATES, 1))
     update = max(compute, ici, dcn)
-    shares = [f"{x / (x + update):.0%}" for x in (once, many / 4)]
-    seconds = [f"{value:.2g} s" for value in (compute, ici, dcn, once)]
+    shares = [f"{x / (x + update):.0%}" for x in (decoding, alone)]
+    seconds = [f"{value:.2g} s" for value in (compute, ici, dcn, decoding)]
     return [name, str(devices), f"{here:g}", *seconds, *shares]
 
 
@@ -61,9 +64,12 @@ def shape() -> Shape:
 
 
 def decode(chip, groups: float, tensor: int) -> float:
-    """Seconds to read weights and cache T times, with `groups` groups for each chip."""
+    """Seconds to read weights and cache T times, with `groups` groups for each chip.
+
+    Places of the cache are read whether there is a token yet or not.
+    """
     weights = 2 * PARAMETERS / tensor
-    cache = groups * (P + K * T / 2) * KV_BYTES
+    cache = groups * (P + K * T) * KV_BYTES
     return T * (weights + cache) / chip.hbm_bandwidth
 
 

@@ -66,6 +66,8 @@ def score(
     factors = _weights(weights, names)
     lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     n = _check_lists(lists, columns)
+    for name, func in zip(names, reward_funcs, strict=True):
+        _check_parameters(name, func, {**lists, **columns})
     answers = _call_all(reward_funcs, {**lists, **columns})
     by_func: dict[str, np.ndarray] = {}
     total, answered, failed = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
@@ -175,6 +177,21 @@ def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Seque
     if len(set(lengths.values())) != 1:
         raise ValueError(f"lists of unequal length given to score: {lengths}")
     return len(lists["prompts"])
+
+
+def _check_parameters(name: str, func: RewardFunc, arguments: Mapping[str, Any]) -> None:
+    """That the function can be called: a wrong signature is no row's failure."""
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"reward {name!r} can't be called with {', '.join(arguments)}: {error}; let it take "
+            "prompts, completions, **kwargs, or (prompt, completion) for one sample at a time"
+        ) from None
 
 
 def _call_all(reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any]) -> list[Any]:
