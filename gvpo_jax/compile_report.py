@@ -270,10 +270,21 @@ def _advice(config: Config, rows: list[dict[str, Any]], mesh: dict[str, int]) ->
     if c.rollout.lookahead:
         found.append("rollout.lookahead=0: one copy of the parameters less")
     if any(name.startswith("rollout") for name in misfits):
-        found.append("train.batch_size, or mesh.tensor > 1: less KV cache on a device")
+        found += _less_cache(config)
     found.append("rollout.max_completion_length and data.max_prompt_length: shorter")
     found.append("a topology with more chips: parameters, moments and the batch are cut finer")
     return found
+
+
+def _less_cache(config: Config) -> list[str]:
+    found, r = [], config.rollout
+    if r.slots is None:
+        found.append("rollout.slots=N: N completions are drawn at a time, and no more are kept")
+    if config.train.steps_per_generation > 1:
+        found.append("train.steps_per_generation lower: a rollout samples fewer prompts at once")
+    if r.cache_dtype != "int8":
+        found.append("rollout.cache_dtype=int8: keys and values in half of bfloat16's memory")
+    return [*found, "train.batch_size, or mesh.tensor > 1: less KV cache on a device"]
 
 
 def _faster(config: Config, rows: list[dict[str, Any]]) -> list[str]:

@@ -165,7 +165,8 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 100  # updates in all
     batch_size: int = 8  # prompts per update
-    # Updates' worth of prompts that one rollout samples, all at once; rollout.slots bounds memory.
+    # Updates' worth of prompts that one rollout samples, all at once; rollout.slots bounds the
+    # memory of their completions.
     steps_per_generation: int = 1
     num_iterations: int = 1  # passes over each rollout
     micro_batches: int = 1  # parts of whole groups per update, to save memory; same gradient
@@ -284,12 +285,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         schema = OmegaConf.structured(Config)
         merged = OmegaConf.merge(schema, OmegaConf.load(file), *given)
         config = _as_config(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path} is not a readable YAML config:{line} {error.problem}") from None
-    except (YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable YAML config: {_one_line(error)}") from None
     data = dataclasses.replace(
         config.data,
@@ -392,7 +393,8 @@ def _one_line(error: Exception) -> str:
     if "is not a ListConfig" in message:
         message = "needs a list, e.g. [a, b]"
     if "incompatible container types" in message:
-        message = "it must hold sections of settings, e.g. loss: {beta: 0.2}"
+        message = "a list stands where a mapping belongs, or the reverse: sections are mappings, "
+        message += "data.tasks and rewards.funcs are lists, with a dash before each entry"
     if (stranger := re.fullmatch(r"Key '.*' not in '(\w+)'", message)) and stranger[1] in _RECORDS:
         known = ", ".join(f.name for f in fields(_RECORDS[stranger[1]]))
         message += f", which has {known}"

@@ -132,7 +132,8 @@ class Loop:
             if fed.records:
                 log.completions(counters.step + place, fed.records)
             if math.isnan(fed.metrics["reward"]):
-                log.note("no completion of the next batch has a reward: nothing to learn from it")
+                step = counters.step + place
+                log.note(f"step {step}: no completion has a reward, there is nothing to learn from")
         for fed in batches * c.train.num_iterations:
             if counters.step < c.train.steps:
                 log.step(self.policy.update(fed.batch, fed.plan), fed.metrics)

@@ -114,10 +114,11 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
         return training
     own = 0 if config.rollout.tensor else params  # sampled with; else a copy of them is
     others = all_state - own + fixed + snapshot
+    reads = _read_each_step(weights, kept, jnp.dtype(config.model.dtype))
     return [
         *training,
         Program("rollout: prefill", lower_prefill, others, 1),
-        Program("rollout: decode", lower_decode, others, steps, _read_each_step(weights, kept)),
+        Program("rollout: decode", lower_decode, others, steps, reads),
     ]
 
 
@@ -133,25 +134,28 @@ def device_bytes(tree: Any) -> int:
     return sum(map(of, jax.tree.leaves(tree)))
 
 
-def _read_each_step(weights: Any, kept: dict[str, Any]) -> int:
-    """Bytes on a device; XLA counts a cache that is updated in place as read and written whole."""
+def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:
+    """Bytes on a device; XLA counts a cache that is updated in place as read and written whole.
+
+    Weights are read in the dtype of the computation, once converted in front of the loop.
+    """
     state, prompts = kept["state"], kept["prompts"]
     looked_up = {"embed"} if "head" in weights else set()
-    multiplied = {name: x for name, x in weights.items() if name not in looked_up}
+    multiplied = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+        {name: x for name, x in weights.items() if name not in looked_up},
+    )
     prefix = prompts.prefix if state.prefix is None else state.prefix
     return device_bytes((multiplied, state.cache, prefix))
 
 
 def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
     check_hosts(mesh, "mesh.tensor")
-    for key, name in (
-        ("score", "train.batch_size / train.micro_batches"),
-        ("rollout", "train.batch_size x train.steps_per_generation"),
-    ):
-        try:
-            batch_axes(mesh, sizes[key].groups, sizes[key].k)
-        except UserError as error:
-            raise UserError(f"{name} = {sizes[key].groups}: {error}") from None
+    try:
+        batch_axes(mesh, sizes["score"].groups, sizes["score"].k)
+    except UserError as error:
+        name = "train.batch_size / train.micro_batches"
+        raise UserError(f"{name} = {sizes['score'].groups}: {error}") from None
     total = config.data.max_prompt_length + config.rollout.max_completion_length
     if total > model.max_position_embeddings:
         raise UserError(
@@ -162,8 +166,12 @@ def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Si
 
 def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
     """What lowers prefill and decoding, what one leaves to the other, and the steps at most."""
-    mesh, model = sampler.mesh, sampler.model
-    size, groups = lanes(sizes.groups, sizes.k, config.rollout.slots, group_shards(mesh))
+    mesh, model, groups = sampler.mesh, sampler.model, sizes.groups
+    try:
+        batch_axes(mesh, groups, sizes.k)
+    except UserError:  # filled up, as a policy does it
+        groups += -groups % group_shards(mesh)
+    size, groups = lanes(groups, sizes.k, config.rollout.slots, group_shards(mesh))
     sizes = dataclasses.replace(sizes, groups=groups)
     steps = groups // size[0] * -(-sizes.k // size[1]) * sizes.t
     options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}

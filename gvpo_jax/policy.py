@@ -276,12 +276,13 @@ class Policy:
 
     def _unit(self, groups: int, k: int, mesh: Mesh | None = None) -> int:
         """What this process's groups must be a multiple of, to lie evenly on the mesh."""
-        processes = jax.process_count()
+        mesh, processes = mesh or self.mesh, jax.process_count()
         try:
-            batch_axes(mesh or self.mesh, groups * processes, k)
+            over_groups, _ = batch_axes(mesh, groups * processes, k)
+            check_rows(NamedSharding(mesh, PartitionSpec(over_groups or None)), groups * processes)
             return 1
         except UserError:
-            return -(-group_shards(mesh or self.mesh) // processes)
+            return -(-group_shards(mesh) // processes)
 
     def _place_param(self, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
         tree: Any = array

@@ -17,7 +17,7 @@ from gvpo_jax.compile_report import as_text, compile_run
 from gvpo_jax.config import Config, load_config
 from gvpo_jax.errors import UserError
 from gvpo_jax.hlo import Collective, collectives, loops, memory
-from gvpo_jax.lowering import run_programs
+from gvpo_jax.lowering import batch_sizes, run_programs
 from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.shapes import KNOWN, model_shape
 from gvpo_jax.programs import mesh_on
@@ -222,18 +222,30 @@ def test_sampling_ahead_lies_beside_an_update(tiny):
     assert beside["after"] < beside["lanes"] < beside["ahead"]
 
 
-def test_decoding_reads_weights_and_cache_once_for_each_token(tiny):
-    """Of a whole round, by hand; the embedding is looked up, and the head read."""
-    more = ["rollout.tensor=1", "train.steps_per_generation=3", "data.max_prompt_length=24"]
-    config = load_config("debug", [*OVERRIDES, *more])
+@pytest.mark.parametrize("tensor", ["1", "null"])
+def test_decoding_reads_weights_and_cache_once_for_each_token(tiny, tensor):
+    """Of a whole round, by hand, in bfloat16; the embedding is looked up, and the head read."""
+    more = ["train.steps_per_generation=3", "data.max_prompt_length=24"]
+    config = load_config("debug", [*OVERRIDES, *more, f"rollout.tensor={tensor}"])
     programs = run_programs(config, model_shape("", str(tiny)), mesh_on(config, jax.devices()[:4]))
     d, v, ff, kv = 64, 256, 128, 32
-    weights = v * d + 2 * d * d + 2 * d * kv + 3 * d * ff + 3 * d
+    matrices = v * d + 2 * d * d + 2 * d * kv + 3 * d * ff
+    weights = (matrices if tensor == "1" else matrices // 4) + 3 * d  # or each chip's share
     groups = 3 * 4 // 4  # on each of four devices
     keys_and_values = groups * (24 + 2 * 8) * 2 * kv
     mask = groups * 24
     assert programs[-1].name == "rollout: decode"
     assert programs[-1].reads == 2 * (weights + keys_and_values) + mask
+
+
+def test_prompts_that_do_not_divide_are_filled_up_to_sample(tiny):
+    """As in a run: three rounds of seven prompts on four devices are 24."""
+    more = ["train.batch_size=8", "replay.groups=1", "train.steps_per_generation=3"]
+    config = load_config("debug", [*OVERRIDES, *more, "rollout.num_generations=3"])
+    mesh = mesh_on(config, jax.devices()[:4])
+    prefill = run_programs(config, model_shape("", str(tiny)), mesh)[2]
+    prompts = jax.tree.leaves(prefill.lower().args_info)[-2]
+    assert prompts.shape == (24, 32)
 
 
 def test_where_servers_sample_there_is_nothing_to_decode(tiny):
@@ -385,7 +397,10 @@ def test_saved_reports_are_of_the_configs_as_they_are():
         settings = [item for item in more if "=" in item]
         report = json.loads((folder / "reports" / f"{name}.json").read_text())
         file = folder.parent.parent / "configs" / f"{config}.yaml"
-        now, default = (dataclasses.asdict(c) for c in (load_config(file, settings), Config()))
+        config = load_config(file, settings)
+        sizes = {part: dataclasses.asdict(size) for part, size in batch_sizes(config).items()}
+        assert report["batch"] == sizes
+        now, default = (dataclasses.asdict(c) for c in (config, Config()))
         then = {section: default[section] | values for section, values in report["config"].items()}
         assert (report["topology"], then) == (topology, json.loads(json.dumps(now)))
         assert report["fits"]

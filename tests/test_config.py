@@ -150,7 +150,8 @@ def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
     [
         ("loss:\n  beta: [0.1\n", "c.yaml is not a readable YAML config: line 3: "),
         ("loss: {beta: 0.1, beta: 0.2}", "line 1: found duplicate key beta"),
-        ("- 1\n", "c.yaml is not a readable YAML config: it must hold sections of settings"),
+        ("- 1\n", "c.yaml: a list stands where a mapping belongs"),
+        ("data: {tasks: {name: gcd}}", "data.tasks and rewards.funcs are lists, with a dash"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )

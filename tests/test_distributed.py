@@ -112,6 +112,20 @@ def test_two_processes_train_as_one_and_resume_as_one_and_back(tmp_path):
 
 
 @pytest.mark.slow
+def test_prompts_that_do_not_divide_are_filled_up_on_every_host():
+    """Eight completions would divide over the devices, but not without tearing groups apart."""
+    command = ["eval", "debug", "mesh.fsdp=8", "data.eval_size=6", "eval.num_generations=8"]
+    process = start(command, devices=8)
+    alone, err = process.communicate()
+    assert process.returncode == 0, err
+    ended = run_two(*command)
+    assert [status for status, *_ in ended] == [0, 0], ended
+    told = re.search(r".*accuracy.*", alone)
+    assert told
+    assert told[0] in ended[0][1]
+
+
+@pytest.mark.slow
 def test_a_replay_buffer_moves_between_topologies(tmp_path):
     train_two(tmp_path / "run", "train.stop_at=1")
     train_one(tmp_path / "run")

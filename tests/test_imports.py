@@ -150,6 +150,15 @@ def test_importing_gvpo_jax_loads_nothing_that_jax_does_not():
     assert not strangers
 
 
+def test_a_model_is_loaded_and_trained_without_pytorch():
+    """Where it is installed too: it takes seconds to come, and 200 MB."""
+    _, modules = fresh_import(
+        "from gvpo_jax.config import Config\nfrom gvpo_jax.trainer import Trainer\nTrainer(Config())"
+    )
+    assert "gvpo_jax.policy" in modules
+    assert "torch" not in modules
+
+
 def test_importing_gvpo_jax_takes_no_longer_than_jax():
     """Alternating, and the best of each: what else the machine does can only add time."""
     jax_seconds, our_seconds = [], []

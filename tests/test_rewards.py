@@ -203,11 +203,35 @@ def test_exception_out_of_the_call_fails_all_rows():
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_function_with_other_parameters_is_told_which_it_may_have(on_error):
-    def other(question, answer):
+    def other(completions, answer):
         return 0.0
 
-    with pytest.raises(UserError, match=r"'other' can't be called with prompts, .*\*\*kwargs"):
+    with pytest.raises(UserError, match=r"'other' does not take prompts, completion_ids.*kwargs"):
         run([gives(1, 1, 1), other], on_error=on_error)
+
+
+def test_a_wrapped_function_is_judged_by_what_is_called():
+    def of_texts(func):
+        @functools.wraps(func)
+        def reward(prompts, completions, **columns):
+            return [func(text) for text in completions]
+
+        return reward
+
+    @of_texts
+    def one(text):
+        return 1.0
+
+    assert run([one]).rewards.tolist() == [1, 1, 1]
+
+
+def test_a_column_that_no_row_of_the_batch_has_fails_its_rows():
+    def picky(completions, answer, **_):
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'picky' failed on the call.*answer"):
+        run([picky])
+    assert run([picky, gives(1, 1, 1)], on_error="skip").failed == 3
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_a_batch_without_any_reward_is_told_of(tmp_path, capsys):
     trainer = Trainer(config(tmp_path, train__steps=2), load_model("debug"))
     before = jax.device_get(trainer.policy.state.params)
     trainer.train(ROWS, none)
-    assert capsys.readouterr().out.count("no completion of the next batch has a reward") == 2
+    assert capsys.readouterr().out.count(": no completion has a reward") == 2
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.policy.state.params))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
@@ -109,9 +109,12 @@ def _load_folder(name: str, folder: Path, place: Place) -> LoadedModel:
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / file).is_file() for file in _VOCABULARIES):
         raise UserError(f"{folder} holds no tokenizer: {' or '.join(_VOCABULARIES)} is missing")
-    # tokenizer.json says how text is cut; AutoTokenizer may rebuild it by the name of a class
-    exact = (folder / _VOCABULARIES[0]).is_file()
-    cls = PreTrainedTokenizerFast if exact else AutoTokenizer
+    # tokenizer.json says how text is cut; AutoTokenizer may rebuild it by the name of a class, and
+    # brings in PyTorch where that is installed.
+    if (folder / _VOCABULARIES[0]).is_file():
+        cls: Any = PreTrainedTokenizerFast
+    else:
+        from transformers import AutoTokenizer as cls
     try:
         return cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every tokenizer class fails in its own way

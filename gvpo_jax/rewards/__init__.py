@@ -67,7 +67,7 @@ def score(
     lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     n = _check_lists(lists, columns)
     for name, func in zip(names, reward_funcs, strict=True):
-        _check_parameters(name, func, {**lists, **columns})
+        _check_parameters(name, func, [*lists, *columns])
     answers = _call_all(reward_funcs, {**lists, **columns})
     by_func: dict[str, np.ndarray] = {}
     total, answered, failed = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
@@ -117,11 +117,7 @@ def per_sample(func: Callable[[Any, Any], float | None]) -> RewardFunc:
 
 def batched(func: RewardFunc) -> RewardFunc:
     """The function itself, or `per_sample` of it if its parameters are `(prompt, completion)`."""
-    try:
-        names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):  # some callables written in C have none
-        return func
-    return per_sample(func) if names == ["prompt", "completion"] else func
+    return per_sample(func) if list(_parameters(func)) == ["prompt", "completion"] else func
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -179,19 +175,27 @@ def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Seque
     return len(lists["prompts"])
 
 
-def _check_parameters(name: str, func: RewardFunc, arguments: Mapping[str, Any]) -> None:
-    """That the function can be called: a wrong signature is no row's failure."""
-    try:
-        signature = inspect.signature(func)
-    except (TypeError, ValueError):  # some callables written in C have none
+def _check_parameters(name: str, func: RewardFunc, given: Sequence[str]) -> None:
+    """That the function takes what it is given: that it doesn't is no row's failure."""
+    parameters = _parameters(func)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if not kinds or inspect.Parameter.VAR_KEYWORD in kinds:
         return
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
+    strange = [x for x in given if x not in parameters or parameters[x].kind not in by_name]
+    if strange:
         raise UserError(
-            f"reward {name!r} can't be called with {', '.join(arguments)}: {error}; let it take "
-            "prompts, completions, **kwargs, or (prompt, completion) for one sample at a time"
-        ) from None
+            f"reward {name!r} does not take {', '.join(strange)}; let it take prompts, "
+            "completions, **kwargs, or (prompt, completion) for one sample at a time"
+        )
+
+
+def _parameters(func: RewardFunc) -> Mapping[str, inspect.Parameter]:
+    """Of what is called, not of what it wraps; none where that is not known."""
+    try:
+        return inspect.signature(func, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # some callables written in C
+        return {}
 
 
 def _call_all(reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any]) -> list[Any]:
