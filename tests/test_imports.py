@@ -152,9 +152,8 @@ def test_importing_gvpo_jax_loads_nothing_that_jax_does_not():
 
 def test_a_model_is_loaded_and_trained_without_pytorch():
     """Where it is installed too: it takes seconds to come, and 200 MB."""
-    _, modules = fresh_import(
-        "from gvpo_jax.config import Config\nfrom gvpo_jax.trainer import Trainer\nTrainer(Config())"
-    )
+    statement = "from gvpo_jax.config import Config; from gvpo_jax.trainer import Trainer"
+    _, modules = fresh_import(f"{statement}; Trainer(Config())")
     assert "gvpo_jax.policy" in modules
     assert "torch" not in modules
 
