@@ -82,6 +82,8 @@ def compile_run(
         UserError: libtpu is missing, there is no such topology, or a batch or parameter does not
             divide over it.
     """
+    if slices < 1:
+        raise UserError(f"--slices must be at least 1, got {slices}")
     chip, devices = _devices(topology, slices)
     model = model_shape(config.model.name, model_config)
     mesh, sizes, shape = mesh_on(config, devices), batch_sizes(config), _shape(model)

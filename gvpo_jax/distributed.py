@@ -8,6 +8,8 @@ With one process everything here hands its arguments back.
 import os
 import pickle
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -60,22 +62,31 @@ def start(
     wanted = initialize == "always" or coordinator_address is not None or _in_a_cluster()
     if initialize == "never" or not wanted or jax.distributed.is_initialized():
         return
-    if coordinator_address is not None and process_id:
-        _wait_for(coordinator_address, initialization_timeout)
+    if coordinator_address is not None:
+        host, port = _host_and_port(coordinator_address)
+        if process_id:
+            _wait_for(host, port, initialization_timeout)
+    where = coordinator_address or "the coordinator that JAX looked for"
+    # Where others are missing JAX aborts this process, without an error to catch.
+    late = f"the other processes did not come to {where} within {initialization_timeout} s"
+    watch = threading.Timer(initialization_timeout, _give_up, [late])
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
-            initialization_timeout=initialization_timeout,
+            initialization_timeout=initialization_timeout + 10,
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        where = coordinator_address or "the coordinator that JAX looked for"
         raise UserError(
             f"could not join the other processes at {where} within {initialization_timeout} s: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
+    finally:
+        watch.cancel()
 
 
 def is_first() -> bool:
@@ -229,22 +240,31 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def _wait_for(address: str, seconds: int) -> None:
-    """Until the coordinator can be reached: JAX would end the process without a word to catch."""
+def _give_up(message: str) -> None:
+    print(f"gvpo-jax: error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise UserError(f"distributed.coordinator_address={address}: write HOST:PORT")
+    return host, int(port)
+
+
+def _wait_for(host: str, port: int, seconds: int) -> None:
+    """Until the coordinator can be reached: JAX would end the process without a word to catch."""
     deadline, problem = time.monotonic() + seconds, ""
     while time.monotonic() < deadline:
         try:
-            socket.create_connection((host, int(port)), timeout=seconds).close()
+            socket.create_connection((host, port), timeout=seconds).close()
             return
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.2)
     raise UserError(
-        f"could not reach the coordinator at {address} within {seconds} s ({problem}); is process "
-        "0 running, and distributed.initialization_timeout long enough?"
+        f"could not reach the coordinator at {host}:{port} within {seconds} s ({problem}); is "
+        "process 0 running, and distributed.initialization_timeout long enough?"
     )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from gvpo_jax.batch import Batch
 
-_STEP = 2**0.25  # from one size of a stream to the next
+_STEP = 2**0.25  # from one size of a stream to the next; among tiny ones, where padding costs less
+_TINY, _STEP_OF_TINY = 512, 2.0  # than compiling another program
 
 
 class Plan(NamedTuple):
@@ -55,19 +56,22 @@ def make_plan(
         of_parts = batch.prompt_lengths[:, None] + fed.reshape(g, k_part, -1).sum(axis=1)
         most = of_parts[dealt].sum(axis=1).max()
     everywhere = gather(np.array([[most, tokens.sum()]]))
-    size = stream_size(int(everywhere[:, 0].max()), g // bins * width) if packed else None
+    longest = int(everywhere[:, 0].max())
+    size = stream_size(longest, g // bins * width, rows=shards) if packed else None
     computed = completion_parts * (g * width if size is None else bins * size) * len(everywhere)
     return Plan(rows, size, 1 - float(everywhere[:, 1].sum()) / computed)
 
 
-def stream_size(tokens: int, full: int) -> int | None:
+def stream_size(tokens: int, full: int, *, rows: int = 1) -> int | None:
     """Places to compute for so many tokens; None: no fewer than the `full` ones with padding.
 
-    Sizes lie a factor 2 ** (1/4) apart, so a run meets few, and a twelfth is empty on average.
+    Sizes lie a factor 2 ** (1/4) apart, so a run meets few, and a twelfth is empty on average; a
+    factor 2 where the stream's `rows` have 512 places or fewer.
     """
     size = full
     while True:
-        smaller = min(-(-int(size / _STEP) // 8), (size - 1) // 8) * 8
+        step = _STEP if size * rows > _TINY else _STEP_OF_TINY
+        smaller = min(-(-int(size / step) // 8), (size - 1) // 8) * 8
         if smaller < max(tokens, 1):
             return size if size < full else None
         size = smaller

@@ -97,11 +97,18 @@ def _is_foreign(folder: Path) -> bool:
 
 def _check_same(folder: Path, old: Config, new: Config) -> None:
     keys = difference(old, new)
-    if keys and not (keys == ["train.steps"] and _may_grow(old, new)):
+    if keys and not (keys == ["train.steps"] and _may_grow(old, new)) and _has_begun(folder):
         raise UserError(
             f"{folder} holds a run with other settings ({', '.join(keys)}); "
             "give those, or choose another run.dir"
         )
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is an update or a checkpoint, and not just a start that failed."""
+    checkpoints = folder / "checkpoints"
+    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    return saved or any(line["step"] > 0 for line in read_metrics(folder))
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -89,6 +89,11 @@ class Sampler:
         texts, scores = together(lambda: self._score(rows, groups))
         if gather(np.array([scores.failed == len(scores.rewards)])).all():
             raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
+        if number == 0 and gather(np.array([np.isnan(scores.rewards).all()])).all():
+            raise UserError(
+                "no completion of the first batch has a reward: every reward function gave None "
+                "for all of them; is a return missing?"
+            )
         rewards = scores.rewards.reshape(len(rows), -1).astype(np.float32)
         groups = [
             group._replace(rewards=np.where(group.lengths > 0, values, np.nan))

@@ -232,6 +232,7 @@ def test_a_folder_of_something_else(refused, tmp_path):
 
 def test_a_run_of_another_config(refused, tmp_path):
     folder = claim(load_config(DEBUG, [f"run.dir={tmp_path / 'run'}"]))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     settings = [f"run.dir={folder}", "loss.beta=0.2", "model.name=./gone"]
     line = refused("train", DEBUG, *settings)  # before any model is loaded
     assert "(model.name, loss.beta); give those, or choose another run.dir" in line

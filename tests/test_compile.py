@@ -277,6 +277,7 @@ def test_what_does_not_fit_ends_with_status_one(tmp_path, capsys):
     [
         (["--topology", "v9z:2x2"], "v5e:4x4"),
         (["--topology", "v5e"], "v5e:4x4"),
+        (["--topology", "v5e:2x2", "--slices", "0"], "--slices must be at least 1, got 0"),
         (["--topology", "v5e:3x3"], "there is no topology v5e:3x3"),
         (
             ["--topology", TOPOLOGY, "train.batch_size=3", "rollout.num_generations=3"],

@@ -198,9 +198,28 @@ def test_a_coordinator_that_is_not_there_is_a_line_after_a_bounded_wait(tmp_path
     assert "could not reach the coordinator at 127.0.0.1:9 within 2 s" in err
 
 
+def test_hosts_that_do_not_come_are_a_line_after_a_bounded_wait(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    process = start(
+        [
+            "train", "debug", f"run.dir={tmp_path}", f"distributed.coordinator_address={address}",
+            "distributed.num_processes=2", "distributed.process_id=0",
+            "distributed.initialization_timeout=2",
+        ],
+        devices=4,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert err.count("error: ") == 1
+    assert f"the other processes did not come to {address} within 2 s" in err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "write HOST:PORT"),
         ({"coordinator_address": "a:1"}, "belong together"),
         ({"num_processes": 2, "process_id": 0}, "belong together"),
         (

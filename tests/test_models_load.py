@@ -495,6 +495,13 @@ class TestSmolLM2:
         assert default.startswith("<|im_start|>system\nYou are a helpful AI assistant")
 
 
+def test_an_export_that_can_not_be_written_is_a_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    loaded = load_model("debug")
+    with pytest.raises(UserError, match=r"can't write to .*file/export: File exists"):
+        export_model(tmp_path / "file" / "export", loaded, loaded.params)
+
+
 def test_export_never_replaces_what_it_did_not_write(tmp_path):
     loaded = load_model("debug")
     (tmp_path / "mine").mkdir()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.rewards import RewardError, load_reward_func, per_sample, score
+from gvpo_jax.rewards import RewardError, batched, load_reward_func, per_sample, score
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rewards.math import math_verify
 from gvpo_jax.rewards.numbers import exact_number
@@ -223,6 +223,46 @@ def test_a_wrapped_function_is_judged_by_what_is_called():
         return 1.0
 
     assert run([one]).rewards.tolist() == [1, 1, 1]
+
+
+@functools.lru_cache
+def cached(prompt, completion):
+    return float(completion)
+
+
+@functools.wraps(cached)
+def wrapped(*args, **kwargs):
+    return cached(*args, **kwargs)
+
+
+def with_default(prompt, completion, scale=1.0):
+    return scale * float(completion)
+
+
+def with_column(prompt, completion, answer):
+    return float(completion == answer)
+
+
+@pytest.mark.parametrize(
+    ("func", "expected"),
+    [
+        (cached, [0, 1, 2]),
+        (wrapped, [0, 1, 2]),
+        (with_default, [0, 1, 2]),
+        (functools.partial(with_default, scale=2.0), [0, 2, 4]),
+        (with_column, [0, 1, 0]),
+    ],
+)
+def test_a_function_of_one_sample_may_have_more_to_it(func, expected):
+    assert run([batched(func)], answer=["1", "1", "1"]).rewards.tolist() == expected
+
+
+def test_a_function_that_ends_the_program_fails_its_row():
+    def leaves(prompt, completion):
+        raise SystemExit("bye")
+
+    with pytest.raises(RewardError, match=r"'leaves' failed on row 0: .*SystemExit: bye"):
+        run([batched(leaves)])
 
 
 def test_a_column_that_no_row_of_the_batch_has_fails_its_rows():

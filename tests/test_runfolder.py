@@ -61,6 +61,15 @@ def test_another_config_is_refused_and_nothing_is_touched(config):
     refused(override(config, loss__beta=0.2, run__seed=1), r"\(run.seed, loss.beta\)")
 
 
+def test_a_start_that_came_to_no_update_may_be_tried_again_with_other_settings(config):
+    folder = claim(config)
+    (folder / "checkpoints").mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.5}\n')
+    other = override(config, loss__beta=0.2)
+    assert claim(other) == folder
+    assert load_config(folder / "config.yaml") == other
+
+
 def test_a_folder_of_something_else_is_refused(config, tmp_path):
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
@@ -89,6 +98,7 @@ def test_steps_may_grow_where_the_learning_rate_is_constant(config):
     longer = override(config, train__steps=6)
     claim(longer)
     assert load_config(folder / "config.yaml").train.steps == 6
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     refused(config, r"\(train.steps\)")  # 6 updates can't become 4
     refused(override(longer, train__steps=8, loss__beta=0.2), r"\(loss.beta, train.steps\)")
 
@@ -96,7 +106,7 @@ def test_steps_may_grow_where_the_learning_rate_is_constant(config):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_steps_may_not_grow_where_the_schedule_counts_them(config, schedule):
     decaying = override(config, optimizer__schedule=schedule)
-    claim(decaying)
+    (claim(decaying) / "metrics.jsonl").write_text('{"step": 1}\n')
     refused(override(decaying, train__steps=6), r"\(train.steps\)")
 
 

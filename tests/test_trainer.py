@@ -201,14 +201,17 @@ def test_rewards_may_abstain_and_then_their_completions_leave_the_group(tmp_path
 
 
 def test_a_batch_without_any_reward_is_told_of(tmp_path, capsys):
-    def none(prompts, completions, **_):
-        return [None] * len(completions)
+    calls = []
 
-    trainer = Trainer(config(tmp_path, train__steps=2), load_model("debug"))
-    before = jax.device_get(trainer.policy.state.params)
-    trainer.train(ROWS, none)
-    assert capsys.readouterr().out.count(": no completion has a reward") == 2
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.policy.state.params))
+    def once(prompts, completions, **_):
+        calls.append(len(completions))
+        return [None if len(calls) > 1 else float(len(text)) for text in completions]
+
+    Trainer(config(tmp_path / "a", train__steps=2), load_model("debug")).train(ROWS, once)
+    shown = capsys.readouterr().out
+    assert shown.count("no completion has a reward") == shown.count("step 2: no completion") == 1
+    with pytest.raises(UserError, match="no completion of the first batch has a reward"):
+        Trainer(config(tmp_path / "b", train__steps=2), load_model("debug")).train(ROWS, once)
 
 
 def test_reward_functions_get_trls_call(tmp_path):

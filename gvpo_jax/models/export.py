@@ -47,8 +47,12 @@ def export_model(
     leaves = hf_leaves(loaded.config, params)
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror or error}") from None
+    with place as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         tensors = {

@@ -105,19 +105,34 @@ def load_reward_func(spec: str) -> RewardFunc:
     return func
 
 
-def per_sample(func: Callable[[Any, Any], float | None]) -> RewardFunc:
-    """Make a reward function of a plain `(prompt, completion) -> float`."""
+def per_sample(func: Callable[..., float | None], columns: Sequence[str] = ()) -> RewardFunc:
+    """Make a reward function of a plain `(prompt, completion) -> float`.
 
-    def each(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[Any]:
-        return [_attempt(func, *pair) for pair in zip(prompts, completions, strict=True)]
+    columns: that it is given too, by name, where there are such.
+    """
+
+    def each(prompts: Sequence[Any], completions: Sequence[Any], **lists: Any) -> list[Any]:
+        wanted = {name: lists[name] for name in columns if name in lists}
+        return [
+            _attempt(func, *pair, **{name: values[row] for name, values in wanted.items()})
+            for row, pair in enumerate(zip(prompts, completions, strict=True))
+        ]
 
     each.__name__ = _name(func)
     return each
 
 
 def batched(func: RewardFunc) -> RewardFunc:
-    """The function itself, or `per_sample` of it if its parameters are `(prompt, completion)`."""
-    return per_sample(func) if list(_parameters(func)) == ["prompt", "completion"] else func
+    """The function itself, or `per_sample` of it if it begins with `(prompt, completion)`.
+
+    A wrapper that takes anything is judged by what it wraps.
+    """
+    names = list(_parameters(func))
+    if not set(names) - {"args", "kwargs"}:
+        names = list(_parameters(func, follow_wrapped=True))
+    if names[:2] != ["prompt", "completion"]:
+        return func
+    return per_sample(func, names[2:])
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -130,9 +145,11 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _attempt(func: Callable[..., Any], *args: Any) -> Any:
+def _attempt(func: Callable[..., Any], *args: Any, **named: Any) -> Any:
     try:
-        return func(*args)
+        return func(*args, **named)
+    except SystemExit as error:  # some libraries take a row's failure for the program's
+        return RuntimeError(f"SystemExit: {error}")
     except Exception as error:
         return error
 
@@ -190,10 +207,12 @@ def _check_parameters(name: str, func: RewardFunc, given: Sequence[str]) -> None
         )
 
 
-def _parameters(func: RewardFunc) -> Mapping[str, inspect.Parameter]:
-    """Of what is called, not of what it wraps; none where that is not known."""
+def _parameters(
+    func: RewardFunc, *, follow_wrapped: bool = False
+) -> Mapping[str, inspect.Parameter]:
+    """Of what is called, or of what it wraps; none where that is not known."""
     try:
-        return inspect.signature(func, follow_wrapped=False).parameters
+        return inspect.signature(func, follow_wrapped=follow_wrapped).parameters
     except (TypeError, ValueError):  # some callables written in C
         return {}
 
