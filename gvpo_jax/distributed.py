@@ -43,6 +43,8 @@ def start(
         initialization_timeout: seconds to wait for the others.
         heartbeat_timeout: seconds after which a process that keeps silent counts as dead.
 
+    Where the others do not come in time the program ends, with a line and status 2.
+
     Raises:
         UserError: half of the settings are missing, or the coordinator was not reached in time.
     """
@@ -66,27 +68,7 @@ def start(
         host, port = _host_and_port(coordinator_address)
         if process_id:
             _wait_for(host, port, initialization_timeout)
-    where = coordinator_address or "the coordinator that JAX looked for"
-    # Where others are missing JAX aborts this process, without an error to catch.
-    late = f"the other processes did not come to {where} within {initialization_timeout} s"
-    watch = threading.Timer(initialization_timeout, _give_up, [late])
-    watch.daemon = True
-    watch.start()
-    try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            initialization_timeout=initialization_timeout + 10,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"could not join the other processes at {where} within {initialization_timeout} s: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
-    finally:
-        watch.cancel()
+    _join(*explicit, seconds=initialization_timeout, heartbeat_timeout=heartbeat_timeout)
 
 
 def is_first() -> bool:
@@ -240,7 +222,31 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
+def _join(address, processes, process, *, seconds: int, heartbeat_timeout: int) -> None:
+    where = address or "the coordinator that JAX looked for"
+    late = f"the other processes did not come to {where} within {seconds} s"
+    watch = threading.Timer(seconds, _give_up, [late])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            processes,
+            process,
+            initialization_timeout=seconds + 10,  # the watch goes first
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"could not join the other processes at {where} within {seconds} s: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
+    finally:
+        watch.cancel()
+
+
 def _give_up(message: str) -> None:
+    """Ends the program: JAX would abort it, without an error to catch."""
     print(f"gvpo-jax: error: {message}", file=sys.stderr, flush=True)
     os._exit(2)
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from gvpo_jax.batch import Batch
 
-_STEP = 2**0.25  # from one size of a stream to the next; among tiny ones, where padding costs less
-_TINY, _STEP_OF_TINY = 512, 2.0  # than compiling another program
+_STEP = 2**0.25  # from one size of a stream to the next
+_TINY, _STEP_OF_TINY = 512, 2.0  # among few places, where padding costs less than compiling
 
 
 class Plan(NamedTuple):
