@@ -4,8 +4,7 @@ This module needs nothing but jax: `from gvpo_jax import gvpo_loss` brings no ot
 The rest lives in rooms of its own, e.g. `gvpo_jax.trainer.Trainer`.
 """
 
-from gvpo_jax.groups import group, ungroup
-from gvpo_jax.loss import gvpo_loss, gvpo_mse, gvpo_weights
+from gvpo_jax.loss import group, gvpo_loss, gvpo_mse, gvpo_weights, ungroup
 
 __version__ = "0.1.0"
 __all__ = ["group", "gvpo_loss", "gvpo_mse", "gvpo_weights", "ungroup"]

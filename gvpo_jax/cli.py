@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from gvpo_jax.distributed import is_first
-    from gvpo_jax.runs import train
+    from gvpo_jax.commands import train
+    from gvpo_jax.parallel.distributed import is_first
 
     summary = train(config)
     if is_first():
@@ -116,21 +116,21 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from gvpo_jax.runs import evaluate_model, evaluate_run
+    from gvpo_jax.commands import evaluate_model, evaluate_run
 
     evaluate = evaluate_run if Path(arguments.config).is_dir() else evaluate_model
     print(json.dumps(evaluate(config), indent=2))
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from gvpo_jax.report import write_report
+    from gvpo_jax.report.html import write_report
 
     print(write_report(Path(arguments.run_dir)))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from gvpo_jax.runfolder import open_run
-    from gvpo_jax.runs import export
+    from gvpo_jax.commands import export
+    from gvpo_jax.rundir.claim import open_run
 
     config = open_run(arguments.run_dir)
     print(export(config, Path(arguments.folder or Path(arguments.run_dir) / "export")))
@@ -138,7 +138,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _compile(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from gvpo_jax.compile_report import as_text, compile_run, write_report
+    from gvpo_jax.tpu_compile.report import compile_run, write_report
+    from gvpo_jax.tpu_compile.text import as_text
 
     report = compile_run(
         config,
@@ -155,8 +156,8 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace):
-    from gvpo_jax.config import load_config
-    from gvpo_jax.runfolder import open_run
+    from gvpo_jax.config_file import load_config
+    from gvpo_jax.rundir.claim import open_run
 
     if Path(arguments.config).is_dir():
         return open_run(arguments.config, arguments.overrides)

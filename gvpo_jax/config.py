@@ -1,20 +1,11 @@
 """A run's settings: frozen dataclasses whose comments are the manual, from YAML and `key=value`."""
 
-import dataclasses
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+import sys
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
-
-from gvpo_jax.config_check import check
 from gvpo_jax.errors import UserError
-
-CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class DataConfig:
     path: str | None = None  # JSONL or parquet with a column `prompt`, or ...
     eval_path: str | None = None  # (held-out rows, same columns)
     tasks: list[TaskConfig] = field(default_factory=list)  # ... generated tasks, or ...
-    groups_path: str | None = None  # ... groups sampled elsewhere, see gvpo_jax/offline.py
+    groups_path: str | None = None  # ... groups sampled elsewhere, see gvpo_jax/collect/offline.py
     # A completion in groups_path that is empty, too long or without a finite reward, and a group
     # that keeps fewer than two: "skip" counts them.
     bad_samples: Literal["error", "skip"] = "error"
@@ -213,7 +204,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run find each other, see gvpo_jax/distributed.py."""
+    """How the processes of a run find each other, see gvpo_jax/parallel/distributed.py."""
 
     initialize: Literal["auto", "always", "never"] = "auto"
     coordinator_address: str | None = None  # HOST:PORT of process 0, with the next two
@@ -245,157 +236,185 @@ class Config:
         check(self)
 
 
-# A resumed run may change these: they touch neither what was computed nor what will be.
-_FREE = (
-    "run.dir",
-    "run.compilation_cache",
-    "model.attention",
-    "model.remat",
-    "rollout.tensor",
-    "rollout.servers",
-    "rollout.weights_dir",
-    "rollout.timeout",
-    "rollout.retries",
-    "rollout.concurrency",
-    "rollout.logp_tolerance",
-    "rollout.api_key_env",
-    "train.packing",
-    "train.stop_at",
-    "checkpoint",
-    "log",
-    "eval.batch_size",
-    "mesh",
-    "distributed",
-)
+_MAX = sys.float_info.max
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file with `key=value` overrides on top.
-
-    Data files that are not found from the working directory are looked for beside the config. A
-    path that does not exist but names a config that came with the package (`quickstart`,
-    `configs/quickstart.yaml`) is taken from there.
+def check(c: Any) -> None:
+    """That a `gvpo_jax.config.Config` can be run.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key, or a value out of range.
+        UserError: a value out of range, or settings that do not go together.
     """
-    file = _find(Path(path))
-    given = [_parse_override(override) for override in overrides]
-    try:
-        schema = OmegaConf.structured(Config)
-        merged = OmegaConf.merge(schema, OmegaConf.load(file), *given)
-        config = _as_config(merged)
-    except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
-    except MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise UserError(f"{path} is not a readable YAML config:{line} {error.problem}") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable YAML config: {_one_line(error)}") from None
-    data = dataclasses.replace(
-        config.data,
-        path=_beside(file, config.data.path),
-        eval_path=_beside(file, config.data.eval_path),
-        groups_path=_beside(file, config.data.groups_path),
-    )
-    return dataclasses.replace(config, data=data)
-
-
-def override(config: Config, **values: Any) -> Config:
-    """A copy with `section__key=value` changed, e.g. `override(config, loss__beta=0.2)`.
-
-    Raises:
-        UserError: an unknown key or a value out of range.
-    """
-    changes: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, _, key = name.partition("__")
-        changes.setdefault(section, {})[key] = value
-    try:
-        return _as_config(OmegaConf.merge(OmegaConf.structured(config), changes))
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from None
-
-
-def to_yaml(config: Config) -> str:
-    """The whole config, resolved, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def difference(a: Config, b: Config) -> list[str]:
-    """Keys, as `section.key`, in which two configs differ in a way that a resumed run must not."""
-    flat_a, flat_b = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
-    return [
-        key
-        for key in flat_a
-        if flat_a[key] != flat_b.get(key)
-        and not any(key == f or key.startswith(f + ".") for f in _FREE)
-    ]
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a config file")
-    name = path.name if path.suffix else f"{path.name}.yaml"
-    for folder in (CONFIGS, CONFIGS.parent.parent / "configs"):
-        if path.parent in (Path(), Path("configs")) and (folder / name).is_file():
-            return folder / name
-    raise UserError(f"there is no config file {path}")
-
-
-def _parse_override(override: str) -> Any:
-    try:
-        if "=" in override:
-            return OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, YAMLError):
-        pass
-    raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=10")
-
-
-def _beside(file: Path, path: str | None) -> str | None:
-    """A relative path, looked for from here and then beside the config, made absolute."""
-    if path is None:
-        return None
-    places = (Path(path), file.parent / path)
-    return next((str(place.absolute()) for place in places if place.exists()), path)
-
-
-def _as_config(merged: Any) -> Config:
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    for key, (value, least, most) in _ranges(c).items():
+        if value is not None and not least <= value <= most:
+            limits = f"at least {least}" if most == _MAX else f"between {least} and {most}"
+            raise UserError(f"{key} must be {limits}, got {value}")
+    if not 0 < c.loss.beta <= _MAX:
+        raise UserError(f"loss.beta must be > 0, got {c.loss.beta}; the paper uses 0.01 to 0.5")
+    _check_loss(c)
+    _check_sources(c)
+    _check_servers(c)
+    if not c.train.batch_size % c.train.micro_batches == 0:
+        raise UserError(
+            f"train.batch_size={c.train.batch_size} does not divide into "
+            f"train.micro_batches={c.train.micro_batches}; use a multiple"
         )
-    return flat
+    if not 0 < c.rollout.temperature <= _MAX:
+        raise UserError(f"rollout.temperature must be > 0 in training, got {c.rollout.temperature}")
+    if not (c.optimizer.b1 < 1 and c.optimizer.b2 < 1):
+        raise UserError(
+            f"optimizer.b1 and b2 must be < 1, got {c.optimizer.b1} and {c.optimizer.b2}"
+        )
+    if c.optimizer.max_grad_norm == 0:
+        raise UserError("optimizer.max_grad_norm must be > 0; null switches clipping off")
+    if not c.rollout.top_p > 0:
+        raise UserError(f"rollout.top_p must be > 0, got {c.rollout.top_p}; 1 keeps every token")
+    if c.rewards.weights and len(c.rewards.weights) != len(c.rewards.funcs):
+        raise UserError(
+            f"rewards.weights has {len(c.rewards.weights)} numbers for "
+            f"{len(c.rewards.funcs)} functions"
+        )
 
 
-_RECORDS = {
-    record.__name__: record
-    for record in (Config, TaskConfig, *(type(getattr(Config(), f.name)) for f in fields(Config)))
-}
+def _check_loss(c: Any) -> None:
+    loss = c.loss
+    if loss.huber_delta is not None and not 0 < loss.huber_delta <= _MAX:
+        raise UserError(f"loss.huber_delta must be > 0, got {loss.huber_delta}; null: no clipping")
+    if loss.huber_delta is not None and loss.name != "gvpo":
+        raise UserError(f"loss.huber_delta is for gvpo, not for loss.name={loss.name}")
+    clips = {"epsilon": loss.epsilon, "epsilon_high": loss.epsilon_high, "kl_coef": loss.kl_coef}
+    given = [f"loss.{name}" for name, value in clips.items() if value]
+    if given and loss.name in ("gvpo", "rebel", "dpo"):
+        raise UserError(
+            f"loss.name={loss.name} has neither clipping nor a KL penalty: leave out "
+            f"{', '.join(given)}; loss.beta is the pull towards the reference"
+        )
+    if loss.name not in ("gvpo", "dpo"):
+        if c.rollout.demonstrations or c.data.groups_path:
+            raise UserError(
+                f"loss.name={loss.name} needs the probability with which each completion was "
+                "sampled; demonstrations and data.groups_path have none: use gvpo or dpo"
+            )
+        if c.rollout.temperature != 1:
+            raise UserError(
+                f"loss.name={loss.name} is right for samples of the policy itself: "
+                f"rollout.temperature must be 1, got {c.rollout.temperature}; gvpo takes any"
+            )
+        if c.rollout.top_k or c.rollout.top_p < 1 or c.rollout.min_p:
+            raise UserError(
+                f"loss.name={loss.name} is right for samples of the policy itself: leave out "
+                "rollout.top_k, top_p and min_p"
+            )
 
 
-def _one_line(error: Exception) -> str:
-    """OmegaConf's first sentence and the key it is about, without the lines on its own types."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next(
-        (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), ""
-    )
-    message = lines[0] if lines else type(error).__name__
-    if "is not a ListConfig" in message:
-        message = "needs a list, e.g. [a, b]"
-    if "incompatible container types" in message:
-        message = "a list stands where a mapping belongs, or the reverse: sections are mappings, "
-        message += "data.tasks and rewards.funcs are lists, with a dash before each entry"
-    if (stranger := re.fullmatch(r"Key '.*' not in '(\w+)'", message)) and stranger[1] in _RECORDS:
-        known = ", ".join(f.name for f in fields(_RECORDS[stranger[1]]))
-        message += f", which has {known}"
-    return f"{key}: {message}" if key and key not in message else message
+def _check_sources(c: Any) -> None:
+    r = c.replay
+    given = c.rollout.demonstrations + r.completions
+    if c.rollout.num_generations - given < 2:
+        raise UserError(
+            f"rollout.num_generations={c.rollout.num_generations} leaves fewer than two samples "
+            f"beside {c.rollout.demonstrations} demonstrations and {r.completions} replayed"
+        )
+    if r.groups >= c.train.batch_size:
+        raise UserError(
+            f"replay.groups={r.groups} must be less than train.batch_size={c.train.batch_size}: "
+            "some groups have to be new"
+        )
+    sampling = {
+        "rollout.demonstrations": c.rollout.demonstrations,
+        "rollout.lookahead": c.rollout.lookahead,
+        "replay.completions": r.completions,
+        "replay.groups": r.groups,
+    }
+    useless = [name for name, value in sampling.items() if value]
+    if c.data.groups_path and useless:
+        raise UserError(
+            f"{', '.join(useless)}: nothing is sampled with data.groups_path; leave it out"
+        )
+
+
+def _check_servers(c: Any) -> None:
+    r = c.rollout
+    if r.engine == "in_process":
+        if r.servers:
+            raise UserError(
+                "rollout.engine=in_process asks no servers: choose another engine, or "
+                "rollout.servers=[]"
+            )
+        return
+    cache = None if r.cache_dtype == "model" else r.cache_dtype
+    for name, value in (("tensor", r.tensor), ("slots", r.slots), ("cache_dtype", cache)):
+        if value is not None:
+            raise UserError(f"rollout.{name} is for rollout.engine=in_process, not {r.engine}")
+    if not r.servers:
+        raise UserError(
+            f"rollout.engine={r.engine} needs rollout.servers, e.g. [http://localhost:8000]"
+        )
+    if len(set(r.servers)) < len(r.servers):
+        raise UserError("rollout.servers names a server twice")
+    if not r.logp_tolerance > 0:
+        raise UserError(f"rollout.logp_tolerance must be > 0, got {r.logp_tolerance}")
+    if r.api_key_env is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", r.api_key_env):
+        raise UserError("rollout.api_key_env is the name of an environment variable, not a key")
+    if c.data.groups_path and not (c.data.eval_size and (c.data.eval_path or c.data.tasks)):
+        raise UserError(
+            f"rollout.engine={r.engine}: nothing is sampled with data.groups_path and without "
+            "held-out rows; leave it out"
+        )
+
+
+def _ranges(c: Any) -> dict[str, tuple[float | None, float, float]]:
+    """Value, least and most of every key that has such limits; NaN and infinities lie outside."""
+    return {
+        "run.seed": (c.run.seed, 0, 2**31 - 1),
+        "data.train_size": (c.data.train_size, 1, _MAX),
+        "data.eval_size": (c.data.eval_size, 0, _MAX),
+        "data.max_prompt_length": (c.data.max_prompt_length, 1, _MAX),
+        "rollout.num_generations": (c.rollout.num_generations, 2, _MAX),
+        "rollout.max_completion_length": (c.rollout.max_completion_length, 1, _MAX),
+        "rollout.top_k": (c.rollout.top_k, 0, _MAX),
+        "rollout.top_p": (c.rollout.top_p, 0, 1),
+        "rollout.min_p": (c.rollout.min_p, 0, 1),
+        "rollout.demonstrations": (c.rollout.demonstrations, 0, _MAX),
+        "rollout.lookahead": (c.rollout.lookahead, 0, _MAX),
+        "rollout.tensor": (c.rollout.tensor, 1, _MAX),
+        "rollout.slots": (c.rollout.slots, 1, _MAX),
+        "rollout.timeout": (c.rollout.timeout, 1, 86_400),
+        "rollout.retries": (c.rollout.retries, 0, 100),
+        "rollout.concurrency": (c.rollout.concurrency, 1, _MAX),
+        "rollout.logp_tolerance": (c.rollout.logp_tolerance, 0, _MAX),
+        "replay.completions": (c.replay.completions, 0, _MAX),
+        "replay.groups": (c.replay.groups, 0, _MAX),
+        "replay.capacity": (c.replay.capacity, 1, _MAX),
+        "loss.epsilon": (c.loss.epsilon, 0, _MAX),
+        "loss.epsilon_high": (c.loss.epsilon_high, 0, _MAX),
+        "loss.kl_coef": (c.loss.kl_coef, 0, _MAX),
+        "reference.refresh_every": (c.reference.refresh_every, 1, _MAX),
+        "reference.decay": (c.reference.decay, 0, 1),
+        "optimizer.learning_rate": (c.optimizer.learning_rate, 0, _MAX),
+        "optimizer.warmup_steps": (c.optimizer.warmup_steps, 0, _MAX),
+        "optimizer.b1": (c.optimizer.b1, 0, 1),
+        "optimizer.b2": (c.optimizer.b2, 0, 1),
+        "optimizer.eps": (c.optimizer.eps, 0, _MAX),
+        "optimizer.weight_decay": (c.optimizer.weight_decay, 0, _MAX),
+        "optimizer.max_grad_norm": (c.optimizer.max_grad_norm, 0, _MAX),
+        "train.steps": (c.train.steps, 1, _MAX),
+        "train.batch_size": (c.train.batch_size, 1, _MAX),
+        "train.steps_per_generation": (c.train.steps_per_generation, 1, _MAX),
+        "train.num_iterations": (c.train.num_iterations, 1, _MAX),
+        "train.micro_batches": (c.train.micro_batches, 1, _MAX),
+        "train.completion_parts": (c.train.completion_parts, 1, _MAX),
+        "train.stop_at": (c.train.stop_at, 1, _MAX),
+        "eval.every": (c.eval.every, 0, _MAX),
+        "eval.num_generations": (c.eval.num_generations, 1, _MAX),
+        "eval.temperature": (c.eval.temperature, 0, _MAX),
+        "eval.batch_size": (c.eval.batch_size, 1, _MAX),
+        "checkpoint.every": (c.checkpoint.every, 1, _MAX),
+        "checkpoint.keep": (c.checkpoint.keep, 1, _MAX),
+        "log.completions_every": (c.log.completions_every, 1, _MAX),
+        "log.samples": (c.log.samples, 0, _MAX),
+        "distributed.num_processes": (c.distributed.num_processes, 1, _MAX),
+        "distributed.process_id": (c.distributed.process_id, 0, _MAX),
+        "distributed.initialization_timeout": (c.distributed.initialization_timeout, 1, _MAX),
+        "distributed.heartbeat_timeout": (c.distributed.heartbeat_timeout, 1, _MAX),
+    }

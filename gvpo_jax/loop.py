@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.checkpoint import Checkpoints, sweep
+from gvpo_jax.collect.collector import Sampler, training_sampling
+from gvpo_jax.collect.feed import Feed
 from gvpo_jax.config import Config
-from gvpo_jax.data import EncodedPrompts
-from gvpo_jax.distributed import is_first, together
+from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.feed import Feed
-from gvpo_jax.policy import Policy
-from gvpo_jax.preemption import Preempted, watch
-from gvpo_jax.report import write_report
-from gvpo_jax.runfiles import read_summary
-from gvpo_jax.runfolder import (
+from gvpo_jax.parallel.distributed import is_first, together
+from gvpo_jax.parallel.preemption import Preempted, watch
+from gvpo_jax.report.html import write_report
+from gvpo_jax.rundir.claim import (
     check_claim,
     check_not_lost,
     claim,
@@ -25,8 +23,10 @@ from gvpo_jax.runfolder import (
     write_evaluation,
     write_summary,
 )
-from gvpo_jax.runlog import Counters, RunLog, crossed
-from gvpo_jax.sampler import Sampler, training_sampling
+from gvpo_jax.rundir.files import read_summary
+from gvpo_jax.rundir.log import Counters, RunLog, crossed
+from gvpo_jax.training.checkpoint import Checkpoints, sweep
+from gvpo_jax.training.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)

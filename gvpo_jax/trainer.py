@@ -4,19 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.checkpoint import Checkpoints
-from gvpo_jax.config import Config, override
-from gvpo_jax.data import EncodedPrompts, encode_prompts
-from gvpo_jax.errors import UserError
-from gvpo_jax.feed import Feed, OfflineFeed, OnlineFeed, send_groups
-from gvpo_jax.loop import Loop, resume
-from gvpo_jax.models import LoadedModel, export_model
-from gvpo_jax.offline import OfflineGroups, read_groups
-from gvpo_jax.policy import Policy
-from gvpo_jax.rewards import batched
-from gvpo_jax.runlog import check_finite, reward_metrics, told
-from gvpo_jax.sampler import Sampler, texts_of, training_sampling
-from gvpo_jax.samples import (
+from gvpo_jax.collect.collector import Sampler, texts_of, training_sampling
+from gvpo_jax.collect.feed import Feed, OnlineFeed, send_groups
+from gvpo_jax.collect.metrics import reward_metrics
+from gvpo_jax.collect.offline import OfflineFeed, OfflineGroups, read_groups
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import override
+from gvpo_jax.data.groups import (
     UNKNOWN,
     Group,
     Source,
@@ -27,6 +21,14 @@ from gvpo_jax.samples import (
     read_reward,
     token_lists,
 )
+from gvpo_jax.data.rows import EncodedPrompts, encode_prompts
+from gvpo_jax.errors import UserError
+from gvpo_jax.loop import Loop, resume
+from gvpo_jax.models import LoadedModel, export_model
+from gvpo_jax.rewards import batched
+from gvpo_jax.rundir.log import check_finite, told
+from gvpo_jax.training.checkpoint import Checkpoints
+from gvpo_jax.training.policy import Policy
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
@@ -169,7 +171,7 @@ class Trainer:
         """As `train`, on groups that were sampled and scored elsewhere.
 
         Args:
-            dataset: rows with `prompt`, `completions` and `rewards`, see `gvpo_jax.offline`.
+            dataset: rows with `prompt`, `completions`, `rewards`, see `gvpo_jax.collect.offline`.
             reward_funcs: what judges the held-out rows.
             eval_dataset: held-out rows.
         """

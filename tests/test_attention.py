@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from gvpo_jax.attention import Int8, Prefix, attend, stored
+from gvpo_jax.ops.attention import Int8, Prefix, attend, stored
 
 RNG = np.random.default_rng(0)
 G, K, T, P, N, R, D = 2, 3, 4, 5, 2, 3, 6

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gvpo_jax.checkpoint import Checkpoints, fingerprint
 from gvpo_jax.errors import UserError
-from gvpo_jax.mesh import make_mesh
+from gvpo_jax.parallel.mesh import make_mesh
+from gvpo_jax.training.checkpoint import Checkpoints, fingerprint
 
 
 def tree(seed, sharding=None):

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.cli import main
-from gvpo_jax.config import load_config
+from gvpo_jax.config_file import load_config
 from gvpo_jax.models import export_model, load_model
-from gvpo_jax.runfolder import claim
+from gvpo_jax.rundir.claim import claim
 
 FLAGS = "GVPO_TESTS_XLA_FLAGS"
 DEBUG = str(Path(__file__).parent.parent / "configs" / "debug.yaml")
@@ -97,7 +97,7 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
 
 
 def _start():
-    from gvpo_jax.models.families import hf_leaves
+    from gvpo_jax.models.hf_tensors import hf_leaves
 
     model = load_model("debug")
     leaves = hf_leaves(model.config, model.params)

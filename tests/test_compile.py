@@ -11,16 +11,19 @@ from pathlib import Path
 import jax
 import pytest
 
-from gvpo_jax import compile_report, roofline
 from gvpo_jax.cli import main
-from gvpo_jax.compile_report import as_text, compile_run
-from gvpo_jax.config import Config, load_config
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import load_config
 from gvpo_jax.errors import UserError
-from gvpo_jax.hlo import Collective, collectives, loops, memory
-from gvpo_jax.lowering import batch_sizes, run_programs
 from gvpo_jax.models.decoder import param_shapes
-from gvpo_jax.models.shapes import KNOWN, model_shape
-from gvpo_jax.programs import mesh_on
+from gvpo_jax.models.known import KNOWN, model_shape
+from gvpo_jax.tpu_compile import report as compile_report
+from gvpo_jax.tpu_compile import roofline
+from gvpo_jax.tpu_compile.hlo import Collective, collectives, loops, memory
+from gvpo_jax.tpu_compile.lowering import batch_sizes, run_programs
+from gvpo_jax.tpu_compile.report import compile_run
+from gvpo_jax.tpu_compile.text import as_text
+from gvpo_jax.training.programs import mesh_on
 
 TINY = {
     "model_type": "llama",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gvpo_jax.config import Config, difference, load_config, override, to_yaml
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import difference, load_config, override, to_yaml
 from gvpo_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gvpo_jax.data import batch_indices, encode_prompts, load_rows, repeat_columns
+from gvpo_jax.data.reasoning_gym import TaskSpec, reasoning_gym_rows
+from gvpo_jax.data.rows import batch_indices, encode_prompts, load_rows, repeat_columns
 from gvpo_jax.errors import UserError
-from gvpo_jax.tasks import TaskSpec, reasoning_gym_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -330,8 +330,9 @@ def test_bad_task_is_named(task, problem):
 
 def test_importing_loads_no_optional_package():
     code = (
-        "import sys, gvpo_jax.data, gvpo_jax.tasks, gvpo_jax.rewards, gvpo_jax.rewards.numbers, "
-        "gvpo_jax.rewards.debug, gvpo_jax.rewards.math, gvpo_jax.rewards.reasoning_gym\n"
+        "import sys, gvpo_jax.data.rows, gvpo_jax.data.reasoning_gym, gvpo_jax.rewards, "
+        "gvpo_jax.rewards.numbers, gvpo_jax.rewards.debug, gvpo_jax.rewards.math, "
+        "gvpo_jax.rewards.reasoning_gym\n"
         "heavy = {'reasoning_gym', 'math_verify', 'sympy', 'pyarrow', 'transformers'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

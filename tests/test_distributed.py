@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from gvpo_jax import distributed
-from gvpo_jax.config import load_config
+from gvpo_jax.config_file import load_config
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
-from gvpo_jax.runfiles import read_jsonl, read_metrics
+from gvpo_jax.parallel import distributed
+from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
 
 # Plain descent, because Adam makes much of the rounding of tiny gradients. A draw that lies within

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from test_trainer import ROWS, assert_same_run, config, letter_share
 
+from gvpo_jax.collect.metrics import reward_metrics
+from gvpo_jax.collect.replay import ReplayBuffer
+from gvpo_jax.data.groups import Source, make_batch, make_group
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
-from gvpo_jax.policy import Policy
-from gvpo_jax.replay import ReplayBuffer
-from gvpo_jax.runfiles import read_jsonl, read_metrics
-from gvpo_jax.runlog import reward_metrics
-from gvpo_jax.samples import Source, make_batch, make_group
+from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
+from gvpo_jax.training.policy import Policy
 
 GROUPS = [
     {"prompt": "Spell ash: ", "completions": ["ash", "x1", "zz!"], "rewards": [1.0, 0.3, 0.5]},

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gvpo_jax.attention import Prefix, causal
 from gvpo_jax.errors import UserError
-from gvpo_jax.kernels import attention_on, on_cpu, on_gpu, on_tpu, product_on
-from gvpo_jax.mesh import make_mesh
 from gvpo_jax.models.decoder import DecoderConfig, Placement, init_params, make_apply
+from gvpo_jax.ops.attention import Prefix, causal
+from gvpo_jax.ops.cpu import product_on
+from gvpo_jax.ops.kernels import attention_on, on_cpu, on_gpu, on_tpu
+from gvpo_jax.parallel.mesh import make_mesh
 
 G, K, H, N, D = 2, 2, 4, 2, 16
 

@@ -2,8 +2,8 @@ import threading
 
 import pytest
 
+from gvpo_jax.collect.lookahead import Lookahead
 from gvpo_jax.errors import UserError
-from gvpo_jax.lookahead import Lookahead
 
 
 class Policy:

@@ -5,12 +5,15 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from gvpo_jax.batch import pad_prompts
-from gvpo_jax.compile_report import prepare
-from gvpo_jax.config import Config, override
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import override
+from gvpo_jax.data.batch import pad_prompts
+from gvpo_jax.data.groups import Source, make_batch, make_group
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import token_logprobs
-from gvpo_jax.mesh import (
+from gvpo_jax.models import load_model
+from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply, param_shapes
+from gvpo_jax.parallel.mesh import (
     LAYOUT,
     batch_axes,
     check_hosts,
@@ -19,11 +22,9 @@ from gvpo_jax.mesh import (
     path_name,
     shardings,
 )
-from gvpo_jax.models import load_model
-from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply, param_shapes
-from gvpo_jax.policy import Policy
 from gvpo_jax.rollout import Sampling
-from gvpo_jax.samples import Source, make_batch, make_group
+from gvpo_jax.tpu_compile.report import prepare
+from gvpo_jax.training.policy import Policy
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 

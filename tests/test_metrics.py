@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.formats import compact, duration, percent, points
-from gvpo_jax.metrics import MetricsWriter, Progress, read_metrics
+from gvpo_jax.rundir.files import read_metrics
+from gvpo_jax.rundir.formats import compact, duration, percent, points
+from gvpo_jax.rundir.writers import MetricsWriter, Progress
 
 
 def write(run_dir, steps, *, first_step=0):

@@ -26,7 +26,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models import export_model, load_model, stop_token_ids
 from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import full_logits
-from gvpo_jax.models.families import hf_leaves
+from gvpo_jax.models.hf_tensors import hf_leaves
 
 LENGTH = 72
 SIZES = {

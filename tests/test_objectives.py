@@ -13,8 +13,8 @@ from test_train_step import MISSING, assert_trees_close, random_batch
 from gvpo_jax.baselines import objective_loss
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.loss import gvpo_loss
-from gvpo_jax.objectives import make_objective
-from gvpo_jax.train_step import init_state, score, train_step
+from gvpo_jax.training.objectives import make_objective
+from gvpo_jax.training.step import init_state, score, train_step
 
 PARAMS = {
     "table": jnp.asarray(np.random.default_rng(1).normal(size=(37, 8)), jnp.float32),

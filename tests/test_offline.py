@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from gvpo_jax.collect.offline import read_groups
+from gvpo_jax.data.groups import UNKNOWN, Source, cache_key
 from gvpo_jax.errors import UserError
-from gvpo_jax.offline import read_groups
-from gvpo_jax.samples import UNKNOWN, Source, cache_key
 
 INF, NAN = float("inf"), float("nan")
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gvpo_jax.optimizer import make_optimizer, make_schedule
+from gvpo_jax.training.optimizer import make_optimizer, make_schedule
 
 CONSTANT = optax.constant_schedule(0.1)
 

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from gvpo_jax.config import Config, override
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import override
+from gvpo_jax.data.groups import Source, make_batch, make_group
+from gvpo_jax.data.packing_plan import deal, make_plan, stream_size
 from gvpo_jax.models import load_model
-from gvpo_jax.plan import deal, make_plan, stream_size
-from gvpo_jax.policy import Policy
-from gvpo_jax.samples import Source, make_batch, make_group
+from gvpo_jax.training.policy import Policy
 
 LONGEST_PROMPT, LONGEST = 32, 64
 

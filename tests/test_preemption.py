@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from gvpo_jax import loop
-from gvpo_jax.config import Config, override
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import override
 from gvpo_jax.models import load_model
-from gvpo_jax.preemption import Preempted, watch
+from gvpo_jax.parallel.preemption import Preempted, watch
 from gvpo_jax.rewards.debug import letter_share
-from gvpo_jax.runfiles import read_metrics
+from gvpo_jax.rundir.files import read_metrics
 from gvpo_jax.trainer import Trainer
 
 ROWS = [{"prompt": f"Spell {word}: ", "word": word} for word in ("ash", "birch", "cedar")]

@@ -1,7 +1,7 @@
 import numpy as np
 
-from gvpo_jax.replay import ReplayBuffer
-from gvpo_jax.samples import Source, join, make_group
+from gvpo_jax.collect.replay import ReplayBuffer
+from gvpo_jax.data.groups import Source, join, make_group
 
 
 def group(row, first, k=3, source=Source.POLICY, reward=0.0):

@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 import pytest
 from scipy import stats
 
-from gvpo_jax.curves import held_out_curve, running_mean, series
 from gvpo_jax.errors import UserError
-from gvpo_jax.intervals import difference_interval, mean_interval
-from gvpo_jax.report import write_curves_svg, write_report
-from gvpo_jax.runfiles import Evaluation
-from gvpo_jax.svg import Chart, Line, chart, ticks
+from gvpo_jax.report.charts import Chart, Line, chart, ticks
+from gvpo_jax.report.curves import held_out_curve, running_mean, series
+from gvpo_jax.report.html import write_report
+from gvpo_jax.report.intervals import difference_interval, mean_interval
+from gvpo_jax.report.picture import write_curves_svg
+from gvpo_jax.rundir.files import Evaluation
 
 EVIL = (
     "</pre><script>alert('x')</script><img src=https://evil.example/x.png onerror=\"y\">&\x00\x1b"

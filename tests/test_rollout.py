@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gvpo_jax.batch import pad_prompts
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models.decoder import Apply, DecoderConfig, full_logits, init_params, make_apply
 from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, InProcessEngine, Sampling
+from gvpo_jax.rollout.draw import draw
 from gvpo_jax.rollout.inprocess import lanes
-from gvpo_jax.rollout.sampling import draw
-from gvpo_jax.train_step import score
+from gvpo_jax.training.step import score
 
 CONFIG = DecoderConfig("llama", 43, 16, 24, 2, 4, 2, 4, tie_embeddings=True)
 PARAMS = jax.tree.map(lambda x: 2 * x, init_params(CONFIG, 0))  # far from uniform

@@ -15,17 +15,18 @@ import pytest
 from http_stub import OWN_EOS, Logits, StubServer, network_of, seconds
 
 from gvpo_jax import gvpo_loss
-from gvpo_jax.batch import pad_prompts
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models import LoadedModel, load_model
 from gvpo_jax.models.decoder import make_apply
-from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, Sampling, weight_sync
-from gvpo_jax.rollout.client import Client, Fleet
-from gvpo_jax.rollout.http import HttpEngine
-from gvpo_jax.rollout.servers import DIALECTS, Protocol
-from gvpo_jax.rollout.weight_sync import WeightSync, scorer
-from gvpo_jax.train_step import score
+from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, Sampling
+from gvpo_jax.rollout.servers import weight_sync
+from gvpo_jax.rollout.servers.client import Client, Fleet
+from gvpo_jax.rollout.servers.dialects import DIALECTS, Protocol
+from gvpo_jax.rollout.servers.engine import HttpEngine
+from gvpo_jax.rollout.servers.weight_sync import WeightSync, scorer
+from gvpo_jax.training.step import score
 
 V, K, T, STOPS = 13, 3, 6, (5, 11)
 TABLE = np.random.default_rng(0).normal(0, 1, (V, V))

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from gvpo_jax.errors import UserError
-from gvpo_jax.samples import (
+from gvpo_jax.data.groups import (
     UNKNOWN,
     Source,
     cache_key,
@@ -15,6 +14,7 @@ from gvpo_jax.samples import (
     take,
     unpack,
 )
+from gvpo_jax.errors import UserError
 
 
 def group(completions, rewards, **settings):

@@ -12,17 +12,18 @@ import pytest
 import test_distributed as processes
 from http_stub import OWN_EOS, Logits, StubServer, network_of
 
-from gvpo_jax import distributed
-from gvpo_jax.batch import pad_prompts
 from gvpo_jax.cli import main
-from gvpo_jax.config import Config, difference, load_config, override
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import difference, load_config, override
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
+from gvpo_jax.parallel import distributed
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rollout import Sampling
-from gvpo_jax.rollout.client import Client
-from gvpo_jax.runfiles import read_jsonl, read_metrics
-from gvpo_jax.runfolder import lock
+from gvpo_jax.rollout.servers.client import Client
+from gvpo_jax.rundir.claim import lock
+from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
 
 MODEL = load_model("debug")

@@ -16,7 +16,7 @@ from gvpo_jax.models.decoder import (
     init_params,
     make_apply,
 )
-from gvpo_jax.train_step import score
+from gvpo_jax.training.step import score
 
 G, K, P, T = 3, 4, 7, 6
 SHAPE = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2}

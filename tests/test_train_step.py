@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from gvpo_jax.batch import Batch, bucket, pad_groups, pad_prompts
+from gvpo_jax.data.batch import Batch, bucket, pad_groups, pad_prompts
+from gvpo_jax.data.groups import UNKNOWN, Source, make_batch, make_group
 from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
-from gvpo_jax.objectives import gvpo
-from gvpo_jax.samples import UNKNOWN, Source, make_batch, make_group
-from gvpo_jax.train_step import init_state, score, train_step
+from gvpo_jax.training.objectives import gvpo
+from gvpo_jax.training.step import init_state, score, train_step
 
 CONFIG = DecoderConfig("qwen2", 37, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
 WIDE = DecoderConfig("qwen2", 37, 16, 512, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)

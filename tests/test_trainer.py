@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from gvpo_jax.config import Config, load_config, override
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import load_config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
 from gvpo_jax.rewards.debug import letter_share
-from gvpo_jax.runfiles import read_jsonl, read_metrics
-from gvpo_jax.runfolder import lock
-from gvpo_jax.runlog import crossed
+from gvpo_jax.rundir.claim import lock
+from gvpo_jax.rundir.files import read_jsonl, read_metrics
+from gvpo_jax.rundir.log import crossed
 from gvpo_jax.trainer import Trainer
 
 ROWS = [

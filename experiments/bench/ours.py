@@ -8,9 +8,10 @@ LEARNING_RATE = 1e-6
 def train(w, folder, device):
     from workloads import batch
 
-    from gvpo_jax.batch import Batch
-    from gvpo_jax.config import Config, override
-    from gvpo_jax.policy import Policy
+    from gvpo_jax.config import Config
+    from gvpo_jax.config_file import override
+    from gvpo_jax.data.batch import Batch
+    from gvpo_jax.training.policy import Policy
 
     settings = {
         "model__name": str(folder),

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from gvpo_jax.svg import escape
+from gvpo_jax.report.charts import escape
 
 TITLES = {"train": "training step", "rollout": "rollout"}
 STYLE = """

@@ -20,13 +20,14 @@ import jax
 import numpy as np
 import optax
 
-from gvpo_jax.batch import Batch
-from gvpo_jax.kernels import attention_on, chunk_bytes_on, product_on
-from gvpo_jax.mesh import make_mesh
+from gvpo_jax.data.batch import Batch
 from gvpo_jax.models.decoder import DecoderConfig, Placement, init_params, make_apply
-from gvpo_jax.objectives import gvpo
-from gvpo_jax.svg import Chart, Line, chart_content
-from gvpo_jax.train_step import init_state, train_step
+from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
+from gvpo_jax.ops.kernels import attention_on
+from gvpo_jax.parallel.mesh import make_mesh
+from gvpo_jax.report.charts import Chart, Line, chart_content
+from gvpo_jax.training.objectives import gvpo
+from gvpo_jax.training.step import init_state, train_step
 
 BASE = {"k": 8, "t": 64, "p": 64, "v": 8192, "layers": 4}
 SIZES = {

@@ -14,7 +14,7 @@ from statistics import fmean
 import matplotlib
 import run as sweep
 
-from gvpo_jax.intervals import Interval, difference_interval, mean_interval
+from gvpo_jax.report.intervals import Interval, difference_interval, mean_interval
 
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gvpo", "font.size": 9}

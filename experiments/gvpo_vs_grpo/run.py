@@ -148,10 +148,10 @@ def run_one(name: str, changes: list[str], options: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(options.runs.absolute() / "compiled"))
     import jax
 
-    from gvpo_jax.config import load_config
+    from gvpo_jax.commands import load_data
+    from gvpo_jax.config_file import load_config
     from gvpo_jax.rewards import load_reward_func
-    from gvpo_jax.runfiles import read_metrics
-    from gvpo_jax.runs import load_data
+    from gvpo_jax.rundir.files import read_metrics
     from gvpo_jax.trainer import Trainer
 
     folder = options.runs / name

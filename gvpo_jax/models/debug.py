@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gvpo_jax.models.decoder import DecoderConfig
-from gvpo_jax.models.families import TensorSource, tensor_specs
+from gvpo_jax.models.hf_tensors import TensorSource, tensor_specs
 
 _SPECIALS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE = (

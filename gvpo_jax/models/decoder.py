@@ -6,9 +6,10 @@ Parameters are a plain nested dict of arrays, the first argument of functions fo
     decode             one token of every completion [g, k] -> hidden [g, k, d], the grown cache
     completion_hidden  prompts [g, p], completions [g, k, t] -> [g, k, t, d], the hidden states
                        that predict the completions' tokens
-    stream_hidden      the same without padding: [g, d] and [s, n, d], see `gvpo_jax.packing`
+    stream_hidden      the same without padding: [g, d] and [s, n, d], see `gvpo_jax.ops.packing`
 
-Each prompt is computed once, whatever k. Axes as in `gvpo_jax.attention`; b, h: widths and heads.
+Each prompt is computed once, whatever k. Axes as in `gvpo_jax.ops.attention`; b, h: widths and
+heads.
 """
 
 import functools
@@ -20,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gvpo_jax.attention import Int8, Prefix, Stored, attend, causal, stored
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask
-from gvpo_jax.packing import Stream, attend_unpacked
+from gvpo_jax.ops.attention import Int8, Prefix, Stored, attend, causal, stored
+from gvpo_jax.ops.packing import Stream, attend_unpacked
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
@@ -70,7 +71,7 @@ class Placement:
         constrain: `(name, x) -> x` lays out "embedded" and "stream" `[g, k, t, d]`, "heads"
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
-        attention: see `gvpo_jax.attention.causal`.
+        attention: see `gvpo_jax.ops.attention.causal`.
         product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
             its own gives what it returns the `checkpoint_name` "product".
         chunk_bytes: see `Apply`.
@@ -216,9 +217,9 @@ class Apply:
         completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) ->
             [G, k, T, D]`, the hidden states that predict each completion token.
         stream_hidden: `(params, prompts [G, P], completions [G, k, T - 1], stream) ->
-            (first [G, D], rest [S, n, D])`, the same for a `gvpo_jax.packing.Stream` of them: what
-            predicts the first tokens of a group, and in each completion token's place what predicts
-            the next one. None: the model has no such function.
+            (first [G, D], rest [S, n, D])`, the same for a `gvpo_jax.ops.packing.Stream` of them:
+            what predicts the first tokens of a group, and in each completion token's place what
+            predicts the next one. None: the model has no such function.
         head: `params -> [V, D]`, the output embedding.
         shards: parts that the devices cut a batch into, group by group.
         chunk_bytes: of logits that a device holds at once, where they are more than it keeps.

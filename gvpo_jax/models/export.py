@@ -12,9 +12,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.families import TensorSpec, hf_leaves
+from gvpo_jax.models.hf_files import as_dtype, write_safetensors
+from gvpo_jax.models.hf_tensors import TensorSpec, hf_leaves
 from gvpo_jax.models.load import LoadedModel
-from gvpo_jax.models.safetensors_io import as_dtype, write_safetensors
 
 _MARKER = "gvpo_jax_export.json"
 _WRITTEN = (".json", ".safetensors", ".txt", ".jinja", ".model")

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
-from gvpo_jax.models.families import TensorSource
 from gvpo_jax.models.gguf_tokenizer import build_tokenizer
 from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.hf_tensors import TensorSource
 
 _FAMILIES = {
     "llama": "LlamaForCausalLM",

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
-from gvpo_jax.models.families import ParamPath, Place, read_params
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import config_json, decoder_config
-from gvpo_jax.models.safetensors_io import open_safetensors
+from gvpo_jax.models.hf_files import open_safetensors
+from gvpo_jax.models.hf_tensors import ParamPath, Place, read_params
 
 _PACKAGE = "package://"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")

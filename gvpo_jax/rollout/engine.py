@@ -76,6 +76,6 @@ class Engine(Protocol):
         """k completions of every prompt.
 
         A completion depends on `seed`, its prompt's id and its place among the k, not on the batch
-        around it. `longest_prompt` is a hint for padding, see `gvpo_jax.batch.pad_prompts`.
+        around it. `longest_prompt` is a hint for padding, see `gvpo_jax.data.batch.pad_prompts`.
         """
         ...

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gvpo_jax.batch import pad_prompts
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.precision import einsum_f32
+from gvpo_jax.rollout.draw import draw
 from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, Sampling
-from gvpo_jax.rollout.sampling import draw
 
 
 class DecodeState(NamedTuple):

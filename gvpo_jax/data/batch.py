@@ -1,0 +1,152 @@
+"""One batch of groups: what rollout, rewards and scoring fill in and the train step reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    """g groups of k completions. Masks come from lengths and `valid`, never from token values.
+
+    Attributes:
+        prompts: `[g, p]` int32, padded on the right.
+        prompt_lengths: `[g]` int32, at least 1.
+        completions: `[g, k, t]` int32, padded on the right.
+        lengths: `[g, k]` int32, the end token included.
+        rewards: `[g, k]` float32; what stands at an invalid completion does not matter.
+        valid: `[g, k]` booleans: completions that have a reward.
+        ref_logps: `[g, k, t]` float32 token log-probs under the reference, in nats.
+        old_logps: `[g, k, t]` float32 token log-probs under the policy that sampled, NaN where
+            unknown. GVPO does not look at them.
+        source: `[g, k]` int32 where the completion came from, see `gvpo_jax.data.groups.Source`.
+        version: `[g, k]` int32 updates that the policy had seen when it sampled, -1 where unknown.
+    """
+
+    prompts: Array
+    prompt_lengths: Array
+    completions: Array
+    lengths: Array
+    rewards: Array
+    valid: Array
+    ref_logps: Array
+    old_logps: Array
+    source: Array
+    version: Array
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]],
+    longest: int | None = None,
+    agree: Callable[[int], int] = int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pad to the next bucket: token ids `[g, p]` and lengths `[g]`, int32.
+
+    Args:
+        prompts: g lists of token ids.
+        longest: length of the longest prompt there will be in the run, where it is known. Then the
+            buckets are that length, its half and its quarter: three widths to compile at most.
+        agree: the width needed here -> the one that all processes take.
+
+    Raises:
+        ValueError: no prompt, or one without a token.
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    if len(lengths) == 0 or lengths.min() == 0:
+        raise ValueError("every prompt needs at least one token: give it some text")
+    width = int(lengths.max())
+    width = agree(bucket(width) if longest is None else part_of_longest(width, longest))
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, lengths
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The padded length: 16, 24, 32, 48, 64, 96, ... whichever is the first that fits."""
+    size = smallest
+    while size < length:
+        half = size + size // 2
+        if half >= length:
+            return half
+        size *= 2
+    return size
+
+
+def part_of_longest(length: int, longest: int) -> int:
+    """The padded length where the longest in the run is known: that, its half or its quarter."""
+    sizes = (-(-longest // (parts * 8)) * 8 for parts in (4, 2, 1))  # multiples of 8
+    return next((size for size in sizes if size >= length), bucket(length))
+
+
+def pad_groups(batch: Batch, groups: int) -> Batch:
+    """Fill up to `groups` groups with empty copies of the first one: they count for nothing."""
+    missing = groups - batch.prompts.shape[0]
+    if missing <= 0:
+        return batch
+    filled = Batch(*(np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in batch))
+    filled.valid[-missing:] = False
+    filled.lengths[-missing:] = 0
+    filled.prompt_lengths[-missing:] = 1
+    return filled
+
+
+def fill_up(batch: Batch, *, groups: int, completions: int) -> Batch:
+    """The batch, while tracing, with invalid groups and completions up to multiples of these."""
+    g, k = batch.valid.shape
+    missing_g, missing_k = -g % groups, -k % completions
+    if not missing_g and not missing_k:
+        return batch
+
+    def fill(x, *widths):
+        return jnp.pad(x, [*widths, *[(0, 0)] * (x.ndim - len(widths))])
+
+    filled = {
+        name: fill(x, (0, missing_g))
+        if name in ("prompts", "prompt_lengths")
+        else fill(x, (0, missing_g), (0, missing_k))
+        for name, x in batch._asdict().items()
+    }
+    filled["prompt_lengths"] = jnp.maximum(filled["prompt_lengths"], 1)
+    return Batch(**filled)
+
+
+def split_groups(tree: Any, parts: int) -> Any:
+    """`[g, ...] -> [parts, g / parts, ...]`, dealt out in turn, so that sharded groups stay put."""
+
+    def split(x):
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def join_groups(x: jax.Array) -> jax.Array:
+    """`[parts, g / parts, ...] -> [g, ...]`, the inverse of `split_groups`."""
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def split_completions(x: jax.Array, parts: int) -> jax.Array:
+    """`[n, g, k, ...] -> [n, parts, g, k / parts, ...]`, dealt out in turn."""
+    n, g, k, *rest = x.shape
+    return jnp.moveaxis(x.reshape(n, g, k // parts, parts, *rest), 3, 1)
+
+
+def join_completions(x: jax.Array) -> jax.Array:
+    """`[n, parts, g, k / parts, ...] -> [n, g, k, ...]`, the inverse of `split_completions`."""
+    n, parts, g, k, *rest = x.shape
+    return jnp.moveaxis(x, 1, 3).reshape(n, g, k * parts, *rest)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a batch: g groups of k completions; prompts of p and completions of t tokens."""
+
+    groups: int
+    k: int
+    p: int
+    t: int

@@ -1,0 +1,1 @@
+"""Attention, packing and products, as each kind of hardware computes them best."""

@@ -1,0 +1,302 @@
+"""Several processes, as a TPU pod has one per host: starting them, and what they tell each other.
+
+Every process runs the same program. Of each batch it holds the groups whose devices are its own:
+it builds, decodes and scores those alone. What all must know is gathered, and is small.
+With one process everything here hands its arguments back.
+"""
+
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gvpo_jax.errors import UserError
+
+
+def start(
+    *,
+    initialize: Literal["auto", "always", "never"] = "auto",
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    initialization_timeout: int = 120,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Join the other processes; call it before anything touches a device.
+
+    Args:
+        initialize: "auto" joins where an address is given or the environment tells of several
+            processes (JAX_COORDINATOR_ADDRESS, SLURM, Open MPI, TPU pods on GKE); "always" lets
+            JAX find out by itself, as on TPU pods made with gcloud; "never" stays alone.
+        coordinator_address: HOST:PORT of process 0.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+        initialization_timeout: seconds to wait for the others.
+        heartbeat_timeout: seconds after which a process that keeps silent counts as dead.
+
+    Where the others do not come in time the program ends, with a line and status 2.
+
+    Raises:
+        UserError: half of the settings are missing, or the coordinator was not reached in time.
+    """
+    if "proxy" in os.environ.get("JAX_PLATFORMS", ""):
+        return _start_pathways()
+    explicit = (coordinator_address, num_processes, process_id)
+    if any(value is not None for value in explicit) and None in explicit:
+        raise UserError(
+            "distributed.coordinator_address, num_processes and process_id belong together: "
+            "give all three, or none"
+        )
+    if process_id is not None and num_processes is not None and not process_id < num_processes:
+        raise UserError(
+            f"distributed.process_id={process_id} must be less than "
+            f"distributed.num_processes={num_processes}"
+        )
+    wanted = initialize == "always" or coordinator_address is not None or _in_a_cluster()
+    if initialize == "never" or not wanted or jax.distributed.is_initialized():
+        return
+    if coordinator_address is not None:
+        host, port = _host_and_port(coordinator_address)
+        if process_id:
+            _wait_for(host, port, initialization_timeout)
+    _join(*explicit, seconds=initialization_timeout, heartbeat_timeout=heartbeat_timeout)
+
+
+def is_first() -> bool:
+    """Whether this process logs and writes what one process writes."""
+    return jax.process_index() == 0
+
+
+def share(groups: int) -> slice:
+    """The groups of a batch that this process builds: equal parts, in the processes' order.
+
+    Raises:
+        UserError: they do not divide.
+    """
+    processes, here = jax.process_count(), jax.process_index()
+    if groups % processes:
+        raise UserError(
+            f"{groups} new groups do not divide over {processes} processes; use a multiple"
+        )
+    return slice(groups // processes * here, groups // processes * (here + 1))
+
+
+def check_rows(sharding: NamedSharding, groups: int) -> None:
+    """That every process's devices hold a part of a batch's groups of their own.
+
+    Raises:
+        UserError: some groups lie on devices of several processes.
+    """
+    rows = {
+        row
+        for index in sharding.addressable_devices_indices_map((groups,)).values()
+        if index is not None
+        for row in range(groups)[index[0]]
+    }
+    if len(rows) * jax.process_count() != groups or max(rows) - min(rows) + 1 != len(rows):
+        raise UserError(
+            f"{groups} groups do not lie on {jax.process_count()} processes in equal parts: keep "
+            "mesh.tensor within the devices of one process, and the groups of an update (and of "
+            "each micro-batch) a multiple of the devices along data x fsdp"
+        )
+
+
+def shares(items: Sequence[Any]) -> list[Any]:
+    """This process's part of a list, as long as everyone's: the last item fills up the end."""
+    processes = jax.process_count()
+    size = -(-len(items) // processes)
+    filled = [*items, *[items[-1]] * (size * processes - len(items))]
+    return filled[jax.process_index() * size : (jax.process_index() + 1) * size]
+
+
+def to_devices(local: Any, shardings: Any) -> Any:
+    """Arrays of this process's rows, laid out as parts of the arrays of all rows."""
+    if jax.process_count() == 1:
+        return jax.device_put(local, shardings)
+    return jax.tree.map(
+        lambda x, s: multihost_utils.host_local_array_to_global_array(x, s.mesh, s.spec),
+        local,
+        shardings,
+    )
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays of this process's rows of arrays on devices."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: np.asarray(
+            multihost_utils.global_array_to_host_local_array(x, x.sharding.mesh, x.sharding.spec)
+        ),
+        tree,
+    )
+
+
+def to_first_host(tree: Any) -> Any:
+    """Arrays on all devices as arrays that the first process can read in full; None elsewhere.
+
+    One after the other: a device needs room for one of them.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(_to_first_host, tree)
+
+
+def gather(local: Any) -> Any:
+    """NumPy arrays of all processes' rows, one process's after the other, on each of them."""
+    if jax.process_count() == 1:
+        return local
+    # As bytes: on the way JAX would make 32 bits of 64.
+    data = jax.tree.map(lambda x: np.ascontiguousarray(x)[..., None].view(np.uint8), local)
+    data = multihost_utils.process_allgather(data, tiled=True)
+    return jax.tree.map(lambda y, x: y.view(x.dtype)[..., 0], data, local)
+
+
+def largest(*numbers: int) -> tuple[int, ...]:
+    """The largest of each number over all processes."""
+    if jax.process_count() == 1:
+        return numbers
+    return tuple(gather(np.array([numbers])).max(axis=0).tolist())
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """What `work` gives, or the first process's error on every one: none waits for a dead one.
+
+    Raises:
+        UserError: as `work` raises it here, or whatever it raises elsewhere.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, message, own = None, "", None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    except Exception as error:  # a bug, or no memory: the others must not wait for this process
+        message, own = f"{type(error).__name__}: {error}", error
+    text = np.zeros((1, 512), np.uint8)
+    encoded = message.encode()[:512]
+    text[0, : len(encoded)] = list(encoded)
+    for process, row in enumerate(gather(text)):
+        if row.any():
+            if own is not None:
+                raise own
+            told = bytes(row).rstrip(b"\0").decode(errors="replace")
+            raise UserError(told if process == jax.process_index() else f"host {process}: {told}")
+    return result
+
+
+def lead(work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, which alone does it, on every one.
+
+    Raises:
+        UserError: as `work` raises it there.
+    """
+    result = together(lambda: work() if is_first() else None)
+    if jax.process_count() == 1:
+        return result
+    data = np.frombuffer(pickle.dumps(result), np.uint8)
+    (size,) = largest(len(data))
+    told = gather(np.pad(data, (0, size - len(data)))[None])
+    return pickle.loads(told[0].tobytes())
+
+
+def _to_first_host(x: jax.Array) -> np.ndarray | None:
+    assert isinstance(x.sharding, NamedSharding)
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    copied = jax.jit(_same, out_shardings=everywhere)(x)
+    jax.block_until_ready(copied)  # who reads nothing would run ahead and hold many at once
+    return np.asarray(copied.addressable_data(0)) if is_first() else None
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _join(address, processes, process, *, seconds: int, heartbeat_timeout: int) -> None:
+    where = address or "the coordinator that JAX looked for"
+    late = f"the other processes did not come to {where} within {seconds} s"
+    watch = threading.Timer(seconds, _give_up, [late])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            processes,
+            process,
+            initialization_timeout=seconds + 10,  # the watch goes first
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"could not join the other processes at {where} within {seconds} s: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
+    finally:
+        watch.cancel()
+
+
+def _give_up(message: str) -> None:
+    """Ends the program: JAX would abort it, without an error to catch."""
+    print(f"gvpo-jax: error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise UserError(f"distributed.coordinator_address={address}: write HOST:PORT")
+    return host, int(port)
+
+
+def _wait_for(host: str, port: int, seconds: int) -> None:
+    """Until the coordinator can be reached: JAX would end the process without a word to catch."""
+    deadline, problem = time.monotonic() + seconds, ""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError as error:
+            problem = error.strerror or str(error)
+            time.sleep(0.2)
+    raise UserError(
+        f"could not reach the coordinator at {host}:{port} within {seconds} s ({problem}); is "
+        "process 0 running, and distributed.initialization_timeout long enough?"
+    )
+
+
+def _in_a_cluster() -> bool:
+    env = os.environ
+    several = any(
+        int(env.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+    return (
+        several
+        or "JAX_COORDINATOR_ADDRESS" in env
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    )
+
+
+def _start_pathways() -> None:
+    try:
+        import pathwaysutils  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError(
+            "JAX_PLATFORMS=proxy asks for Pathways: pip install pathwaysutils"
+        ) from None
+    pathwaysutils.initialize()
+
+
+def agreed(size: int) -> int:
+    """The largest of this size over all processes."""
+    return largest(size)[0]

@@ -1,0 +1,45 @@
+"""SIGTERM, which schedulers send before they take a machine away: save, then end."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from gvpo_jax.parallel.distributed import largest
+
+
+class Preempted(SystemExit):
+    """The run was saved and ended on SIGTERM; ends the process with status 143, as shells do."""
+
+    def __init__(self):
+        super().__init__(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether the run shall save and end.
+
+    All processes ask it equally often, and all hear True once one of them got the signal. JAX's own
+    agreement on a step is not used: Orbax asks it too, with other numbers, and it misses a signal
+    that comes in between. After the first signal the default action is back, so that a second one
+    ends the process at once. Where the program has a handler of its own, or this is not its main
+    thread, SIGTERM is left alone.
+    """
+    told = threading.Event()
+
+    def on_signal(*_):
+        told.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def any_was_told() -> bool:
+        return bool(largest(int(told.is_set()))[0])
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield any_was_told
+        return
+    signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield any_was_told
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,199 @@
+"""Curves of a run: which metrics are drawn and how, in the report and in a picture of runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from gvpo_jax.report.charts import Line
+from gvpo_jax.report.intervals import Interval, mean_interval
+from gvpo_jax.rundir.files import (
+    Evaluation,
+    to_json,
+)
+from gvpo_jax.rundir.formats import compact, duration, percent, percent_tick
+
+_MOST_POINTS = 160  # more than a chart has pixels to tell apart under the pointer
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is drawn. kind: "noisy" ones get a running mean over the faint values."""
+
+    name: str
+    title: str
+    note: str
+    show: Callable[[float], str] = compact
+    tick: Callable[[float], str] = compact
+    include: tuple[float, ...] = ()
+    kind: Literal["noisy", "exact"] = "noisy"
+
+
+@dataclass(frozen=True)
+class Points:
+    """A metric over steps, None where it was not finite; spans: the extremes of joined steps."""
+
+    steps: list[int]
+    values: list[float | None]
+    spans: list[tuple[float, float] | None]
+    titles: list[str]
+
+
+_SHARE: Mapping[str, Any] = {"show": percent, "tick": percent_tick, "include": (0.0,)}
+REWARD = Metric("reward", "Training reward", "Mean reward of the completions sampled at each step.")
+METRICS = (
+    Metric(
+        "gvpo_mse",
+        "GVPO objective (gvpo_mse)",
+        "Squared distance of implicit from real rewards; starts near half the reward variance.",
+        include=(0.0,),
+    ),
+    Metric("loss", "Loss", "Its gradient is the objective's; its value need not fall."),
+    Metric("kl", "Divergence from the reference", "Estimated (kl), in nats per token."),
+    Metric("log_ratio", "Log-ratio to the reference", "Mean, in nats per completion."),
+    Metric(
+        "reward_std", "Reward spread in a group", "Standard deviation over a group's completions."
+    ),
+    Metric(
+        "frac_reward_zero_std",
+        "Groups without contrast",
+        "Share of groups whose completions all got the same reward.",
+        **_SHARE,
+    ),
+    Metric("entropy_sampled", "Surprise", "Minus the mean log-prob of the sampled tokens."),
+    Metric("grad_norm", "Gradient norm", "Before clipping.", include=(0.0,)),
+    Metric("completions/mean_length", "Completion length", "Mean, in tokens.", include=(0.0,)),
+    Metric(
+        "completions/clipped_ratio",
+        "Cut completions",
+        "Share that reached the length limit.",
+        **_SHARE,
+    ),
+    Metric("learning_rate", "Learning rate", "", include=(0.0,), kind="exact"),
+    Metric("tokens_per_second", "Throughput", "Tokens per second.", include=(0.0,)),
+    Metric("step_time", "Step time", "Seconds per step.", show=duration, include=(0.0,)),
+    Metric("source/policy/staleness", "Age of new samples", "In updates.", include=(0.0,)),
+    Metric("skipped_groups", "Groups left out", "With fewer than two rewards.", include=(0.0,)),
+    Metric("rewards/failed", "Failed rewards", "Completions left out, per step.", include=(0.0,)),
+    Metric("rewards/abstained", "No reward", "Completions left out, per step.", include=(0.0,)),
+    Metric(
+        "sync/logp_difference/mean",
+        "Server against trainer",
+        "Distance of a token's log-probs under the same weights: mean, in nats.",
+        include=(0.0,),
+    ),
+    Metric(
+        "sync/logp_difference/max", "Server against trainer, at most", "In nats.", include=(0.0,)
+    ),
+    Metric("sync/write_seconds", "Writing weights", "For servers.", show=duration, include=(0.0,)),
+    Metric(
+        "sync/load_seconds", "Loading weights", "Slowest server.", show=duration, include=(0.0,)
+    ),
+)
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> Points:
+    """A metric over steps, neighbouring steps joined to their mean where there are many."""
+    found = [(row["step"], _number(row[name])) for row in rows if name in row]
+    size = -(-len(found) // _MOST_POINTS) or 1
+    points = Points([], [], [], [])
+    for start in range(0, len(found), size):
+        part = found[start : start + size]
+        values = [value for _, value in part if value is not None]
+        mean = fmean(values) if values else None
+        points.steps.append(part[-1][0])
+        points.values.append(mean)
+        points.spans.append((min(values), max(values)) if values and size > 1 else None)
+        steps = f"step {part[0][0]}" if size == 1 else f"steps {part[0][0]} to {part[-1][0]}, mean"
+        points.titles.append(f"{steps}: " + ("not finite" if mean is None else "{}"))
+    return points
+
+
+def running_mean(values: Sequence[float | None], *, window: int) -> list[float | None]:
+    """Mean over a centred window; None stays None and counts for nothing.
+
+    Toward the ends it narrows to half its width on both sides: whole, it would flatten a steep
+    start; narrowed to one value, the line would end in that value's noise.
+    """
+    means: list[float | None] = []
+    for i, value in enumerate(values):
+        half = max(min(window // 2, i, len(values) - 1 - i), window // 4)
+        near = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
+        means.append(None if value is None else fmean(near))
+    return means
+
+
+def window_of(count: int) -> int:
+    """Odd width of the running mean for `count` values: about a tenth of them, 1 for a few."""
+    return count // 10 // 2 * 2 + 1 if count >= 30 else 3 if count >= 12 else 1
+
+
+def metric_lines(points: Points, metric: Metric) -> list[Line]:
+    """The lines of a metric's chart, the last of them with titles for the pointer."""
+    titles = [
+        title.format(metric.show(value)) if value is not None else title
+        for title, value in zip(points.titles, points.values, strict=True)
+    ]
+    spans = points.spans if any(points.spans) else []
+    window = window_of(len(points.values)) if metric.kind == "noisy" else 1
+    if window == 1:
+        return [Line(points.steps, points.values, "bold", spans, titles)]
+    smooth = running_mean(points.values, window=window)
+    return [
+        Line(points.steps, smooth, "bold"),
+        Line(points.steps, points.values, "faint", spans, titles),
+    ]
+
+
+def scores_by_question(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Scores of answers by question: `correct` as 1 or 0 where rows tell it, else their reward.
+
+    Answers with neither are left out.
+    """
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        score = _number(row.get("correct", row.get("reward")))
+        if score is not None:
+            scores.setdefault(question_key(row), []).append(score)
+    return scores
+
+
+def question_key(row: Mapping[str, Any]) -> str:
+    """What makes two rows answers to the same question; `group` may number them."""
+    names = ("task", "answer_prefix", "group")
+    return to_json([row.get("prompt"), *(column(row, name) for name in names)])
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """A data set's column of a row, beside the prompt or under "columns"; None without it."""
+    nested = row.get("columns")
+    return row.get(name, nested.get(name) if isinstance(nested, Mapping) else None)
+
+
+def held_out_curve(
+    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]
+) -> dict[int, tuple[float, Interval | None]]:
+    """Held-out score by step, with its interval where the answers themselves are there."""
+    curve: dict[int, tuple[float, Interval | None]] = {}
+    for row in rows:
+        value = _number(row.get("eval/accuracy"))
+        if value is not None:
+            curve[row["step"]] = (value, None)
+    for evaluation in evaluations:
+        scores = scores_by_question(evaluation.rows)
+        if scores:
+            interval = mean_interval(list(scores.values()))
+            curve[evaluation.step] = (interval.mean, interval)
+    return dict(sorted(curve.items()))
+
+
+def held_out_line(
+    curve: Mapping[int, tuple[float, Interval | None]], *, titles: Sequence[str] = ()
+) -> Line:
+    """A held-out curve as dots with whiskers where there are intervals."""
+    spans = [(i.low, i.high) if i and i.low == i.low else None for _, i in curve.values()]
+    return Line(list(curve), [value for value, _ in curve.values()], "dots", spans, titles)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None

@@ -1,0 +1,312 @@
+"""Bringing new weights to rollout servers through a folder, and making sure that they arrived."""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gvpo_jax.data.batch import bucket
+from gvpo_jax.errors import UserError
+from gvpo_jax.models.export import export_model
+from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.rollout.engine import Sampling
+from gvpo_jax.rollout.servers.client import Client, Fleet
+from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, CannotScore, Dialect, Protocol
+
+_log = logging.getLogger(__name__)
+Scorer = Callable[[Any, Sequence[Sequence[int]]], list[np.ndarray]]
+_NAME = re.compile(r"version-(\d{8})")
+_SCRATCH = ".writing-"
+_PROBES, _LONGEST_PROBE = 4, 128  # sequences, and tokens of each
+_FRESH = 16  # tokens that a server samples after each
+_NOISE = 1e-4  # nats: the least disagreement that is taken to be there anyway
+
+
+class SyncReport(NamedTuple):
+    """A version that all servers have, and how it went.
+
+    Attributes:
+        version: its number.
+        difference: mean distance of a token's log-prob from the trainer's, in nats, over servers.
+        largest: the largest one.
+        tokens: how many were compared.
+        write_seconds: for the folder.
+        load_seconds: for the slowest server.
+    """
+
+    version: int
+    difference: float
+    largest: float
+    tokens: int
+    write_seconds: float
+    load_seconds: float
+
+
+class _Answer(NamedTuple):
+    """What a server says under new weights: of the probes, and of what it sampled after them."""
+
+    scores: list[list[float]] | None
+    fresh: list[list[int]]
+    fresh_logps: list[list[float]]
+    load_seconds: float
+
+
+class WeightSync:
+    """Writes each version of the parameters to a folder and has every server load it.
+
+    Then the handshake: the servers give log-probs of a few fixed sequences, and of tokens that they
+    sample; the trainer computes the same. The run stops where they differ, and where a server's
+    did not change as the trainer's did: so old weights show long before they make a difference.
+
+    Args:
+        fleet: the servers.
+        protocol: what they understand.
+        model: gives config and tokenizer of the folders.
+        folder: where they are written; every server sees it under the same path.
+        score: `(params, sequences) -> log-probs of each sequence's tokens[1:]`, see `scorer`.
+        dtype: of the files, "float32" or "bfloat16".
+        tolerance: mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
+        keep: versions that stay on disk.
+        probes: the fixed sequences; default: the first prompts that are sampled.
+        gather: makes parameters readable where they are written.
+        lead: runs a function in one process, and gives its result or UserError to all.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        protocol: Protocol,
+        model: LoadedModel,
+        folder: Path | str,
+        score: Scorer,
+        *,
+        dtype: str = "float32",
+        tolerance: float = 0.05,
+        keep: int = 2,
+        probes: Sequence[Sequence[int]] = (),
+        gather: Callable[[Any], Any] = lambda params: params,
+        lead: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    ):
+        self._fleet, self._dialect = fleet, DIALECTS[protocol]
+        self._model, self._folder = model, Path(folder).absolute()
+        self._score, self._dtype, self._tolerance, self._keep = score, dtype, tolerance, keep
+        self._gather, self._lead = gather, lead
+        self._on_servers: list[weakref.ref[Any]] = []
+        self._blind: set[str] = set()
+        self._probes = [list(probe) for probe in probes]
+        # Per server: the trainer's and its log-probs of the probes, at first and when last moved.
+        self._moved: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def bring(self, params: Any, prompts: Sequence[Sequence[int]]) -> SyncReport | None:
+        """`sync`, unless the servers have these very arrays already.
+
+        prompts: whose samples are wanted; the first ones ever become the fixed sequences.
+        """
+        leaves = jax.tree.leaves(params)
+        there = [ref() for ref in self._on_servers]
+        if len(there) == len(leaves) and all(a is b for a, b in zip(there, leaves, strict=True)):
+            return None
+        if not self._probes:
+            first = [list(map(int, prompt[:_LONGEST_PROBE])) for prompt in prompts[:_PROBES]]
+            self._probes = self._lead(lambda: first)
+        return self.sync(params)
+
+    def sync(self, params: Any, version: int | None = None) -> SyncReport:
+        """Write the parameters, have them loaded, and compare.
+
+        Args:
+            params: as the trainer has them.
+            version: their number; default: the one after the last in the folder.
+
+        Raises:
+            UserError: they can't be written, or a server does not load them or has others.
+        """
+        if not self._probes:
+            raise ValueError("sync needs probes: sequences of tokens to compare log-probs of")
+        self._on_servers = []
+        whole = self._gather(params)
+        number, seconds, answers = self._lead(lambda: self._deliver(whole, version))
+        report = self._compare(params, number, seconds, answers)
+        self._lead(self._remove_old)
+        self._on_servers = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+        return report
+
+    def _deliver(self, params: Any, version: int | None) -> tuple[int, float, list[_Answer]]:
+        """Write a version and have the servers load it; what they then say."""
+        start = time.perf_counter()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if version is None:
+                version = 1 + max(map(_number, self._versions()), default=0)
+            folder = _write(self._folder, version, self._model, params, self._dtype)
+        except OSError as error:
+            raise UserError(f"could not write weights to {self._folder}: {error}") from None
+        seconds = time.perf_counter() - start
+        visit = functools.partial(
+            _visit, self._dialect, folder, self._probes, self._model.config.vocab_size
+        )
+        return version, seconds, self._fleet.each(visit)
+
+    def _compare(
+        self, params: Any, version: int, seconds: float, answers: Sequence[_Answer]
+    ) -> SyncReport:
+        """The report, if every server has what the trainer has."""
+        sampled = [sequence for answer in answers for sequence in answer.fresh]
+        scored = self._score(params, [*self._probes, *sampled])
+        ours, rest = _flat(scored[: len(self._probes)]), iter(scored[len(self._probes) :])
+        differences = []
+        for client, answer in zip(self._fleet.clients, answers, strict=True):
+            theirs = _flat(answer.fresh_logps)
+            expected = _flat([next(rest)[-len(row) :] for row in answer.fresh_logps])
+            if answer.scores is not None:
+                self._check_moved(client.url, version, ours, _flat(answer.scores))
+                theirs = _flat([theirs, *answer.scores])
+                expected = _flat([expected, ours])
+            elif client.url not in self._blind:
+                self._blind.add(client.url)
+                _log.warning(
+                    "%s gives no log-probs of prompts: if it keeps old weights, that shows only "
+                    "once they differ by rollout.logp_tolerance",
+                    client.url,
+                )
+            differences.append(np.abs(theirs - expected))
+            self._check_close(client.url, version, differences[-1])
+        every = np.concatenate(differences)
+        return SyncReport(
+            version=version,
+            difference=float(every.mean()),
+            largest=float(every.max()),
+            tokens=every.size,
+            write_seconds=seconds,
+            load_seconds=max(answer.load_seconds for answer in answers),
+        )
+
+    def _check_close(self, url: str, version: int, differences: np.ndarray) -> None:
+        if not differences.mean() <= self._tolerance:  # also where it is NaN
+            raise UserError(
+                f"{url} does not sample from version {version} of the weights: its log-probs "
+                f"differ from the trainer's by {differences.mean():.3g} nats a token, at most by "
+                f"{differences.max():.3g} (rollout.logp_tolerance={self._tolerance:g})"
+            )
+
+    def _check_moved(self, url: str, version: int, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """That a server's log-probs moved as the trainer's did, to within what it rounds away.
+
+        Since the first version, so that weights which never arrive add up; and since the last one
+        that moved them visibly.
+        """
+        then = self._moved.setdefault(url, [(ours, theirs)] * 2)
+        noise = _rms(then[0][1] - then[0][0])
+        for ours_then, theirs_then in then:
+            way, their_way = _rms(ours - ours_then), _rms(theirs - theirs_then)
+            astray = _rms((theirs - theirs_then) - (ours - ours_then))
+            allowed = 5 * max(noise, _NOISE) + 0.05 * way
+            if way > max(noise, _NOISE / 10) and (their_way < 0.5 * way or astray > allowed):
+                raise UserError(
+                    f"{url} did not load version {version} of the weights, or not all of it: its "
+                    f"log-probs moved by {their_way:.2g} nats a token, the trainer's by {way:.2g}, "
+                    f"{astray:.2g} away from there; now they differ by "
+                    f"{np.abs(theirs - ours).max():.2g} at most"
+                )
+        if _rms(ours - then[1][0]) > max(noise, _NOISE / 10):
+            self._moved[url] = [then[0], (ours, theirs)]
+
+    def _versions(self) -> list[Path]:
+        return [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+
+    def _remove_old(self) -> None:
+        with contextlib.suppress(OSError):  # somebody else clears up too
+            by_age = sorted(self._versions(), key=lambda path: (path.stat().st_mtime_ns, path.name))
+            for path in [*by_age[: -self._keep], *self._folder.glob(f"{_SCRATCH}*")]:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def scorer(score: Callable[..., Any], *, multiple: int = 1) -> Scorer:
+    """A `Scorer` from `(params, prompts [g, p], lengths [g], completions [g, 1, t]) -> [g, 1, t]`.
+
+    multiple: what the number of groups g must be a multiple of.
+    """
+
+    def of_sequences(params: Any, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        filled = [*sequences, *[sequences[0]] * (-len(sequences) % multiple)]
+        width = bucket(max(len(sequence) for sequence in filled))
+        tokens = np.zeros((len(filled), 1 + width), np.int32)
+        for row, sequence in zip(tokens, filled, strict=True):
+            row[: len(sequence)] = sequence
+        first = np.ones(len(filled), np.int32)
+        scored = np.asarray(score(params, tokens[:, :1], first, tokens[:, None, 1:]))[:, 0]
+        return [
+            row[: len(sequence) - 1].astype(np.float64)
+            for row, sequence in zip(scored, sequences, strict=False)
+        ]
+
+    return of_sequences
+
+
+def _visit(
+    dialect: Dialect, folder: Path, probes: Sequence[list[int]], vocab_size: int, client: Client
+) -> _Answer:
+    """Have one server load a version, and hear what it makes of it."""
+    post = functools.partial(client.post, about=f"loading {folder.name}")
+    start = time.perf_counter()
+    dialect.load(post, str(folder))
+    seconds = time.perf_counter() - start
+    post = functools.partial(client.post, about=f"comparing {folder.name}")
+    try:
+        scores = [dialect.score(post, probe) for probe in probes if len(probe) > 1] or None
+    except CannotScore:
+        scores = None
+    fresh, logps = [], []
+    for number, probe in enumerate(probes):
+        ask = Ask(probe, 1, _FRESH, Sampling(), (), vocab_size, key=(number, 0))
+        (sample,) = dialect.sample(post, ask)
+        fresh.append([*probe, *sample.tokens])
+        logps.append(sample.logps)
+    return _Answer(scores, fresh, logps, seconds)
+
+
+def _write(folder: Path, version: int, model: LoadedModel, params: Any, dtype: str) -> Path:
+    """A whole version on disk, under its name only then."""
+    name = f"version-{version:08d}"
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
+        new = export_model(Path(scratch) / name, model, params, dtype=dtype)
+        for path in [*new.iterdir(), new]:
+            _fsync(path)
+        if (folder / name).exists():  # the caller's number comes again
+            os.rename(folder / name, Path(scratch) / "old")
+        os.rename(new, folder / name)
+        _fsync(folder)
+    return folder / name
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _number(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found
+    return int(found[1])
+
+
+def _flat(rows: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(row, np.float64) for row in rows])
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x * x)))

@@ -1,0 +1,1 @@
+"""What is in a run folder, who writes it, and how it is read back."""

@@ -1,0 +1,190 @@
+"""What a run counts and tells: counters, metrics, samples and evaluations."""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from gvpo_jax.config import Config
+from gvpo_jax.errors import UserError
+from gvpo_jax.parallel.distributed import is_first
+from gvpo_jax.rundir.writers import MetricsWriter, Progress
+
+
+@dataclasses.dataclass
+class Counters:
+    """How far a run has come; saved in every checkpoint.
+
+    Attributes:
+        step: updates done.
+        rollouts: rollouts done, which is also the position in the data.
+        num_tokens: prompt and completion tokens trained on.
+        train_seconds: time in rollouts and updates, over all sessions.
+        wall_seconds: the same with evaluations and all else.
+        accuracy_before, accuracy_after: on the held-out rows.
+    """
+
+    step: int = 0
+    rollouts: int = 0
+    num_tokens: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self, model: str) -> dict[str, Any]:
+        """What summary.json holds; an accuracy that was not measured is left out."""
+        accuracies = {
+            "eval/accuracy_before": self.accuracy_before,
+            "eval/accuracy_after": self.accuracy_after,
+        }
+        return {name: value for name, value in accuracies.items() if value is not None} | {
+            "steps": self.step,
+            "num_tokens": self.num_tokens,
+            "train_seconds": round(self.train_seconds, 1),
+            "wall_seconds": round(self.wall_seconds, 1),
+            "peak_memory_gib": round(_peak_gib(), 2),
+            "model": model,
+        }
+
+
+class RunLog:
+    """Writes and shows a session's metrics, samples and evaluations; use as a context manager.
+
+    An update's metrics are fetched when the next update has been sent off, so that the loop never
+    waits for them. Of several processes the first alone writes and shows.
+    """
+
+    def __init__(self, run_dir: Path, counters: Counters, config: Config):
+        fresh = counters.step == 0
+        self.run_dir, self.counters = run_dir, counters
+        self._writer = None
+        if is_first():
+            self._writer = MetricsWriter(
+                run_dir,
+                tensorboard=config.log.tensorboard,
+                first_step=-1 if fresh else counters.step,
+            )
+        console = None if is_first() else Console(quiet=True)
+        self._progress = Progress(config.train.steps, counters.step, console=console)
+        self._every, self._samples = config.log.completions_every, config.log.samples
+        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
+        self._session_start = self._step_start = time.perf_counter()
+        self._wall_before = counters.wall_seconds
+
+    def __enter__(self) -> "RunLog":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self.flush()
+        self._progress.__exit__(*error)
+        if self._writer:
+            self._writer.close()
+
+    def step(self, on_device: Mapping[str, jax.Array | float], here: Mapping[str, float]) -> None:
+        """Book an update that was just sent off."""
+        self._fetch()
+        now = time.perf_counter()
+        seconds, self._step_start = now - self._step_start, now
+        tokens = int(here["tokens"])
+        c = self.counters
+        c.step, c.num_tokens, c.train_seconds = (
+            c.step + 1,
+            c.num_tokens + tokens,
+            c.train_seconds + seconds,
+        )
+        timing = {
+            "num_tokens": c.num_tokens,
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        rest = {name: value for name, value in here.items() if name != "tokens"}
+        self._pending = (c.step, on_device, rest | timing)
+
+    def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Every so many updates, keep what was sampled for update `step` on disk, and show some."""
+        if (step - 1) % self._every == 0 and self._writer:
+            self._writer.completions(step, records)
+            stride = max(len(records) // max(self._samples, 1), 1)
+            self._progress.samples(records[::stride][: self._samples])
+
+    def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Book an evaluation at the current step; its time does not count as training."""
+        self.flush()
+        if self._writer:
+            self._writer.log(self.counters.step, metrics)
+        self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
+        self._step_start = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._progress.note(text)
+
+    def flush(self) -> None:
+        """Wait for the last update, and write its metrics."""
+        self._fetch()
+        self.counters.wall_seconds = self._wall_before + time.perf_counter() - self._session_start
+
+    def _fetch(self) -> None:
+        if self._pending is None:
+            return
+        step, on_device, here = self._pending
+        self._pending = None
+        metrics = told(on_device)
+        if self._writer:
+            self._writer.log(step, metrics | here)
+        self._progress.update(step, metrics | here)
+        check_finite(metrics, f"step {step}")
+
+
+def check_finite(metrics: Mapping[str, float], what: str) -> None:
+    """That an update made sense.
+
+    Raises:
+        UserError: it did not.
+    """
+    if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
+        raise UserError(
+            f"{what}: loss or gradient is not finite; lower optimizer.learning_rate, or "
+            "look at the rewards. The last checkpoint is from before"
+        )
+
+
+def told(on_device: Mapping[str, Any]) -> dict[str, float]:
+    """An update's metrics as numbers, without what says nothing.
+
+    That is sources that gave it no completion, shares where there is one source alone, and ages of
+    completions that bear no date.
+    """
+    metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
+    sources = [name.removesuffix("/share") for name in metrics if name.endswith("/share")]
+    present = [source for source in sources if metrics[f"{source}/share"] > 0]
+    dropped = {f"{source}/{what}" for source in sources for what in ("share", "residual")}
+    if len(present) > 1:
+        dropped -= {name for name in dropped if name.rpartition("/")[0] in present}
+    dropped |= {f"{source}/staleness" for source in sources if source not in present}
+    undated = {name for name, value in metrics.items() if name.endswith("/staleness") and value < 0}
+    return {name: value for name, value in metrics.items() if name not in dropped | undated}
+
+
+def crossed(last: int, step: int, every: int) -> bool:
+    """Whether a multiple of `every` was reached after step `last`; 0: never."""
+    return bool(every) and step // every > last // every
+
+
+def _peak_gib() -> float:
+    """The process's peak memory; the system counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,204 @@
+"""What a run tells while it runs: metrics.jsonl, completions, TensorBoard and the terminal."""
+
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.rundir.files import (
+    METRICS,
+    read_jsonl,
+    read_metrics,
+    step_file,
+    step_files,
+    to_json,
+    write_jsonl,
+    write_text,
+)
+from gvpo_jax.rundir.formats import compact, duration, percent
+
+__all__ = ["MetricsWriter", "Progress", "read_metrics"]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+class MetricsWriter:
+    """Writes metrics.jsonl, completions/ and, if asked, tensorboard/ of one run folder.
+
+    first_step: the last step whose result is kept; -1 keeps nothing. What an interrupted run wrote
+    after it is dropped on start, so that a resumed run's files equal an uninterrupted one's.
+    Raises UserError where TensorBoard is asked for and tensorboardX is missing.
+    """
+
+    def __init__(self, run_dir: Path | str, *, tensorboard: bool, first_step: int):
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = None
+        if tensorboard:
+            self._tensorboard = _open_tensorboard(self._run_dir / "tensorboard", first_step)
+        path = self._run_dir / METRICS
+        _keep_steps_until(path, first_step)
+        for step, file in step_files(self._run_dir / "completions").items():
+            if step > first_step:
+                file.unlink()
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line; a crash of this process after the return can't lose it."""
+        self._file.write(to_json({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, float(value), step)
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write completions/step_000010.jsonl, whole or not at all."""
+        write_jsonl(step_file(self._run_dir / "completions", step), rows)
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Progress:
+    """A run on the terminal: a live bar where there is one, else one plain line per step.
+
+    first_step: steps already done (0 for a new run). console: where to print, by default
+    standard output.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, *, console: Console | None = None):
+        self._total = total_steps
+        self._console = console or Console()
+        self._step_times: deque[float] = deque(maxlen=20)
+        self._bar: RichProgress | None = None
+        if self._console.is_terminal:
+            self._bar, self._task = _live_bar(self._console, total_steps, first_step)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show a finished step: reward, gvpo_mse (or loss), tokens/s, step time and time left."""
+        if "step_time" in metrics:
+            self._step_times.append(float(metrics["step_time"]))
+        left = (self._total - step) * median(self._step_times) if self._step_times else None
+        status = "  ".join(_status(metrics, left))
+        if self._bar is None:
+            width = len(str(self._total))
+            self._print(f"step {step:{width}d}/{self._total}  {status}")
+        else:
+            self._bar.update(self._task, completed=step, status=status)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print one line for each row: its reward, the prompt's end and the completion's start."""
+        for row in rows:
+            reward = row.get("reward")
+            shown = "none" if reward is None else f"{float(reward):4.2f}"
+            prompt, completion = _text(row.get("prompt")), _text(row.get("completion"))
+            self._print(f"  {shown}  …{prompt[-40:]} → {completion[:80]}")
+
+    def note(self, text: str) -> None:
+        """Print one line of text above the bar."""
+        self._print(_visible(text))
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _print(self, line: str) -> None:
+        # Neither markup nor wrapping: a model's text may hold brackets, and logs are read by line.
+        self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._console.file.flush()
+
+
+def _keep_steps_until(path: Path, last_step: int) -> None:
+    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= last_step]
+    kept = "".join(to_json(row) + "\n" for row in rows)
+    if path.exists() and path.read_bytes() != kept.encode(errors="backslashreplace"):
+        write_text(path, kept)
+
+
+def _open_tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "TensorBoard logging needs tensorboardX:"
+            ' pip install "gvpo-jax[tensorboard]", or switch it off'
+        ) from None
+    # The suffix keeps two starts within one second from sharing a file.
+    suffix = f".from_{first_step}"
+    return SummaryWriter(str(folder), purge_step=first_step + 1, filename_suffix=suffix)
+
+
+def _live_bar(console: Console, total: int, first_step: int) -> tuple[RichProgress, TaskID]:
+    bar = RichProgress(
+        SpinnerColumn(),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=20),
+        TextColumn(
+            "{task.fields[status]}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        ),
+        console=console,
+        refresh_per_second=4,
+    )
+    waiting = "the first step compiles the programs"
+    return bar, bar.add_task("", total=total, completed=first_step, status=waiting)
+
+
+def _status(metrics: Mapping[str, Any], seconds_left: float | None) -> list[str]:
+    parts = []
+    objective = "gvpo_mse" if "gvpo_mse" in metrics else "loss"
+    for name in ("reward", objective):
+        if name in metrics:
+            parts.append(f"{name} {_fixed(float(metrics[name]))}")
+    if "tokens_per_second" in metrics:
+        parts.append(f"{compact(float(metrics['tokens_per_second']))} tokens/s")
+    if "step_time" in metrics:
+        parts.append(f"{duration(float(metrics['step_time']))}/step")
+    if "eval/accuracy" in metrics:
+        parts.append(f"held-out {percent(float(metrics['eval/accuracy']))}")
+    if seconds_left:
+        parts.append(f"{duration(seconds_left)} left")
+    return parts
+
+
+def _fixed(value: float) -> str:
+    """Three decimals, so that columns of a log line up, unless the number would be lost in them."""
+    return (
+        f"{value:.3f}" if abs(value) >= 0.00995 or value == 0 or value != value else f"{value:.2g}"
+    )
+
+
+def _text(value: Any) -> str:
+    """A prompt or completion, plain or a list of chat messages, on one line."""
+    if isinstance(value, list):
+        value = " ".join(str(part.get("content", "")) for part in value if isinstance(part, dict))
+    return _visible(str(value if value is not None else ""))
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes: a model's text must not steer the terminal."""
+    return _CONTROL.sub(lambda m: "⏎" if m[0] == "\n" else f"\\x{ord(m[0]):02x}", text)

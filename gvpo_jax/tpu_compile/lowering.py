@@ -1,0 +1,223 @@
+"""A run's programs, lowered from shapes alone: no weights, no live devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from gvpo_jax.collect.collector import training_sampling
+from gvpo_jax.config import Config
+from gvpo_jax.data.batch import Batch, Sizes
+from gvpo_jax.errors import UserError
+from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.parallel.mesh import (
+    batch_axes,
+    batch_shardings,
+    check_hosts,
+    group_shards,
+    replicated,
+    shardings,
+)
+from gvpo_jax.rollout.inprocess import compiled, lanes, prefill
+from gvpo_jax.training.programs import Sampler, constrain, make_programs
+
+_STOP_IDS = (0, 1)  # which they are changes no size
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled function of a run.
+
+    Attributes:
+        name: what it does.
+        lower: traces it for its mesh.
+        beside: bytes on a device that it does not touch but that lie there meanwhile.
+        loop: how often its main loop's body runs: micro-batches, or tokens; 1: there is none.
+        reads: bytes that a device reads in each round of that loop, where they are known better
+            than XLA counts them.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside: int
+    loop: int
+    reads: int | None = None
+
+
+def batch_sizes(config: Config) -> dict[str, Sizes]:
+    """The largest batch that each program is given: "train", "score" and "rollout"."""
+    c = config
+    longest = -(-c.data.max_prompt_length // 8) * 8  # as `pad_prompts` rounds
+    t, k = c.rollout.max_completion_length, c.rollout.num_generations
+    part = max(c.train.batch_size // c.train.micro_batches, 1)
+    new = (c.train.batch_size - c.replay.groups) * c.train.steps_per_generation
+    drawn = k - c.rollout.demonstrations - c.replay.completions
+    return {
+        "train": Sizes(c.train.batch_size, k, longest, t),
+        "score": Sizes(part, k, longest, t),
+        "rollout": Sizes(new, drawn, longest, t),
+    }
+
+
+def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Program]:
+    """Update, scoring by the reference, prefill and decoding, as a `Policy` compiles them.
+
+    For completions of full length, so that there is no padding to leave out. Without the last two
+    where servers sample.
+
+    Raises:
+        UserError: a batch or a parameter does not divide over the mesh, or the lengths are more
+            than the model was made for.
+    """
+    sizes = batch_sizes(config)
+    _check(config, model, mesh, sizes)
+    programs = make_programs(config, model, mesh)
+    state = _laid_out(shardings, mesh, jax.eval_shape(programs.init, param_shapes(model)))
+    reference = _laid_out(shardings, mesh, jax.eval_shape(programs.reference, state.params))
+    params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))
+    sampler, ahead = programs.sampler, config.rollout.lookahead
+    in_process = config.rollout.engine == "in_process"
+    weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
+    copied = device_bytes(weights) if config.rollout.tensor else 0
+    lower_prefill, lower_decode, kept, steps = _rollout(config, sampler, weights, sizes["rollout"])
+    # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
+    snapshot = params if ahead else 0
+    beside = snapshot + (copied + device_bytes(kept) if ahead and in_process else 0)
+
+    def lower_step():
+        return programs.step.lower(state, Batch(**_arrays(mesh, sizes["train"], Batch._fields)))
+
+    def lower_score():
+        names = ("prompts", "prompt_lengths", "completions")
+        return programs.score.lower(reference, _arrays(mesh, sizes["score"], names))
+
+    training = [
+        Program("train step", lower_step, fixed + beside, config.train.micro_batches),
+        Program("reference scoring", lower_score, all_state + beside, 1),
+    ]
+    if not in_process:
+        return training
+    own = 0 if config.rollout.tensor else params  # sampled with; else a copy of them is
+    others = all_state - own + fixed + snapshot
+    reads = _read_each_step(weights, kept, jnp.dtype(config.model.dtype))
+    return [
+        *training,
+        Program("rollout: prefill", lower_prefill, others, 1),
+        Program("rollout: decode", lower_decode, others, steps, reads),
+    ]
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of laid out arrays, or of their shapes, on one device."""
+
+    def of(x) -> int:
+        count = 1
+        for size in x.sharding.shard_shape(x.shape):
+            count *= size
+        return count * x.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
+
+
+def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:
+    """Bytes on a device; XLA counts a cache that is updated in place as read and written whole.
+
+    Weights are read in the dtype of the computation, once converted in front of the loop.
+    """
+    state, prompts = kept["state"], kept["prompts"]
+    looked_up = {"embed"} if "head" in weights else set()
+    multiplied = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+        {name: x for name, x in weights.items() if name not in looked_up},
+    )
+    prefix = prompts.prefix if state.prefix is None else state.prefix
+    return device_bytes((multiplied, state.cache, prefix))
+
+
+def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
+    check_hosts(mesh, "mesh.tensor")
+    try:
+        batch_axes(mesh, sizes["score"].groups, sizes["score"].k)
+    except UserError as error:
+        name = "train.batch_size / train.micro_batches"
+        raise UserError(f"{name} = {sizes['score'].groups}: {error}") from None
+    total = config.data.max_prompt_length + config.rollout.max_completion_length
+    if total > model.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + rollout.max_completion_length = {total} tokens, but the "
+            f"model was made for {model.max_position_embeddings}; lower one of them"
+        )
+
+
+def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
+    """What lowers prefill and decoding, what one leaves to the other, and the steps at most."""
+    mesh, model, groups = sampler.mesh, sampler.model, sizes.groups
+    try:
+        batch_axes(mesh, groups, sizes.k)
+    except UserError:  # filled up, as a policy does it
+        groups += -groups % group_shards(mesh)
+    size, groups = lanes(groups, sizes.k, config.rollout.slots, group_shards(mesh))
+    sizes = dataclasses.replace(sizes, groups=groups)
+    steps = groups // size[0] * -(-sizes.k // size[1]) * sizes.t
+    options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
+    arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
+    first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
+
+    start = functools.partial(prefill, model, constrain=lambda tree: tree, **options)
+    state, prompts = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
+    kept = {"state": state, "prompts": prompts}
+    kept = _with_shardings(kept, batch_shardings(mesh, kept, *size))
+
+    def lower_prefill():
+        given = arrays["prompts"], arrays["prompt_lengths"]
+        return first.lower(params, *given, **options)
+
+    def lower_decode():
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+        return then.lower(
+            params,
+            arrays["prompt_lengths"],
+            arrays["prompt_ids"],
+            key,
+            kept["prompts"],
+            state=kept["state"],
+            sampling=training_sampling(config),
+        )
+
+    return lower_prefill, lower_decode, kept, steps
+
+
+def _arrays(mesh: Mesh, s: Sizes, names) -> dict[str, Any]:
+    gk, gkt = (s.groups, s.k), (s.groups, s.k, s.t)
+    shapes = {
+        "prompts": ((s.groups, s.p), jnp.int32),
+        "prompt_lengths": ((s.groups,), jnp.int32),
+        "prompt_ids": ((s.groups,), jnp.uint32),
+        "completions": (gkt, jnp.int32),
+        "lengths": (gk, jnp.int32),
+        "rewards": (gk, jnp.float32),
+        "valid": (gk, jnp.bool_),
+        "ref_logps": (gkt, jnp.float32),
+        "old_logps": (gkt, jnp.float32),
+        "source": (gk, jnp.int32),
+        "version": (gk, jnp.int32),
+    }
+    tree = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in names}
+    return _with_shardings(tree, batch_shardings(mesh, tree, s.groups, s.k))
+
+
+def _laid_out(layout, mesh: Mesh, tree: Any) -> Any:
+    return _with_shardings(tree, layout(mesh, tree))
+
+
+def _with_shardings(tree: Any, layout: Any) -> Any:
+    def put(x, sharding: NamedSharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(put, tree, layout)

@@ -1,0 +1,236 @@
+"""Checkpoints through Orbax, with what it leaves to us: checksums, and skipping broken steps."""
+
+import dataclasses
+import io
+import logging
+import shutil
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.parallel.distributed import largest
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: its step, the state, and the values and arrays saved along.
+
+    `samples` holds what each of the processes saved, in their order.
+    """
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+    samples: list[dict[str, np.ndarray]]
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run folder; a context manager that awaits the last save.
+
+    Args:
+        folder: made when missing.
+        keep: how many of the latest are kept.
+    """
+
+    def __init__(self, folder: Path | str, *, keep: int = 2):
+        self._folder = Path(folder).absolute()
+        self._broken: set[int] = set()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: dict[str, Any],
+        samples: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Save a pytree of arrays and JSON values as one atomic step, written in the background.
+
+        samples: this process's NumPy arrays, whose shapes a later session can't know, e.g. a
+            replay buffer.
+
+        Raises:
+            UserError: an earlier save failed, e.g. for a full disk.
+        """
+        if step in self._broken:
+            self._manager.delete(step)
+            self._broken.discard(step)
+        if step in self._manager.all_steps():
+            return
+        blob = _to_bytes(samples or {})
+        extra = extra | {"checksums": _checksums(state)}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            extra=ocp.args.JsonSave(extra),
+            samples=ocp.args.PyTreeSave(_rows_of_processes(blob)),
+        )
+        try:
+            # Forced: Orbax would silently skip a step older than a broken one that is still there.
+            self._manager.save(step, args=args, force=True)
+        except (OSError, ValueError) as error:  # a failed write in the background shows up here
+            raise UserError(
+                f"could not write checkpoint {step} to {self._folder}: {_first_line(error)}"
+            ) from None
+
+    def restore(self, like: Any) -> Restored | None:
+        """The newest whole checkpoint, or None where there is none at all.
+
+        A step that can't be read or whose checksums differ is passed over with a warning. It stays
+        on disk until the run saves that step again.
+
+        Args:
+            like: tree of `jax.ShapeDtypeStruct` with shardings, the state as it shall come back.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._read(step, like)
+            except Exception as error:  # Orbax wraps what it meets in bare exceptions
+                _log.warning(
+                    "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
+                )
+                self._broken.add(step)
+                continue
+            return restored
+        if steps:
+            raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
+        return None
+
+    def wait(self) -> None:
+        """Until everything saved is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise UserError(f"could not write to {self._folder}: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """Wait, then let go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, step: int, like: Any) -> Restored:
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardRestore(like),
+            "extra": ocp.args.JsonRestore(),
+        }
+        if (self._folder / str(step) / "samples").exists():  # older versions saved none
+            as_numpy = {"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
+            items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        args = ocp.args.Composite(**items)
+        read = self._manager.restore(step, args=args)
+        extra = dict(read["extra"])
+        expected, found = extra.pop("checksums"), _checksums(read["state"])
+        wrong = [name for name in found if expected.get(name) != found[name]]
+        if wrong or len(expected) != len(found):
+            raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
+        rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
+        return Restored(step, read["state"], extra, [_from_bytes(row.tobytes()) for row in rows])
+
+
+def sweep(folder: Path | str) -> None:
+    """Remove what killed saves left half-written; only for the one process that writes there."""
+    for path in Path(folder).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def fingerprint(tree: Any) -> int:
+    """One number for a whole tree of arrays: equal trees give equal numbers on any mesh."""
+    total = 0
+    for name, value in sorted(_checksums(tree).items()):
+        total = (total * 31 + value + len(name)) % 2**32
+    return total
+
+
+def _to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Their CRC, their length and the arrays."""
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    content = file.getvalue()
+    return _HEADER.pack(zlib.crc32(content), len(content)) + content
+
+
+def _from_bytes(blob: bytes) -> dict[str, np.ndarray]:
+    crc, length = _HEADER.unpack_from(blob)
+    content = blob[_HEADER.size : _HEADER.size + length]
+    if zlib.crc32(content) != crc:
+        raise ValueError("checksum of the samples differs")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _rows_of_processes(blob: bytes) -> dict[str, Any]:
+    """An array [processes, bytes] of which each process has its row."""
+    (width,) = largest(len(blob))
+    row = np.zeros((1, width), np.uint8)
+    row[0, : len(blob)] = np.frombuffer(blob, np.uint8)
+    if jax.process_count() == 1:
+        return {"npz": row}
+    by_process = {device.process_index: device for device in reversed(jax.devices())}
+    devices = [by_process[process] for process in range(jax.process_count())]
+    layout = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.array(devices), ("process",)), jax.sharding.PartitionSpec("process")
+    )
+    return {"npz": jax.make_array_from_process_local_data(layout, row)}
+
+
+_HEADER = struct.Struct("<IQ")
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """A checksum of every leaf's bits, by path, computed where the leaf lies."""
+    leaves = jax.tree.leaves_with_path(tree)
+    sums = _sums([leaf for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: int(value) for name, value in zip(names, np.asarray(sums), strict=True)}
+
+
+@jax.jit
+def _sums(leaves):
+    return jnp.stack([_sum(leaf) for leaf in leaves])
+
+
+def _sum(leaf):
+    """Sum of all elements' bits, scrambled with their places: a flipped bit always shows.
+
+    The scrambling, a bijection for every place, is the 32-bit finalizer of MurmurHash3.
+    """
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    # The place number, axis by axis: flattening would gather a sharded array on every device.
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    x = bits ^ (place * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
