@@ -11,7 +11,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.data.reasoning_gym import TaskSpec, reasoning_gym_rows
 from gvpo_jax.data.rows import load_rows
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import is_first, start, together
+from gvpo_jax.parallel.distributed import is_first, raise_together, start
 from gvpo_jax.rewards import load_reward_func
 from gvpo_jax.rundir.claim import check_claim, lock, write_evaluation
 from gvpo_jax.trainer import Trainer
@@ -35,7 +35,7 @@ def train(config: Config) -> dict[str, Any]:
             )
         return reward_funcs, rows, held_out
 
-    reward_funcs, rows, held_out = together(prepare)
+    reward_funcs, rows, held_out = raise_together(prepare)
     if is_first():
         print(f"loading {config.model.name}", flush=True)
     trainer = Trainer(config)
@@ -54,7 +54,7 @@ def evaluate_run(config: Config) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
 
         def prepare(trainer: Trainer) -> None:
-            together(lambda: _hold_servers(config, stack))
+            raise_together(lambda: _hold_servers(config, stack))
             trainer.restore(config.run.dir)
 
         metrics, records = _evaluate(config, prepare)

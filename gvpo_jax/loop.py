@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.collect.collector import Sampler, training_sampling
+from gvpo_jax.collect.collector import Collector, sampling_params
 from gvpo_jax.collect.feed import Feed
 from gvpo_jax.config import Config
 from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import is_first, together
+from gvpo_jax.parallel.distributed import is_first, raise_together
 from gvpo_jax.parallel.preemption import Preempted, watch
 from gvpo_jax.report.html import write_report
 from gvpo_jax.rundir.claim import (
@@ -37,18 +37,18 @@ class Loop:
         config: the settings.
         policy: what is trained.
         feed: gives the batches.
-        sampler: evaluates on the held-out rows, if there are any.
+        collector: evaluates on the held-out rows, if there are any.
         held_out: those rows.
-        data: tells training rows, held-out rows and reward functions from others.
+        data_fingerprint: tells training rows, held-out rows and reward functions from others.
         notes: lines to show at the start.
     """
 
     config: Config
     policy: Policy
     feed: Feed
-    sampler: Sampler
+    collector: Collector
     held_out: EncodedPrompts | None
-    data: str
+    data_fingerprint: str
     notes: Sequence[str]
 
     def run(self) -> dict[str, Any]:
@@ -61,12 +61,14 @@ class Loop:
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
             stack.enter_context(contextlib.closing(self.policy))
-            together(lambda: self._open(stack))
+            raise_together(lambda: self._open(stack))
             stack.enter_context(contextlib.closing(self.feed))
             checkpoints = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
             stack.enter_context(checkpoints)
-            counters = resume(checkpoints, self.policy, data=self.data, feed=self.feed)
-            together(lambda: self._claim(counters))
+            counters = resume(
+                checkpoints, self.policy, data_fingerprint=self.data_fingerprint, feed=self.feed
+            )
+            raise_together(lambda: self._claim(counters))
             with RunLog(run_dir, counters, c) as log:
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
@@ -142,7 +144,7 @@ class Loop:
         """Accuracy on the held-out rows, written down; None where there are none."""
         if self.held_out is None:
             return None
-        metrics, records = self.sampler.evaluate(self.held_out)
+        metrics, records = self.collector.evaluate(self.held_out)
         if is_first():
             write_evaluation(log.run_dir, name, records)
         log.evaluation(name, metrics)
@@ -155,14 +157,14 @@ class Loop:
             "counters": log.counters.as_dict(),
             "refreshed_at": self.policy.refreshed_at,
             "start_fingerprint": self.policy.start_fingerprint,
-            "data_fingerprint": self.data,
+            "data_fingerprint": self.data_fingerprint,
         }
         checkpoints.save(log.counters.step, state, extra, samples)
 
     def _opening(self, counters: Counters) -> list[str]:
         start = f"going on from step {counters.step}" if counters.step else "starting"
         lines = [f"{start}; what runs for the first time is compiled, which takes a while"]
-        if training_sampling(self.config).cuts_support:
+        if sampling_params(self.config).cuts_support:
             lines.append(
                 "top_k, top_p and min_p keep some tokens from ever being sampled: GVPO's optimum "
                 "is then not reached, because the samples do not cover the reference"
@@ -171,12 +173,16 @@ class Loop:
 
 
 def resume(
-    checkpoints: Checkpoints, policy: Policy, *, data: str | None = None, feed: Feed | None = None
+    checkpoints: Checkpoints,
+    policy: Policy,
+    *,
+    data_fingerprint: str | None = None,
+    feed: Feed | None = None,
 ) -> Counters:
     """Let policy and feed take over the last whole checkpoint; all at 0 where there is none.
 
     Raises:
-        UserError: it belongs to another model, or to other `data` than these.
+        UserError: it belongs to another model, or to other `data_fingerprint` than these.
     """
     restored = checkpoints.restore(policy.checkpoint_like())
     if restored is None:
@@ -186,7 +192,7 @@ def resume(
             f"{policy.model.name} is not the model that this run started from; "
             "bring it back, or choose another run.dir"
         )
-    if data not in (None, restored.extra["data_fingerprint"]):
+    if data_fingerprint not in (None, restored.extra["data_fingerprint"]):
         raise UserError(
             "training rows, held-out rows or reward functions are not those of this run; "
             "bring them back, or choose another run.dir"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.collect.collector import Sampler, texts_of, training_sampling
+from gvpo_jax.collect.collector import Collector, sampling_params, texts_of
 from gvpo_jax.collect.feed import Feed, OnlineFeed, send_groups
 from gvpo_jax.collect.metrics import reward_metrics
 from gvpo_jax.collect.offline import OfflineFeed, OfflineGroups, read_groups
@@ -26,7 +26,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop, resume
 from gvpo_jax.models import LoadedModel, export_model
 from gvpo_jax.rewards import batched
-from gvpo_jax.rundir.log import check_finite, told
+from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
 from gvpo_jax.training.policy import Policy
 
@@ -131,7 +131,7 @@ class Trainer:
         if self.config.reference.name == "previous":
             self.policy.refresh_reference_if_due()
         batch = self.policy.with_reference(self.policy.pad(batch))
-        metrics = told(self.policy.update(batch))
+        metrics = as_numbers(self.policy.update(batch))
         check_finite(metrics, "the step")
         return metrics | reward_metrics(batch)
 
@@ -156,10 +156,10 @@ class Trainer:
                 raise.
         """
         c = self.config
-        sampler = Sampler(self.policy, c, _as_list(reward_funcs))
+        collector = Collector(self.policy, c, _as_list(reward_funcs))
         prompts = self._encode(dataset)
-        feed = OnlineFeed(self.policy, c, sampler, prompts)
-        return self._run(feed, sampler, prompts, eval_dataset, feed.notes)
+        feed = OnlineFeed(self.policy, c, collector, prompts)
+        return self._run(feed, collector, prompts, eval_dataset, feed.notes)
 
     def train_offline(
         self,
@@ -194,8 +194,8 @@ class Trainer:
             if count
         ]
         feed = OfflineFeed(self.policy, c, offline.groups)
-        sampler = Sampler(self.policy, c, _as_list(reward_funcs))
-        return self._run(feed, sampler, prompts, eval_dataset, notes)
+        collector = Collector(self.policy, c, _as_list(reward_funcs))
+        return self._run(feed, collector, prompts, eval_dataset, notes)
 
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
         """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
@@ -236,8 +236,8 @@ class Trainer:
         The same rows get the same random keys every time: two evaluations differ by the policy
         alone.
         """
-        sampler = Sampler(self.policy, self.config, _as_list(reward_funcs))
-        return sampler.evaluate(self._encode(dataset))
+        collector = Collector(self.policy, self.config, _as_list(reward_funcs))
+        return collector.evaluate(self._encode(dataset))
 
     def generate(
         self, prompts: Sequence[Any], *, num_generations: int = 1, seed: int = 0
@@ -248,7 +248,7 @@ class Trainer:
             encoded.token_ids,
             range(len(prompts)),
             num_generations=num_generations,
-            sampling=training_sampling(self.config),
+            sampling=sampling_params(self.config),
             seed=seed,
         )
         return texts_of(self.tokenizer, token_lists(rollout), num_generations)
@@ -289,18 +289,18 @@ class Trainer:
     def _run(
         self,
         feed: Feed,
-        sampler: Sampler,
+        collector: Collector,
         prompts: EncodedPrompts,
         eval_dataset: Dataset,
         notes: Sequence[str] = (),
     ) -> dict[str, Any]:
         held_out = self._encode(eval_dataset) if eval_dataset else None
-        names = (getattr(f, "__name__", type(f).__name__) for f in sampler.reward_funcs)
+        names = (getattr(f, "__name__", type(f).__name__) for f in collector.reward_funcs)
         data = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         if prompts.skipped:
             skipped = f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens"
             notes = [skipped, *notes]
-        return Loop(self.config, self.policy, feed, sampler, held_out, data, notes).run()
+        return Loop(self.config, self.policy, feed, collector, held_out, data, notes).run()
 
     def _encode(self, dataset: Dataset) -> EncodedPrompts:
         d = self.config.data

@@ -226,15 +226,15 @@ def test_half_of_the_settings_are_refused(settings, message):
 def test_alone_nothing_is_gathered_or_shared(monkeypatch):
     x = np.arange(3)
     assert distributed.gather(x) is x
-    assert distributed.share(6) == slice(0, 6)
-    assert distributed.shares([1, 2, 3]) == [1, 2, 3]
-    assert distributed.together(lambda: 5) == 5
+    assert distributed.my_slice(6) == slice(0, 6)
+    assert distributed.my_items([1, 2, 3]) == [1, 2, 3]
+    assert distributed.raise_together(lambda: 5) == 5
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax, "process_index", lambda: 3)
-    assert distributed.share(8) == slice(6, 8)
-    assert distributed.shares([1, 2, 3, 4, 5]) == [5, 5]
+    assert distributed.my_slice(8) == slice(6, 8)
+    assert distributed.my_items([1, 2, 3, 4, 5]) == [5, 5]
     with pytest.raises(UserError, match="6 new groups do not divide over 4 processes"):
-        distributed.share(6)
+        distributed.my_slice(6)
 
 
 def test_the_environment_tells_of_a_cluster(monkeypatch):

@@ -207,11 +207,11 @@ def count_scores(policy):
     """How often the reference is scored from now on."""
     calls, programs = [], policy._programs
 
-    def score(*arguments):
+    def token_logps(*arguments):
         calls.append(len(arguments[1]))
-        return programs.score(*arguments)
+        return programs.token_logps(*arguments)
 
-    policy._programs = dataclasses.replace(programs, score=score)
+    policy._programs = dataclasses.replace(programs, token_logps=token_logps)
     return calls
 
 

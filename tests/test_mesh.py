@@ -12,7 +12,7 @@ from gvpo_jax.data.groups import Source, make_batch, make_group
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import token_logprobs
 from gvpo_jax.models import load_model
-from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, init_params, param_shapes
 from gvpo_jax.parallel.mesh import (
     LAYOUT,
     batch_axes,
@@ -22,7 +22,7 @@ from gvpo_jax.parallel.mesh import (
     path_name,
     shardings,
 )
-from gvpo_jax.rollout import Sampling
+from gvpo_jax.rollout import SamplingParams
 from gvpo_jax.tpu_compile.report import prepare
 from gvpo_jax.training.policy import Policy
 
@@ -47,7 +47,7 @@ def five_updates(policy, groups=8):
     losses, samples = [], []
     for step in range(5):
         rollout = policy.generate(
-            prompts, range(groups), num_generations=4, sampling=Sampling(), seed=step
+            prompts, range(groups), num_generations=4, sampling=SamplingParams(), seed=step
         )
         rewards = (rollout.completions[..., 0] % 7) / 7.0
         batch = make_batch(
@@ -111,7 +111,7 @@ def test_completions_of_a_group_may_lie_on_different_devices():
 
 def test_to_sample_the_weights_are_cut_otherwise():
     cut = policy(1, 8, 1, rollout__tensor=2, model__dtype="bfloat16")
-    params = cut._programs.sampler.params(cut.state.params)
+    params = cut._programs.sampling.params(cut.state.params)
     kernel = params["layers"][0]["mlp"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 2 == kernel.size
     assert kernel.dtype == jnp.bfloat16
@@ -130,7 +130,9 @@ def test_a_reference_in_low_precision_scores_the_same():
         "prompt_lengths": np.array([8, 5]),
         "completions": rng.integers(0, 99, (2, 4, 6)),
     }
-    same = [one._programs.score(params, arrays) for params in (one.reference, one.state.params)]
+    same = [
+        one._programs.token_logps(params, arrays) for params in (one.reference, one.state.params)
+    ]
     np.testing.assert_allclose(*same, atol=2e-6)  # bitwise on one device
     average = policy(1, 2, 2, model__dtype="bfloat16", reference__name="ema")
     assert {x.dtype for x in jax.tree.leaves(average.reference)} == {jnp.dtype("float32")}
@@ -186,7 +188,7 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks():
     params = init_params(config, 0)
 
     def gradient(dtype):
-        head = make_apply(config, dtype=dtype).head
+        head = decoder_fns(config, dtype=dtype).head
 
         def total(params):
             return jnp.sum(
@@ -203,7 +205,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
     """In bfloat16, adding 1 to 256 changes nothing."""
     config = DecoderConfig("llama", 16, 8, 16, 1, 2, 2, 4)
     params = init_params(config, 0)
-    apply = make_apply(config, dtype=jnp.bfloat16)
+    apply = decoder_fns(config, dtype=jnp.bfloat16)
     tokens = jnp.full((1, 1, 600), 5)
 
     def total(params):
@@ -211,7 +213,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
         return jnp.sum(apply.completion_hidden(params, *prompt, tokens).astype(jnp.float32))
 
     def exact(params):
-        wide = make_apply(config, dtype=jnp.float32)
+        wide = decoder_fns(config, dtype=jnp.float32)
         prompt = jnp.array([[3]]), jnp.array([1])
         return jnp.sum(wide.completion_hidden(params, *prompt, tokens))
 

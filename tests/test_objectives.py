@@ -14,7 +14,7 @@ from gvpo_jax.baselines import objective_loss
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.loss import gvpo_loss
 from gvpo_jax.training.objectives import make_objective
-from gvpo_jax.training.step import init_state, score, train_step
+from gvpo_jax.training.step import init_state, token_logps, train_step
 
 PARAMS = {
     "table": jnp.asarray(np.random.default_rng(1).normal(size=(37, 8)), jnp.float32),
@@ -59,7 +59,7 @@ def scores(params, batch):
     return np.asarray(_score(params, batch.prompts, batch.prompt_lengths, batch.completions))
 
 
-_score = jax.jit(functools.partial(score, BIGRAM))
+_score = jax.jit(functools.partial(token_logps, BIGRAM))
 
 
 def step(name, batch, micro_batches, **settings):

@@ -7,7 +7,7 @@ import pytest
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
 from gvpo_jax.data.groups import Source, make_batch, make_group
-from gvpo_jax.data.packing_plan import deal, make_plan, stream_size
+from gvpo_jax.data.packing_plan import deal, make_plan, packed_size
 from gvpo_jax.models import load_model
 from gvpo_jax.training.policy import Policy
 
@@ -85,7 +85,7 @@ def test_a_run_of_mixed_lengths_compiles_three_programs_and_pads_a_tenth():
         batch = one.with_reference(lognormal_batch(rng, 16, 8))
         padding.append(one.update(batch)["padding"])
     assert one._programs.step._cache_size() <= 3
-    assert one._programs.score._cache_size() <= 3
+    assert one._programs.token_logps._cache_size() <= 3
     assert np.mean(padding) < 0.1
 
 
@@ -106,7 +106,7 @@ def test_one_program_scores_however_many_groups_are_missing():
     one, batch = policy(), lognormal_batch(np.random.default_rng(1), 8, 4)
     for missing in range(1, 9):
         one.with_reference(batch, np.arange(8) >= missing)
-    assert one._programs.score._cache_size() == 1
+    assert one._programs.token_logps._cache_size() == 1
 
 
 def test_completions_of_one_token_are_trained_on():
@@ -144,18 +144,18 @@ def test_a_plan_counts_every_token_that_is_fed():
                     here += batch.prompt_lengths[g]
                     here += sum(n - 1 for n in batch.lengths[g][part])
                 fed, most = fed + here, max(most, here)
-    assert plan.stream is not None
-    assert most <= plan.stream < 1.2 * most + 8
-    assert plan.padding == pytest.approx(1 - fed / (8 * plan.stream))
-    assert make_plan(batch, parts=2, shards=0).stream is None  # completions of a group are cut
+    assert plan.packed_size is not None
+    assert most <= plan.packed_size < 1.2 * most + 8
+    assert plan.padding == pytest.approx(1 - fed / (8 * plan.packed_size))
+    assert make_plan(batch, parts=2, shards=0).packed_size is None  # completions of a group are cut
 
 
 @pytest.mark.parametrize("full", [40, 1000, 65_536])
 def test_sizes_of_streams_are_few_and_near(full):
-    sizes = {tokens: stream_size(tokens, full) or full for tokens in range(1, full + 1)}
+    sizes = {tokens: packed_size(tokens, full) or full for tokens in range(1, full + 1)}
     assert all(size >= tokens for tokens, size in sizes.items())
     assert all(size <= 1.2 * tokens + 16 for tokens, size in sizes.items() if size > 512)
     assert all(size <= 2 * tokens + 16 for tokens, size in sizes.items())
     assert len({size for size in sizes.values() if size <= 512}) <= 7
     assert len(set(sizes.values())) <= 4 * np.log2(full)
-    assert stream_size(full, full) is None
+    assert packed_size(full, full) is None

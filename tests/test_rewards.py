@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.rewards import RewardError, batched, load_reward_func, per_sample, score
+from gvpo_jax.rewards import RewardError, batched, compute_rewards, load_reward_func, per_sample
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rewards.math import math_verify
 from gvpo_jax.rewards.numbers import exact_number
@@ -30,8 +30,8 @@ NAN = math.nan
 
 
 def run(funcs, weights=None, *, n=3, on_error: Any = "raise", **columns):
-    """score() over n completions "0", "1", ... of one prompt."""
-    return score(
+    """compute_rewards() over n completions "0", "1", ... of one prompt."""
+    return compute_rewards(
         funcs,
         weights,
         prompts=["p"] * n,
@@ -60,7 +60,7 @@ def test_the_call_is_trls():
         return [0.0] * len(completions)
 
     messages = [[{"role": "assistant", "content": text}] for text in "ab"]
-    score(
+    compute_rewards(
         [reward],
         prompts=["p", "q"],
         completions=messages,
@@ -424,7 +424,7 @@ def test_a_function_that_cannot_be_imported_raises_at_once(tmp_path):
 
 
 def test_a_hung_row_is_skipped_by_score(tricks):
-    scores = score(
+    scores = compute_rewards(
         [run_each(tricks, deadline=0.5, workers=1)],
         prompts=["p"] * 3,
         completions=["1", "sleep", "2"],

@@ -7,15 +7,15 @@ import pytest
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
-from gvpo_jax.models.decoder import Apply, DecoderConfig, full_logits, init_params, make_apply
-from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, InProcessEngine, Sampling
+from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, decoder_fns, full_logits, init_params
+from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, InProcessEngine, SamplingParams
 from gvpo_jax.rollout.draw import draw
 from gvpo_jax.rollout.inprocess import lanes
-from gvpo_jax.training.step import score
+from gvpo_jax.training.step import token_logps
 
 CONFIG = DecoderConfig("llama", 43, 16, 24, 2, 4, 2, 4, tie_embeddings=True)
 PARAMS = jax.tree.map(lambda x: 2 * x, init_params(CONFIG, 0))  # far from uniform
-APPLY = make_apply(CONFIG)
+APPLY = decoder_fns(CONFIG)
 STOPS = (5, 6)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(7, 43, n).tolist() for n in (9, 2, 5)]
@@ -24,7 +24,7 @@ PROMPTS = [RNG.integers(7, 43, n).tolist() for n in (9, 2, 5)]
 def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None):
     return InProcessEngine(APPLY, stops, slots=slots).generate(
         PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
-        sampling=sampling or Sampling(), seed=seed,
+        sampling=sampling or SamplingParams(), seed=seed,
     )  # fmt: skip
 
 
@@ -42,15 +42,19 @@ def test_stop_token_belongs_to_the_completion_and_full_ones_are_called_so():
 
 
 def test_log_probs_are_those_of_scoring_whatever_the_temperature():
-    rollout = generate(PROMPTS, [0, 1, 2], sampling=Sampling(temperature=0.7, top_p=0.9))
+    rollout = generate(PROMPTS, [0, 1, 2], sampling=SamplingParams(temperature=0.7, top_p=0.9))
     prompts, lengths = pad_prompts(PROMPTS)
-    scored = jax.jit(functools.partial(score, APPLY))(PARAMS, prompts, lengths, rollout.completions)
+    scored = jax.jit(functools.partial(token_logps, APPLY))(
+        PARAMS, prompts, lengths, rollout.completions
+    )
     mask = completion_mask(rollout.lengths, 24)
     np.testing.assert_allclose(rollout.logps, np.where(mask, scored, 0), atol=5e-5)
 
 
 def test_greedy_equals_argmax_of_the_plain_forward_pass():
-    rollout = generate(PROMPTS, [0, 1, 2], k=2, t=8, sampling=Sampling(temperature=0), stops=())
+    rollout = generate(
+        PROMPTS, [0, 1, 2], k=2, t=8, sampling=SamplingParams(temperature=0), stops=()
+    )
     forward = jax.jit(lambda tokens: full_logits(CONFIG, PARAMS, tokens))
     for prompt, completions in zip(PROMPTS, rollout.completions, strict=True):
         tokens = list(prompt)
@@ -88,18 +92,20 @@ def test_samples_do_not_depend_on_the_slots(slots):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_a_small_cache_costs_little_accuracy(dtype):
     """Nats a token, of a model whose logits are far apart; lanes write and read it as any other."""
-    apply = make_apply(CONFIG, cache_dtype=dtype)
+    apply = decoder_fns(CONFIG, cache_dtype=dtype)
     draws = [
         InProcessEngine(apply, STOPS, slots=slots).generate(
             PARAMS, PROMPTS, [0, 1, 2], num_generations=4, max_completion_length=24,
-            sampling=Sampling(), seed=1,
+            sampling=SamplingParams(), seed=1,
         )
         for slots in (None, 2)
     ]  # fmt: skip
     np.testing.assert_array_equal(draws[0].completions, draws[1].completions)
     rollout = draws[0]
     prompts, lengths = pad_prompts(PROMPTS)
-    scored = jax.jit(functools.partial(score, APPLY))(PARAMS, prompts, lengths, rollout.completions)
+    scored = jax.jit(functools.partial(token_logps, APPLY))(
+        PARAMS, prompts, lengths, rollout.completions
+    )
     off = np.abs(rollout.logps - scored)[completion_mask(rollout.lengths, 24)]
     assert 1e-5 < off.mean() < 0.05
     size = sum(x.nbytes for x in jax.tree.leaves(apply.empty_cache(1, 2, 8)))
@@ -130,7 +136,7 @@ def test_lanes_and_rows(given, size):
 LENGTHS = np.clip(np.random.default_rng(5).lognormal(np.log(60), 1, 512), 2, 512).astype(int)
 
 
-def of_known_lengths() -> Apply:
+def of_known_lengths() -> DecoderFns:
     """Not a network: the first token, uniform over 512, says how long the completion gets.
 
     After it come ones and then the stop token 0. Hidden states are logits.
@@ -142,7 +148,7 @@ def of_known_lengths() -> Apply:
         token_sr = jnp.where(before_sr + 2 >= lengths_sr, 0, 1)
         return 50 * jax.nn.one_hot(token_sr, 512), lengths_sr
 
-    return Apply(
+    return DecoderFns(
         prefill=lambda params, prompts_gp, lengths_g: (jnp.zeros((len(lengths_g), 512)), ()),
         empty_cache=lambda groups, k, length: jnp.zeros((groups, k), jnp.int32),
         decode=decode,
@@ -164,7 +170,7 @@ def steps_of(slots, ids, t=512):
     engine._decode = counted
     rollout = engine.generate(
         {}, [[1]] * len(ids), ids, num_generations=8, max_completion_length=t,
-        sampling=Sampling(), seed=0,
+        sampling=SamplingParams(), seed=0,
     )  # fmt: skip
     return rollout, taken[0]
 
@@ -233,7 +239,7 @@ def test_one_uniform_per_row_draws_from_the_softmax(vocab, temperature):
     n, logits = 50_000, RNG.normal(0, 2, vocab).astype(np.float32)
     uniforms = jax.random.uniform(jax.random.key(vocab), (n,))
     rows = jnp.broadcast_to(jnp.asarray(logits)[None], (n, vocab))
-    tokens = np.asarray(draw(rows, uniforms, Sampling(temperature=temperature)))
+    tokens = np.asarray(draw(rows, uniforms, SamplingParams(temperature=temperature)))
     probs = np.exp(logits.astype(np.float64) / temperature)
     assert chi_squared(tokens, probs / probs.sum()) < 1.5
 
@@ -241,7 +247,7 @@ def test_one_uniform_per_row_draws_from_the_softmax(vocab, temperature):
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval_never_draw_a_token_of_probability_zero(u):
     logits = jnp.asarray(RNG.normal(0, 5, (64, 700)), jnp.float32).at[:, ::3].set(-jnp.inf)
-    tokens = draw(logits, jnp.full(64, u), Sampling())
+    tokens = draw(logits, jnp.full(64, u), SamplingParams())
     assert np.isfinite(np.asarray(logits)[np.arange(64), tokens]).all()
 
 
@@ -261,7 +267,12 @@ def allowed(logits, sampling):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(top_k=5), Sampling(top_p=0.7), Sampling(min_p=0.2), Sampling(0.8, 20, 0.9, 0.05)],
+    [
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.7),
+        SamplingParams(min_p=0.2),
+        SamplingParams(0.8, 20, 0.9, 0.05),
+    ],
 )
 def test_truncation_leaves_exactly_the_tokens_of_the_definition(sampling):
     logits = RNG.normal(0, 1.5, 60).astype(np.float32)
@@ -276,15 +287,15 @@ def test_truncation_leaves_exactly_the_tokens_of_the_definition(sampling):
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**bad)
+        SamplingParams(**bad)
 
 
 def test_only_plain_sampling_keeps_the_support():
-    assert not Sampling(temperature=1.5).cuts_support
+    assert not SamplingParams(temperature=1.5).cuts_support
     for cut in (
-        Sampling(temperature=0),
-        Sampling(top_k=3),
-        Sampling(top_p=0.9),
-        Sampling(min_p=0.1),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.9),
+        SamplingParams(min_p=0.1),
     ):
         assert cut.cuts_support

@@ -19,14 +19,14 @@ from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models import LoadedModel, load_model
-from gvpo_jax.models.decoder import make_apply
-from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, Sampling
+from gvpo_jax.models.decoder import decoder_fns
+from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, SamplingParams
 from gvpo_jax.rollout.servers import weight_sync
 from gvpo_jax.rollout.servers.client import Client, Fleet
-from gvpo_jax.rollout.servers.dialects import DIALECTS, Protocol
+from gvpo_jax.rollout.servers.dialects import DIALECTS, ServerKind
 from gvpo_jax.rollout.servers.engine import HttpEngine
-from gvpo_jax.rollout.servers.weight_sync import WeightSync, scorer
-from gvpo_jax.training.step import score
+from gvpo_jax.rollout.servers.weight_sync import WeightSync, sequence_logps
+from gvpo_jax.training.step import token_logps
 
 V, K, T, STOPS = 13, 3, 6, (5, 11)
 TABLE = np.random.default_rng(0).normal(0, 1, (V, V))
@@ -54,7 +54,7 @@ def fleet_of(*stubs: StubServer, **options) -> Fleet:
 def generate(engine, prompts=PROMPTS, ids=None, *, k=K, sampling=None, seed=1, params=None, t=T):
     return engine.generate(
         params, prompts, range(len(prompts)) if ids is None else ids, num_generations=k,
-        max_completion_length=t, sampling=sampling or Sampling(), seed=seed,
+        max_completion_length=t, sampling=sampling or SamplingParams(), seed=seed,
     )  # fmt: skip
 
 
@@ -135,10 +135,12 @@ def test_vllm_before_0_10_2_tells_token_ids_by_name_only(stub):
 
 
 @pytest.mark.parametrize("protocol", ["vllm", "sglang"])
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.6), Sampling(top_k=2), Sampling(0)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(temperature=0.6), SamplingParams(top_k=2), SamplingParams(0)]
+)
 def test_log_probs_are_those_at_temperature_1_or_unknown(stub, protocol, sampling, caplog):
     if sampling.temperature == 0:
-        sampling = Sampling(temperature=1e-3)
+        sampling = SamplingParams(temperature=1e-3)
     rollout = generate(engine_on(stub, protocol=protocol), sampling=sampling)
     mask = completion_mask(rollout.lengths, T)
     for g, prompt in enumerate(PROMPTS):
@@ -163,10 +165,10 @@ def test_log_probs_near_0_do_not_tell_what_they_are(stub):
     stub.logits = lambda tokens: 50 * np.eye(V)[(np.array(tokens) + 1) % V]
     stub.processed = True
     engine = engine_on(stub)
-    certain = generate(engine, [[6]], sampling=Sampling(temperature=0.6), t=4)
+    certain = generate(engine, [[6]], sampling=SamplingParams(temperature=0.6), t=4)
     assert np.isnan(certain.logps).all()
     stub.logits, stub.processed = bigram, False
-    assert np.isfinite(generate(engine, sampling=Sampling(temperature=0.6)).logps).all()
+    assert np.isfinite(generate(engine, sampling=SamplingParams(temperature=0.6)).logps).all()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -379,7 +381,7 @@ def tiny_model() -> LoadedModel:
 
 MODEL = tiny_model()
 PARAMS = jax.tree.map(jax.numpy.asarray, MODEL.params)
-SCORE = jax.jit(functools.partial(score, make_apply(MODEL.config)))
+SCORE = jax.jit(functools.partial(token_logps, decoder_fns(MODEL.config)))
 TEXTS = MODEL.tokenizer(["Hello there", "2 + 2 ="], add_special_tokens=False)["input_ids"]
 network = network_of(MODEL.config)
 
@@ -403,7 +405,7 @@ def changed(size: float, seed: int = 0, only: str = ""):
 
 def sync_on(*stubs: StubServer, folder, protocol="vllm", **options) -> WeightSync:
     options = {"probes": TEXTS} | options
-    return WeightSync(fleet_of(*stubs), protocol, MODEL, folder, scorer(SCORE), **options)
+    return WeightSync(fleet_of(*stubs), protocol, MODEL, folder, sequence_logps(SCORE), **options)
 
 
 @pytest.fixture
@@ -682,4 +684,4 @@ def softmax(logits):
 
 
 def test_the_names_of_the_protocols():
-    assert set(get_args(Protocol)) == set(DIALECTS) == set(PROTOCOLS)
+    assert set(get_args(ServerKind)) == set(DIALECTS) == set(PROTOCOLS)

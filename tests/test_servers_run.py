@@ -20,7 +20,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model
 from gvpo_jax.parallel import distributed
 from gvpo_jax.rewards.debug import letter_share
-from gvpo_jax.rollout import Sampling
+from gvpo_jax.rollout import SamplingParams
 from gvpo_jax.rollout.servers.client import Client
 from gvpo_jax.rundir.claim import lock
 from gvpo_jax.rundir.files import read_jsonl, read_metrics
@@ -193,7 +193,12 @@ def test_samples_are_those_of_the_weights_that_were_asked_for(tmp_path):
         trainer.train_step(["a: "], [["b", "c"]], [[1.0, 0.0]])
         for params in (before, None, before):
             rollout = trainer.policy.generate(
-                prompts, range(5), num_generations=3, sampling=Sampling(), seed=1, params=params
+                prompts,
+                range(5),
+                num_generations=3,
+                sampling=SamplingParams(),
+                seed=1,
+                params=params,
             )
             padded, lengths = pad_prompts(prompts)
             batch = {
@@ -201,7 +206,7 @@ def test_samples_are_those_of_the_weights_that_were_asked_for(tmp_path):
                 "prompt_lengths": lengths,
                 "completions": rollout.completions,
             }
-            expected = np.array(trainer.policy._programs.score(
+            expected = np.array(trainer.policy._programs.token_logps(
                 trainer.policy.state.params if params is None else params, batch
             ))  # fmt: skip
             expected[np.arange(6) >= rollout.lengths[..., None]] = 0
@@ -449,17 +454,17 @@ def test_one_process_leads_and_all_have_its_word(monkeypatch):
         done.append(jax.process_index())
         return {"a": [1, "é" * 700], "b": None}
 
-    first, second = as_processes(monkeypatch, lambda: distributed.lead(work))
+    first, second = as_processes(monkeypatch, lambda: distributed.from_first_host(work))
     assert first == second == {"a": [1, "é" * 700], "b": None}
     assert done == [0]
-    assert distributed.lead(lambda: 5) == 5
+    assert distributed.from_first_host(lambda: 5) == 5
 
 
 def test_where_the_first_process_fails_all_do(monkeypatch):
     def work():
         raise UserError("http://a:1 is gone")
 
-    first, second = as_processes(monkeypatch, lambda: distributed.lead(work))
+    first, second = as_processes(monkeypatch, lambda: distributed.from_first_host(work))
     assert isinstance(first, UserError)
     assert isinstance(second, UserError)
     assert [str(first), str(second)] == ["http://a:1 is gone", "host 0: http://a:1 is gone"]

@@ -12,11 +12,11 @@ from gvpo_jax.models.decoder import (
     DecoderConfig,
     Placement,
     RopeScaling,
+    decoder_fns,
     full_logits,
     init_params,
-    make_apply,
 )
-from gvpo_jax.training.step import score
+from gvpo_jax.training.step import token_logps
 
 G, K, P, T = 3, 4, 7, 6
 SHAPE = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2}
@@ -68,17 +68,17 @@ def repeated_logprobs(config, params, prompts, prompt_lengths, completions, leng
 
 
 def shared_logprobs(config, params, prompts, prompt_lengths, completions, lengths, **options):
-    apply = make_apply(config, **options)
+    apply = decoder_fns(config, **options)
     hidden = apply.completion_hidden(params, prompts, prompt_lengths, completions)
     logps = token_logprobs(hidden, apply.head(params), completions, chunk_bytes=24 * 61 * 4)
     return jnp.where(completion_mask(lengths, T), logps, 0)
 
 
 def packed_logprobs(config, params, *arrays, shards=1, spare=0, **options):
-    apply = make_apply(config, on=Placement(shards=shards), **options)
+    apply = decoder_fns(config, options=Placement(shards=shards), **options)
     prompt_lengths, lengths = arrays[1], arrays[3]
     fed = (prompt_lengths + (lengths - 1).sum(axis=1)).reshape(shards, -1).sum(axis=1).max()
-    logps = score(apply, params, *arrays, stream=int(fed) + spare)
+    logps = token_logps(apply, params, *arrays, packed_size=int(fed) + spare)
     return jnp.where(completion_mask(lengths, T), logps, 0)
 
 
@@ -140,7 +140,7 @@ def test_bfloat16_stays_near_float32(case):
 
 def test_decoding_gives_the_hidden_states_of_scoring(case):
     config, params, prompts, prompt_lengths, completions, _ = case
-    apply = make_apply(config)
+    apply = decoder_fns(config)
     scored = jax.jit(apply.completion_hidden)(params, prompts, prompt_lengths, completions)
     last, prefix = jax.jit(apply.prefill)(params, prompts, prompt_lengths)
     decode = jax.jit(apply.decode)
@@ -158,7 +158,7 @@ def test_decoding_gives_the_hidden_states_of_scoring(case):
 def test_a_prompt_costs_the_same_for_any_k():
     """FLOPs of a long prompt with one-token completions, as XLA counts them."""
     config = CONFIGS["qwen2"]
-    apply, params = make_apply(config), init_params(config, 0)
+    apply, params = decoder_fns(config), init_params(config, 0)
 
     def flops(k):
         shapes = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 128), (2,), (2, k, 2))]

@@ -8,13 +8,13 @@ import pytest
 
 from gvpo_jax.data.batch import Batch, bucket, pad_groups, pad_prompts
 from gvpo_jax.data.groups import UNKNOWN, Source, make_batch, make_group
-from gvpo_jax.models.decoder import DecoderConfig, full_logits, init_params, make_apply
+from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, full_logits, init_params
 from gvpo_jax.training.objectives import gvpo
-from gvpo_jax.training.step import init_state, score, train_step
+from gvpo_jax.training.step import init_state, token_logps, train_step
 
 CONFIG = DecoderConfig("qwen2", 37, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
 WIDE = DecoderConfig("qwen2", 37, 16, 512, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
-APPLY, PARAMS = make_apply(CONFIG), init_params(CONFIG, 0)
+APPLY, PARAMS = decoder_fns(CONFIG), init_params(CONFIG, 0)
 REFERENCE = init_params(CONFIG, 1)
 BETA = 0.2
 
@@ -43,7 +43,7 @@ def random_batch(groups=4, k=3, *, missing=()):
         rewards[place] = np.nan
     tokens = rng.integers(0, 37, (groups, k, 6))
     batch = batch_of(prompts, tokens, lengths, rewards)
-    refs = jax.jit(functools.partial(score, APPLY))(
+    refs = jax.jit(functools.partial(token_logps, APPLY))(
         REFERENCE, batch.prompts, batch.prompt_lengths, batch.completions
     )
     return batch._replace(ref_logps=np.asarray(refs))
@@ -140,7 +140,7 @@ def test_memory_falls_with_every_split():
     def temporaries(micro_batches, completion_parts):
         step = functools.partial(
             train_step,
-            model=make_apply(WIDE),
+            model=decoder_fns(WIDE),
             optimizer=optimizer,
             objective=gvpo(beta=BETA),
             beta=BETA,
@@ -185,7 +185,7 @@ def test_metrics_equal_numpy():
     batch = random_batch(missing=MISSING)
     _, metrics = gradient(batch)
     logps = np.asarray(
-        jax.jit(functools.partial(score, APPLY))(
+        jax.jit(functools.partial(token_logps, APPLY))(
             PARAMS, batch.prompts, batch.prompt_lengths, batch.completions
         )
     )
@@ -221,7 +221,7 @@ def test_training_pulls_the_policy_to_the_optimum():
     completions = np.array([[[3], [8], [11]]])
     rewards = np.array([[0.5, 0.0, -0.2]])
     batch = batch_of([[1, 2]], completions, np.ones((1, 3), int), rewards)
-    scores = jax.jit(functools.partial(score, APPLY))
+    scores = jax.jit(functools.partial(token_logps, APPLY))
     args = batch.prompts, batch.prompt_lengths, batch.completions
     refs = np.asarray(scores(REFERENCE, *args))
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 300))

@@ -52,19 +52,19 @@ def rollout(w, folder, device):
     from workloads import batch
 
     from gvpo_jax.models import load_model
-    from gvpo_jax.models.decoder import make_apply
-    from gvpo_jax.rollout import InProcessEngine, Sampling
+    from gvpo_jax.models.decoder import decoder_fns
+    from gvpo_jax.rollout import InProcessEngine, SamplingParams
 
     model = load_model(str(folder))
     dtype = jnp.dtype(w.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
-    engine = InProcessEngine(make_apply(model.config, dtype=dtype), stop_ids=())
+    engine = InProcessEngine(decoder_fns(model.config, dtype=dtype), stop_ids=())
     prompts = batch(w).prompts.tolist()
 
     def generate():
         drawn = engine.generate(
             params, prompts, range(w.g), num_generations=w.k, max_completion_length=w.t,
-            sampling=Sampling(), seed=0,
+            sampling=SamplingParams(), seed=0,
         )  # fmt: skip
         assert drawn.lengths.sum() == w.tokens
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply
-from gvpo_jax.rollout import InProcessEngine, Sampling
+from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, init_params
+from gvpo_jax.rollout import InProcessEngine, SamplingParams
 
 SMOLLM2 = DecoderConfig(
     "llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_embeddings=True
@@ -51,12 +51,12 @@ def main() -> None:
 
 def ours(config: DecoderConfig, prompts: list[list[int]]):
     params = jax.jit(lambda: init_params(config, 0))()
-    engine = InProcessEngine(make_apply(config), stop_ids=())
+    engine = InProcessEngine(decoder_fns(config), stop_ids=())
 
     def generate(tokens: int) -> None:
         engine.generate(
             params, prompts, range(G), num_generations=K, max_completion_length=tokens,
-            sampling=Sampling(), seed=0,
+            sampling=SamplingParams(), seed=0,
         )  # fmt: skip
 
     return generate

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from gvpo_jax.data.batch import Batch
-from gvpo_jax.models.decoder import DecoderConfig, Placement, init_params, make_apply
+from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_params
 from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
 from gvpo_jax.ops.kernels import attention_on
 from gvpo_jax.parallel.mesh import make_mesh
@@ -78,7 +78,7 @@ def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
     )
     step = functools.partial(
         train_step,
-        model=make_apply(config, on=placement),
+        model=decoder_fns(config, options=placement),
         optimizer=optimizer,
         objective=gvpo(beta=0.1),
         beta=0.1,

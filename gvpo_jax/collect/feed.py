@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from gvpo_jax.collect.collector import Drawn, Sampler
+from gvpo_jax.collect.collector import Collected, Collector
 from gvpo_jax.collect.lookahead import Lookahead
 from gvpo_jax.collect.metrics import reward_metrics
 from gvpo_jax.collect.replay import ReplayBuffer
@@ -17,15 +17,15 @@ from gvpo_jax.data.groups import UNKNOWN, Group, cut, join, make_batch, pack, un
 from gvpo_jax.data.packing_plan import Plan
 from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import agreed
+from gvpo_jax.parallel.distributed import max_over_hosts
 from gvpo_jax.rundir.files import to_json
 from gvpo_jax.training.policy import Policy
 
 Arrays = dict[str, np.ndarray]
-Scoring = Callable[[], tuple["Fed", list[Group]]]  # waits for the reference's log-probs
+Scoring = Callable[[], tuple["TrainBatch", list[Group]]]  # waits for the reference's log-probs
 
 
-class Fed(NamedTuple):
+class TrainBatch(NamedTuple):
     """A batch to update on, how, what there is to tell of it, and its new completions as texts."""
 
     batch: Batch
@@ -41,7 +41,7 @@ class Feed(Protocol):
     processes had, be they more or fewer than now.
     """
 
-    def round(self, number: int) -> list[Fed]: ...
+    def round(self, number: int) -> list[TrainBatch]: ...
 
     def state(self) -> Arrays: ...
 
@@ -53,7 +53,9 @@ class Feed(Protocol):
 class OnlineFeed:
     """Groups that the policy samples, now or ahead of time, with older ones mixed in."""
 
-    def __init__(self, policy: Policy, config: Config, sampler: Sampler, prompts: EncodedPrompts):
+    def __init__(
+        self, policy: Policy, config: Config, collector: Collector, prompts: EncodedPrompts
+    ):
         self._policy, self._config, self._longest = policy, config, prompts.longest
         if config.replay.completions and len(prompts.rows) > config.replay.capacity:
             raise UserError(
@@ -62,16 +64,16 @@ class OnlineFeed:
             )
         self._replay = ReplayBuffer(config.replay.capacity, config.run.seed)
         per_round = config.train.steps_per_generation
-        given = sampler.demonstrations(prompts) if config.rollout.demonstrations else None
+        given = collector.demonstrations(prompts) if config.rollout.demonstrations else None
         lost = sum(int((group.lengths == 0).sum()) for group in given or ())
         self.notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"] if lost else []
 
-        def draw(number: int, at: "_Version") -> list[Drawn]:
+        def draw(number: int, at: "_Version") -> list[Collected]:
             numbers = range(number * per_round, (number + 1) * per_round)
-            return sampler.draw(numbers, prompts, given, at.params, at.updates)
+            return collector.collect(numbers, prompts, given, at.params, at.updates)
 
         self._draw = draw
-        self._ahead: Lookahead[list[Drawn]] | None = None
+        self._ahead: Lookahead[list[Collected]] | None = None
         if config.rollout.lookahead and jax.process_count() > 1:
             raise UserError(
                 "rollout.lookahead needs a single process: programs of two threads may reach the "
@@ -87,7 +89,7 @@ class OnlineFeed:
                 interrupt=policy.close,
             )
 
-    def round(self, number: int) -> list[Fed]:
+    def round(self, number: int) -> list[TrainBatch]:
         """The round's batches, with reference log-probs; then its groups are remembered."""
         if self._ahead:
             drawn = self._ahead.take(number)
@@ -123,10 +125,10 @@ class OnlineFeed:
             everything = [g for state in states for g in unpack(_under(state, "replay"))]
             self._replay.load(pack(everything[here::processes]))
         if self._ahead and "ahead" in (state := states[0]):
-            rounds: dict[int, list[Drawn]] = {}
+            rounds: dict[int, list[Collected]] = {}
             for number, place, metrics, records in json.loads(bytes(state["ahead"])):
                 groups = unpack(_under(state, f"ahead/{number}/{place}"))
-                rounds.setdefault(number, []).append(Drawn(groups, metrics, records))
+                rounds.setdefault(number, []).append(Collected(groups, metrics, records))
             self._ahead.load(rounds)
 
     def close(self) -> None:
@@ -138,7 +140,7 @@ class OnlineFeed:
     def _remembers(self) -> bool:
         return bool(self._config.replay.completions or self._config.replay.groups)
 
-    def _mix(self, key: int, drawn: Drawn) -> tuple[Fed, list[Group]]:
+    def _mix(self, key: int, drawn: Collected) -> tuple[TrainBatch, list[Group]]:
         """A batch of new and older completions; and the groups in it with reference log-probs."""
         r = self._config.replay
         groups = [self._with_older(key, place, g) for place, g in enumerate(drawn.groups)]
@@ -167,7 +169,7 @@ def send_groups(
         longest_prompt=longest_prompt,
         longest_completion=config.rollout.max_completion_length,
         k=k,
-        agree=agreed,
+        agree=max_over_hosts,
     )
     batch = policy.pad(batch, -(-config.train.batch_size // jax.process_count()))
     reference = policy.reference_fingerprint
@@ -176,10 +178,10 @@ def send_groups(
     plan = policy.plan(batch)  # now: to agree on it later would wait for an update
     received = policy.send_to_reference(batch, known)
 
-    def scoring() -> tuple[Fed, list[Group]]:
+    def scoring() -> tuple[TrainBatch, list[Group]]:
         scored = received()
         cuts = [cut(scored, place, group, reference) for place, group in enumerate(groups)]
-        return Fed(scored, plan, reward_metrics(scored), []), cuts
+        return TrainBatch(scored, plan, reward_metrics(scored), []), cuts
 
     return scoring
 

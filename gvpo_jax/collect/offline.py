@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gvpo_jax.collect.feed import Arrays, Fed, Scoring, _over, _under, send_groups
+from gvpo_jax.collect.feed import Arrays, Scoring, TrainBatch, _over, _under, send_groups
 from gvpo_jax.config import Config
 from gvpo_jax.data.groups import (
     UNKNOWN,
@@ -31,7 +31,7 @@ from gvpo_jax.data.groups import (
 )
 from gvpo_jax.data.rows import batch_indices
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import share
+from gvpo_jax.parallel.distributed import my_slice
 from gvpo_jax.training.policy import Policy
 
 
@@ -189,7 +189,7 @@ class OfflineFeed:
         per_round = config.train.steps_per_generation
         self._last = -(-updates // per_round) * per_round - 1
 
-    def round(self, number: int) -> list[Fed]:
+    def round(self, number: int) -> list[TrainBatch]:
         """The round's batches, with reference log-probs."""
         per_round = self._config.train.steps_per_generation
         return [self._batch(number * per_round + place) for place in range(per_round)]
@@ -214,7 +214,7 @@ class OfflineFeed:
     def close(self) -> None:
         """Nothing to end."""
 
-    def _batch(self, number: int) -> Fed:
+    def _batch(self, number: int) -> TrainBatch:
         """A batch; the next one is sent to the reference before the update on this one is.
 
         So the devices have that update to do while this process waits for the next one's scores,
@@ -236,4 +236,4 @@ class OfflineFeed:
     def _indices(self, number: int) -> np.ndarray:
         c = self._config
         every = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)
-        return every[share(c.train.batch_size)]
+        return every[my_slice(c.train.batch_size)]

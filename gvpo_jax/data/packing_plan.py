@@ -7,7 +7,7 @@ import numpy as np
 
 from gvpo_jax.data.batch import Batch
 
-_STEP = 2**0.25  # from one size of a stream to the next
+_STEP = 2**0.25  # from one packed size to the next
 _TINY, _STEP_OF_TINY = 512, 2.0  # among few places, where padding costs less than compiling
 
 
@@ -15,13 +15,13 @@ class Plan(NamedTuple):
     """How the groups of a batch are computed.
 
     Attributes:
-        rows: `[parts, g/parts]`, the groups of each part, row by row of the stream.
-        stream: places in a row of the stream; None: padded.
+        rows: `[parts, g/parts]`, the groups of each part, row by row of packed tokens.
+        packed_size: places in a row of packed tokens; None: padded.
         padding: share of the computed tokens that are none, over all processes.
     """
 
     rows: np.ndarray
-    stream: int | None
+    packed_size: int | None
     padding: float
 
 
@@ -57,16 +57,16 @@ def make_plan(
         most = of_parts[dealt].sum(axis=1).max()
     everywhere = gather(np.array([[most, tokens.sum()]]))
     longest = int(everywhere[:, 0].max())
-    size = stream_size(longest, g // bins * width, rows=shards) if packed else None
+    size = packed_size(longest, g // bins * width, rows=shards) if packed else None
     computed = completion_parts * (g * width if size is None else bins * size) * len(everywhere)
     return Plan(rows, size, 1 - float(everywhere[:, 1].sum()) / computed)
 
 
-def stream_size(tokens: int, full: int, *, rows: int = 1) -> int | None:
+def packed_size(tokens: int, full: int, *, rows: int = 1) -> int | None:
     """Places to compute for so many tokens; None: no fewer than the `full` ones with padding.
 
     Sizes lie a factor 2 ** (1/4) apart, so a run meets few, and a twelfth is empty on average; a
-    factor 2 where the stream's `rows` have 512 places or fewer.
+    factor 2 where the `rows` have 512 places or fewer.
     """
     size = full
     while True:

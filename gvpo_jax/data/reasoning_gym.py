@@ -61,7 +61,7 @@ def reasoning_gym_rows(
     placed_rows = []
     counts = _shares([task.weight for task in tasks], size)
     for order, (task, count) in enumerate(zip(tasks, counts, strict=True)):
-        rows = _draw(task, count, _stream(task, seed, split), split, eval_fraction, seen)
+        rows = _draw(task, count, _items(task, seed, split), split, eval_fraction, seen)
         # Sorting by the place within the task spreads every task evenly over the rows.
         placed_rows += [((i + 0.5) / count, order, row) for i, row in enumerate(rows)]
     placed_rows.sort(key=lambda placed: placed[:2])
@@ -71,16 +71,16 @@ def reasoning_gym_rows(
 def _draw(
     task: TaskSpec,
     count: int,
-    stream: Iterator[dict[str, Any]],
+    items: Iterator[dict[str, Any]],
     split: str,
     eval_fraction: float,
     seen: set[str],
 ) -> list[dict[str, Any]]:
-    """The next `count` rows of the stream that belong to the split and are new; `seen` grows."""
+    """The next `count` rows of the items that belong to the split and are new; `seen` grows."""
     rows: list[dict[str, Any]] = []
     misses = 0
     while len(rows) < count:
-        row = next(stream)
+        row = next(items)
         text = _normalise(row["prompt"])
         if text not in seen and _is_eval(text, eval_fraction) == (split == "eval"):
             misses = 0
@@ -108,7 +108,7 @@ def _shares(weights: Sequence[float], size: int) -> list[int]:
     return counts
 
 
-def _stream(task: TaskSpec, seed: int, split: str) -> Iterator[dict[str, Any]]:
+def _items(task: TaskSpec, seed: int, split: str) -> Iterator[dict[str, Any]]:
     identity = json.dumps([task.name, task.settings, seed, split], sort_keys=True, default=str)
     first = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") // 2
     while True:

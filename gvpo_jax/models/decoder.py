@@ -6,7 +6,7 @@ Parameters are a plain nested dict of arrays, the first argument of functions fo
     decode             one token of every completion [g, k] -> hidden [g, k, d], the grown cache
     completion_hidden  prompts [g, p], completions [g, k, t] -> [g, k, t, d], the hidden states
                        that predict the completions' tokens
-    stream_hidden      the same without padding: [g, d] and [s, n, d], see `gvpo_jax.ops.packing`
+    packed_hidden      the same without padding: [g, d] and [s, n, d], see `gvpo_jax.ops.packing`
 
 Each prompt is computed once, whatever k. Axes as in `gvpo_jax.ops.attention`; b, h: widths and
 heads.
@@ -23,7 +23,7 @@ from flax import nnx
 
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask
 from gvpo_jax.ops.attention import Int8, Prefix, Stored, attend, causal, stored
-from gvpo_jax.ops.packing import Stream, attend_unpacked
+from gvpo_jax.ops.packing import PackedTokens, attend_unpacked
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
@@ -68,13 +68,13 @@ class Placement:
     """How a decoder is computed on a mesh; by default, as on one device.
 
     Attributes:
-        constrain: `(name, x) -> x` lays out "embedded" and "stream" `[g, k, t, d]`, "heads"
+        constrain: `(name, x) -> x` lays out "embedded" and "residual" `[g, k, t, d]`, "heads"
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
         attention: see `gvpo_jax.ops.attention.causal`.
         product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
             its own gives what it returns the `checkpoint_name` "product".
-        chunk_bytes: see `Apply`.
+        chunk_bytes: see `DecoderFns`.
         shards: parts that a batch is cut into.
     """
 
@@ -100,7 +100,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], on: Placement):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], options: Placement):
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
         self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
@@ -109,13 +109,13 @@ class Attention(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.qk_norm, self.on = c.qk_norm, on
+        self.qk_norm, self.options = c.qk_norm, options
 
     def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
         g, k, t, _ = x.shape
 
         def heads(y, n):
-            return self.on.constrain("heads", y.reshape(g, k, t, n, self.head_dim))
+            return self.options.constrain("heads", y.reshape(g, k, t, n, self.head_dim))
 
         queries = heads(self.q(x), self.heads)
         keys, values = heads(self.k(x), self.kv_heads), heads(self.v(x), self.kv_heads)
@@ -123,10 +123,12 @@ class Attention(nnx.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, rope), _rotate(keys, rope)
         kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
-        if isinstance(at, Stream):
-            out = attend_unpacked(self.on.attention, self.on.constrain, at, queries, keys, values)
+        if isinstance(at, PackedTokens):
+            out = attend_unpacked(
+                self.options.attention, self.options.constrain, at, queries, keys, values
+            )
         elif cache is None:
-            out = self.on.attention(queries, *kv, prefix)
+            out = self.options.attention(queries, *kv, prefix)
         else:
             before_gk, place = at
             kv = _write(cache[0], kv[0], place), _write(cache[1], kv[1], place)
@@ -134,49 +136,52 @@ class Attention(nnx.Module):
             age = (place - jnp.arange(size)) % size
             so_far = age[None, None, None] <= before_gk[..., None, None]
             out = attend(queries, *kv, so_far, prefix)
-        out = self.on.constrain("heads", out)
+        out = self.options.constrain("heads", out)
         return self.o(out.reshape(g, k, t, -1)), kv
 
 
 class MLP(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], on: Placement):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], options: Placement):
         self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.down = linear(c.intermediate_size, c.hidden_size, use_bias=c.mlp_bias)
-        self.on = on
+        self.options = options
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.on.constrain("mlp", self.gate(x)), self.on.constrain("mlp", self.up(x))
+        gate, up = (
+            self.options.constrain("mlp", self.gate(x)),
+            self.options.constrain("mlp", self.up(x)),
+        )
         return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], on: Placement):
+    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], options: Placement):
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, linear, on)
+        self.attn = Attention(c, linear, options)
         self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c, linear, on)
-        self.on = on
+        self.mlp = MLP(c, linear, options)
+        self.options = options
 
     def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
         attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at)
-        x = self.on.constrain("stream", x + attended)
-        return self.on.constrain("stream", x + self.mlp(self.post_norm(x))), kv
+        x = self.options.constrain("residual", x + attended)
+        return self.options.constrain("residual", x + self.mlp(self.post_norm(x))), kv
 
 
 class Decoder(nnx.Module):
-    """A stack of blocks over tokens `[g, k, t]`; k = 1 for prompts and for a `Stream` of them."""
+    """A stack of blocks over tokens `[g, k, t]`; k = 1 for prompts and for `PackedTokens`."""
 
     def __init__(
-        self, c: DecoderConfig, *, dtype: Any, remat: Remat, on: Placement, rngs: nnx.Rngs
+        self, c: DecoderConfig, *, dtype: Any, remat: Remat, options: Placement, rngs: nnx.Rngs
     ):
-        linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=on.product, rngs=rngs)
+        linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(c, linear, on) for _ in range(c.num_layers)])
+        self.layers = nnx.List([Block(c, linear, options) for _ in range(c.num_layers)])
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:
             self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)
-        self.config, self.dtype, self.on = c, dtype, on
+        self.config, self.dtype, self.options = c, dtype, options
         self.remat: Remat = remat
 
     def __call__(
@@ -185,11 +190,13 @@ class Decoder(nnx.Module):
         positions_gkt: jax.Array,
         prefix: list[Prefix] | None = None,
         cache: list[KeysValues] | None = None,
-        at: tuple[jax.Array, jax.Array] | Stream | None = None,
+        at: tuple[jax.Array, jax.Array] | PackedTokens | None = None,
     ) -> tuple[jax.Array, list[KeysValues]]:
         # Looked up in float32, so that the gradients of a frequent token add up in it.
-        x = self.on.constrain("embedded", jnp.take(self.embed.embedding[...], tokens_gkt, axis=0))
-        x = self.on.constrain("stream", x.astype(self.dtype))
+        x = self.options.constrain(
+            "embedded", jnp.take(self.embed.embedding[...], tokens_gkt, axis=0)
+        )
+        x = self.options.constrain("residual", x.astype(self.dtype))
         rope = _rope(self.config, positions_gkt)
         run = _with_remat(self.remat)
         kvs = []
@@ -202,7 +209,7 @@ class Decoder(nnx.Module):
 
 
 @dataclass(frozen=True)
-class Apply:
+class DecoderFns:
     """The model as functions of its parameters: what rollout, scoring and the train step are given.
 
     Any model that offers these plugs in; only it looks into the pytrees `prefix`, `cache`.
@@ -216,10 +223,10 @@ class Apply:
             before. They lie at the places just before `place` in the cache, which is a ring.
         completion_hidden: `(params, prompts [G, P], lengths [G], completions [G, k, T]) ->
             [G, k, T, D]`, the hidden states that predict each completion token.
-        stream_hidden: `(params, prompts [G, P], completions [G, k, T - 1], stream) ->
-            (first [G, D], rest [S, n, D])`, the same for a `gvpo_jax.ops.packing.Stream` of them:
-            what predicts the first tokens of a group, and in each completion token's place what
-            predicts the next one. None: the model has no such function.
+        packed_hidden: `(params, prompts [G, P], completions [G, k, T - 1], packed) ->
+            (first [G, D], rest [S, n, D])`, the same for `gvpo_jax.ops.packing.PackedTokens`: what
+            predicts the first tokens of a group, and in each completion token's place what predicts
+            the next one. None: the model has no such function.
         head: `params -> [V, D]`, the output embedding.
         shards: parts that the devices cut a batch into, group by group.
         chunk_bytes: of logits that a device holds at once, where they are more than it keeps.
@@ -232,17 +239,17 @@ class Apply:
     head: Callable[[Params], jax.Array]
     shards: int = 1
     chunk_bytes: int = CHUNK_BYTES
-    stream_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    packed_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
-def make_apply(
+def decoder_fns(
     config: DecoderConfig,
     *,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
-    on: Placement = Placement(),
+    options: Placement = Placement(),
     cache_dtype: Any = None,
-) -> Apply:
+) -> DecoderFns:
     """The decoder's functions.
 
     Args:
@@ -250,29 +257,29 @@ def make_apply(
         dtype: of the computation.
         remat: what the backward pass computes again: nothing, all but products with weights, or
             whole layers.
-        on: layouts and attention on a mesh.
+        options: layouts and attention on a mesh.
         cache_dtype: of the keys and values that decoding keeps, `jnp.int8` too, see
             `attention.stored`; None: as computed.
     """
     kept = dtype if cache_dtype is None else cache_dtype
-    graph = _graph(config, dtype, remat, on)
+    graph = _graph(config, dtype, remat, options)
 
     def model(params: Params) -> Decoder:
-        return nnx.merge(graph, on.params(params))
+        return nnx.merge(graph, options.params(params))
 
     def head(params: Params) -> jax.Array:
         # In float32, so that its gradients add up in it, chunk by chunk; `token_logprobs` casts.
-        return on.constrain("table", _head(config, on.params(params)))
+        return options.constrain("table", _head(config, options.params(params)))
 
-    return Apply(
+    return DecoderFns(
         prefill=lambda params, *prompts: _prefill(model(params), kept, *prompts),
         empty_cache=functools.partial(_empty_cache, config, kept),
         decode=lambda params, *arrays: _decode(model(params), *arrays),
         completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
         head=head,
-        shards=on.shards,
-        chunk_bytes=on.chunk_bytes,
-        stream_hidden=lambda params, *arrays: _stream_hidden(model(params), *arrays),
+        shards=options.shards,
+        chunk_bytes=options.chunk_bytes,
+        packed_hidden=lambda params, *arrays: _packed_hidden(model(params), *arrays),
     )
 
 
@@ -283,8 +290,8 @@ def param_shapes(config: DecoderConfig) -> Params:
 
 def init_params(config: DecoderConfig, seed: int) -> Params:
     """Random parameters, for tests and toy runs."""
-    on = Placement()
-    model = Decoder(config, dtype=jnp.float32, remat="none", on=on, rngs=nnx.Rngs(seed))
+    options = Placement()
+    model = Decoder(config, dtype=jnp.float32, remat="none", options=options, rngs=nnx.Rngs(seed))
     return nnx.to_pure_dict(nnx.state(model))
 
 
@@ -297,15 +304,15 @@ def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> 
     return hidden[:, 0] @ _head(config, params).T
 
 
-def _abstract(config, dtype, remat, on):
+def _abstract(config, dtype, remat, options):
     return nnx.eval_shape(
-        lambda: Decoder(config, dtype=dtype, remat=remat, on=on, rngs=nnx.Rngs(0))
+        lambda: Decoder(config, dtype=dtype, remat=remat, options=options, rngs=nnx.Rngs(0))
     )
 
 
 @functools.lru_cache
-def _graph(config, dtype, remat, on):
-    return nnx.split(_abstract(config, dtype, remat, on))[0]
+def _graph(config, dtype, remat, options):
+    return nnx.split(_abstract(config, dtype, remat, options))[0]
 
 
 def _with_remat(remat: Remat):
@@ -319,7 +326,7 @@ def _with_remat(remat: Remat):
 
 
 def _prompts(model, prompts_gp, lengths_g):
-    """The prompt stream: its last real hidden state and every layer's keys and values."""
+    """The prompts alone: their last real hidden state and every layer's keys and values."""
     p = prompts_gp.shape[1]
     positions = jnp.broadcast_to(jnp.arange(p)[None], prompts_gp.shape)
     hidden, kvs = model(prompts_gp[:, None], positions[:, None])
@@ -376,18 +383,18 @@ def _completion_hidden(model, prompts_gp, lengths_g, completions_gkt):
     return jnp.concatenate([first, rest], axis=2)
 
 
-def _stream_hidden(model, prompts_gp, completions_gkt, stream: Stream):
+def _packed_hidden(model, prompts_gp, completions_gkt, packed: PackedTokens):
     g, p = prompts_gp.shape
-    ends = stream.prompt_lengths[:, None, None]
+    ends = packed.prompt_lengths[:, None, None]
     positions = (
         jnp.broadcast_to(jnp.arange(p)[None, None], (g, 1, p)),
         jnp.broadcast_to(
             ends + jnp.arange(completions_gkt.shape[2])[None, None], completions_gkt.shape
         ),
     )
-    tokens = stream.pack(prompts_gp[:, None], completions_gkt)
-    hidden, _ = model(tokens, stream.pack(*positions), at=stream)
-    return stream.last_of_prompts(hidden), hidden[:, 0]
+    tokens = packed.pack(prompts_gp[:, None], completions_gkt)
+    hidden, _ = model(tokens, packed.pack(*positions), at=packed)
+    return packed.last_of_prompts(hidden), hidden[:, 0]
 
 
 def _head(config, params):

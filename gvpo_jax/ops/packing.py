@@ -1,9 +1,9 @@
-"""Prompts and completions of many lengths as one stream of tokens without padding, and back.
+"""Prompts and completions of many lengths as packed tokens without padding, and back.
 
-What a decoder computes token by token, it computes on the stream `[s, n]`: a row for each part that
-the groups are cut into over devices, n places each. Only attention, which looks at positions, is
-given prompts `[g, p]` and completions `[g, k, t]` again. Both ways are gathers, forward and
-backward.
+What a decoder computes token by token, it computes on the packed tokens `[s, n]`: a row for each
+part that the groups are cut into over devices, n places each. Only attention, which looks at
+positions, is given prompts `[g, p]` and completions `[g, k, t]` again. Both ways are gathers,
+forward and backward.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from gvpo_jax.ops.attention import Prefix
     meta_fields=["shape"],
 )
 @dataclass(frozen=True)
-class Stream:
+class PackedTokens:
     """Which token of a padded batch lies where.
 
     Attributes:
@@ -70,9 +70,9 @@ class Stream:
         return last.reshape(g, *x.shape[3:])
 
 
-def make_stream(
+def pack_tokens(
     prompt_lengths: jax.Array, lengths: jax.Array, p: int, t: int, *, shards: int, size: int
-) -> Stream:
+) -> PackedTokens:
     """Lays out the prompts' tokens and the first `lengths` tokens of the completions.
 
     Args:
@@ -90,13 +90,13 @@ def make_stream(
     place = jnp.where(counts_sm & (before < size), before, size)
     first = jax.vmap(lambda row: jnp.nonzero(row, size=size, fill_value=m)[0])(counts_sm)
     fits = jnp.max(before) < size
-    return Stream(first.astype(jnp.int32), place, prompt_lengths, fits, (g, k, p, t))
+    return PackedTokens(first.astype(jnp.int32), place, prompt_lengths, fits, (g, k, p, t))
 
 
 def attend_unpacked(
     attention: Callable[..., jax.Array],
     constrain: Callable[[str, jax.Array], jax.Array],
-    stream: Stream,
+    packed: PackedTokens,
     *heads: jax.Array,
 ) -> jax.Array:
     """Attention of prompts to themselves, and of completions to their prompt and themselves.
@@ -104,17 +104,17 @@ def attend_unpacked(
     Args:
         attention: see `gvpo_jax.ops.attention.causal`.
         constrain: lays out "heads" while tracing.
-        stream: how the tokens lie.
+        packed: how the tokens lie.
         heads: queries, keys and values, `[s, 1, n, h, d]`.
     """
-    parts = [tuple(constrain("heads", x) for x in stream.unpack(x)) for x in heads]
+    parts = [tuple(constrain("heads", x) for x in packed.unpack(x)) for x in heads]
     (prompts, own), *others = parts
     keys, values = (tuple(jnp.swapaxes(x, 2, 3) for x in pair) for pair in others)
     p = prompts.shape[2]
-    mask = completion_mask(stream.prompt_lengths, p)
+    mask = completion_mask(packed.prompt_lengths, p)
     shared = Prefix(keys[0][:, 0], values[0][:, 0], mask)
     out = attention(prompts, keys[0], values[0]), attention(own, keys[1], values[1], shared)
-    return stream.pack(*(constrain("heads", x) for x in out))
+    return packed.pack(*(constrain("heads", x) for x in out))
 
 
 @jax.custom_vjp

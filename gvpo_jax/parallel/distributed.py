@@ -76,7 +76,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def share(groups: int) -> slice:
+def my_slice(groups: int) -> slice:
     """The groups of a batch that this process builds: equal parts, in the processes' order.
 
     Raises:
@@ -110,7 +110,7 @@ def check_rows(sharding: NamedSharding, groups: int) -> None:
         )
 
 
-def shares(items: Sequence[Any]) -> list[Any]:
+def my_items(items: Sequence[Any]) -> list[Any]:
     """This process's part of a list, as long as everyone's: the last item fills up the end."""
     processes = jax.process_count()
     size = -(-len(items) // processes)
@@ -161,14 +161,14 @@ def gather(local: Any) -> Any:
     return jax.tree.map(lambda y, x: y.view(x.dtype)[..., 0], data, local)
 
 
-def largest(*numbers: int) -> tuple[int, ...]:
-    """The largest of each number over all processes."""
+def max_over_hosts(number: int) -> int:
+    """The largest of this number over all processes."""
     if jax.process_count() == 1:
-        return numbers
-    return tuple(gather(np.array([numbers])).max(axis=0).tolist())
+        return number
+    return int(gather(np.array([number])).max())
 
 
-def together(work: Callable[[], Any]) -> Any:
+def raise_together(work: Callable[[], Any]) -> Any:
     """What `work` gives, or the first process's error on every one: none waits for a dead one.
 
     Raises:
@@ -195,17 +195,17 @@ def together(work: Callable[[], Any]) -> Any:
     return result
 
 
-def lead(work: Callable[[], Any]) -> Any:
+def from_first_host(work: Callable[[], Any]) -> Any:
     """What `work` gives in the first process, which alone does it, on every one.
 
     Raises:
         UserError: as `work` raises it there.
     """
-    result = together(lambda: work() if is_first() else None)
+    result = raise_together(lambda: work() if is_first() else None)
     if jax.process_count() == 1:
         return result
     data = np.frombuffer(pickle.dumps(result), np.uint8)
-    (size,) = largest(len(data))
+    size = max_over_hosts(len(data))
     told = gather(np.pad(data, (0, size - len(data)))[None])
     return pickle.loads(told[0].tobytes())
 
@@ -295,8 +295,3 @@ def _start_pathways() -> None:
             "JAX_PLATFORMS=proxy asks for Pathways: pip install pathwaysutils"
         ) from None
     pathwaysutils.initialize()
-
-
-def agreed(size: int) -> int:
-    """The largest of this size over all processes."""
-    return largest(size)[0]

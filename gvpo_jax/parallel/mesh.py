@@ -40,7 +40,7 @@ BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
 ACTIVATION_LAYOUT: dict[str, tuple[str | None, ...]] = {
     # [g, k, t, d], cut as the embedding is, so that looking up moves tokens and not the table
     "embedded": ("groups", "completions", None, "fsdp"),
-    "stream": ("groups", "completions"),  # [g, k, t, d]
+    "residual": ("groups", "completions"),  # [g, k, t, d]
     "heads": ("groups", "completions", None, "tensor"),  # [g, k, t, h, d]
     "mlp": ("groups", "completions", None, "tensor"),  # [g, k, t, f]
     "table": ("tensor", None),  # [v, d], the head: whole along fsdp while it is in use

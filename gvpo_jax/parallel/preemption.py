@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from gvpo_jax.parallel.distributed import largest
+from gvpo_jax.parallel.distributed import max_over_hosts
 
 
 class Preempted(SystemExit):
@@ -32,7 +32,7 @@ def watch() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def any_was_told() -> bool:
-        return bool(largest(int(told.is_set()))[0])
+        return bool(max_over_hosts(int(told.is_set())))
 
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

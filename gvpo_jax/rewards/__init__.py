@@ -6,9 +6,9 @@ from gvpo_jax.rewards.call import (
     Scores,
     batched,
     completion_text,
+    compute_rewards,
     describe,
     per_sample,
-    score,
 )
 from gvpo_jax.rewards.load import load_reward_func
 
@@ -18,8 +18,8 @@ __all__ = [
     "Scores",
     "batched",
     "completion_text",
+    "compute_rewards",
     "describe",
     "load_reward_func",
     "per_sample",
-    "score",
 ]

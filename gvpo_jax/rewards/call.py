@@ -42,7 +42,7 @@ class Scores:
     failed: int
 
 
-def score(
+def compute_rewards(
     reward_funcs: Sequence[RewardFunc],
     weights: Sequence[float] | None = None,
     *,
@@ -162,7 +162,7 @@ def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Seque
             raise UserError(f"column {name!r} has the name of a reward argument; rename it")
     lengths = {name: len(values) for name, values in {**lists, **columns}.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"lists of unequal length given to score: {lengths}")
+        raise ValueError(f"lists of unequal length given to compute_rewards: {lengths}")
     return len(lists["prompts"])
 
 

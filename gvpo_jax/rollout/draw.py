@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from gvpo_jax.rollout.engine import Sampling
+from gvpo_jax.rollout.engine import SamplingParams
 
 _BLOCK = 256
 
 
-def draw(logits_bv: jax.Array, uniforms_b: jax.Array, sampling: Sampling) -> jax.Array:
+def draw(logits_bv: jax.Array, uniforms_b: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Token ids `[b]` from `softmax(logits / temperature)`, truncated; greedy at temperature 0.
 
     One uniform number per row picks the token whose stretch of the cumulative distribution it falls
@@ -21,7 +21,7 @@ def draw(logits_bv: jax.Array, uniforms_b: jax.Array, sampling: Sampling) -> jax
     return _inverse_cdf(weights, uniforms_b)
 
 
-def _truncate(logits, sampling: Sampling):
+def _truncate(logits, sampling: SamplingParams):
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)

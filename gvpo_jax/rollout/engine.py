@@ -11,7 +11,7 @@ FINISH_LENGTH, FINISH_STOP = 0, 1
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is drawn from the model's distribution.
 
     Attributes:
@@ -69,7 +69,7 @@ class Engine(Protocol):
         *,
         num_generations: int,
         max_completion_length: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
     ) -> Rollout:

@@ -18,7 +18,7 @@ import numpy as np
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.precision import einsum_f32
 from gvpo_jax.rollout.draw import draw
-from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, Sampling
+from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, SamplingParams
 
 
 class DecodeState(NamedTuple):
@@ -57,7 +57,7 @@ class Prompts(NamedTuple):
 
 
 class InProcessEngine:
-    """Rollout engine over a model given as functions, see `gvpo_jax.models.decoder.Apply`.
+    """Rollout engine over a model given as functions, see `gvpo_jax.models.decoder.DecoderFns`.
 
     Prompts are padded to the next bucket (powers of two from 16, and halfway between), so a run of
     mixed lengths compiles a handful of programs.
@@ -104,7 +104,7 @@ class InProcessEngine:
         *,
         num_generations: int,
         max_completion_length: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
     ) -> Rollout:

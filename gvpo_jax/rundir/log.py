@@ -142,7 +142,7 @@ class RunLog:
             return
         step, on_device, here = self._pending
         self._pending = None
-        metrics = told(on_device)
+        metrics = as_numbers(on_device)
         if self._writer:
             self._writer.log(step, metrics | here)
         self._progress.update(step, metrics | here)
@@ -162,7 +162,7 @@ def check_finite(metrics: Mapping[str, float], what: str) -> None:
         )
 
 
-def told(on_device: Mapping[str, Any]) -> dict[str, float]:
+def as_numbers(on_device: Mapping[str, Any]) -> dict[str, float]:
     """An update's metrics as numbers, without what says nothing.
 
     That is sources that gave it no completion, shares where there is one source alone, and ages of

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gvpo_jax.collect.collector import training_sampling
+from gvpo_jax.collect.collector import sampling_params
 from gvpo_jax.config import Config
 from gvpo_jax.data.batch import Batch, Sizes
 from gvpo_jax.errors import UserError
@@ -24,7 +24,7 @@ from gvpo_jax.parallel.mesh import (
     shardings,
 )
 from gvpo_jax.rollout.inprocess import compiled, lanes, prefill
-from gvpo_jax.training.programs import Sampler, constrain, make_programs
+from gvpo_jax.training.programs import SamplingModel, constrain, make_programs
 
 _STOP_IDS = (0, 1)  # which they are changes no size
 
@@ -80,11 +80,11 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     state = _laid_out(shardings, mesh, jax.eval_shape(programs.init, param_shapes(model)))
     reference = _laid_out(shardings, mesh, jax.eval_shape(programs.reference, state.params))
     params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))
-    sampler, ahead = programs.sampler, config.rollout.lookahead
+    sampling, ahead = programs.sampling, config.rollout.lookahead
     in_process = config.rollout.engine == "in_process"
-    weights = _laid_out(shardings, sampler.mesh, jax.eval_shape(sampler.params, state.params))
+    weights = _laid_out(shardings, sampling.mesh, jax.eval_shape(sampling.params, state.params))
     copied = device_bytes(weights) if config.rollout.tensor else 0
-    lower_prefill, lower_decode, kept, steps = _rollout(config, sampler, weights, sizes["rollout"])
+    lower_prefill, lower_decode, kept, steps = _rollout(config, sampling, weights, sizes["rollout"])
     # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
     snapshot = params if ahead else 0
     beside = snapshot + (copied + device_bytes(kept) if ahead and in_process else 0)
@@ -94,7 +94,7 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
 
     def lower_score():
         names = ("prompts", "prompt_lengths", "completions")
-        return programs.score.lower(reference, _arrays(mesh, sizes["score"], names))
+        return programs.token_logps.lower(reference, _arrays(mesh, sizes["score"], names))
 
     training = [
         Program("train step", lower_step, fixed + beside, config.train.micro_batches),
@@ -154,9 +154,9 @@ def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Si
         )
 
 
-def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
+def _rollout(config: Config, sampling: SamplingModel, params, sizes: Sizes):
     """What lowers prefill and decoding, what one leaves to the other, and the steps at most."""
-    mesh, model, groups = sampler.mesh, sampler.model, sizes.groups
+    mesh, model, groups = sampling.mesh, sampling.model, sizes.groups
     try:
         batch_axes(mesh, groups, sizes.k)
     except UserError:  # filled up, as a policy does it
@@ -187,7 +187,7 @@ def _rollout(config: Config, sampler: Sampler, params, sizes: Sizes):
             key,
             kept["prompts"],
             state=kept["state"],
-            sampling=training_sampling(config),
+            sampling=sampling_params(config),
         )
 
     return lower_prefill, lower_decode, kept, steps

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import largest
+from gvpo_jax.parallel.distributed import max_over_hosts
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _from_bytes(blob: bytes) -> dict[str, np.ndarray]:
 
 def _rows_of_processes(blob: bytes) -> dict[str, Any]:
     """An array [processes, bytes] of which each process has its row."""
-    (width,) = largest(len(blob))
+    width = max_over_hosts(len(blob))
     row = np.zeros((1, width), np.uint8)
     row[0, : len(blob)] = np.frombuffer(blob, np.uint8)
     if jax.process_count() == 1:

@@ -18,18 +18,18 @@ from gvpo_jax.data.packing_plan import Plan, make_plan
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.parallel.distributed import (
-    agreed,
     check_rows,
     gather,
-    share,
+    max_over_hosts,
+    my_slice,
+    raise_together,
     to_devices,
     to_host,
-    together,
 )
 from gvpo_jax.parallel.mesh import batch_axes, batch_shardings, group_shards, shardings
-from gvpo_jax.rollout import InProcessEngine, Rollout, Sampling
+from gvpo_jax.rollout import InProcessEngine, Rollout, SamplingParams
 from gvpo_jax.rollout.servers.connect import connect, server_engine
-from gvpo_jax.rollout.servers.weight_sync import scorer
+from gvpo_jax.rollout.servers.weight_sync import sequence_logps
 from gvpo_jax.training.checkpoint import fingerprint
 from gvpo_jax.training.programs import constrain, make_programs, mesh_on
 from gvpo_jax.training.step import TrainState
@@ -52,7 +52,7 @@ class Policy:
         self._config = c
         self.mesh = mesh_on(c)
         self._check_batch()
-        fleet = None if c.rollout.engine == "in_process" else together(lambda: connect(c))
+        fleet = None if c.rollout.engine == "in_process" else raise_together(lambda: connect(c))
         if model is None:
             model = load_model(c.model.name, place=self._place_param)
         self.model = dataclasses.replace(model, params={})
@@ -65,20 +65,20 @@ class Policy:
         self.start_fingerprint = fingerprint(params)
         self._reference_fingerprint = fingerprint(self.reference)
         self.updates = self.refreshed_at = 0
-        score = scorer(self._score_sequences, multiple=group_shards(self.mesh))
-        self._servers = server_engine(c, fleet, self.model, self.stop_ids, score) if fleet else None
-        sampler = self._programs.sampler
+        logps = sequence_logps(self._sequence_logps, multiple=group_shards(self.mesh))
+        self._servers = server_engine(c, fleet, self.model, self.stop_ids, logps) if fleet else None
+        sampling = self._programs.sampling
         self._engine = self._servers or InProcessEngine(
-            sampler.model,
+            sampling.model,
             self.stop_ids,
             slots=c.rollout.slots,
-            shards=group_shards(sampler.mesh),
+            shards=group_shards(sampling.mesh),
             processes=jax.process_count(),
-            place=functools.partial(self._place, mesh=sampler.mesh),
-            prepare=sampler.params,
-            constrain=functools.partial(constrain, sampler.mesh),
+            place=functools.partial(self._place, mesh=sampling.mesh),
+            prepare=sampling.params,
+            constrain=functools.partial(constrain, sampling.mesh),
             fetch=to_host,
-            agree=agreed,
+            agree=max_over_hosts,
         )
 
     def generate(
@@ -87,7 +87,7 @@ class Policy:
         prompt_ids: Sequence[int],
         *,
         num_generations: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
         params: Any = None,
@@ -106,9 +106,9 @@ class Policy:
             longest_prompt=longest_prompt,
         )
         if self._servers:
-            return together(lambda: sample(prompts, prompt_ids))
+            return raise_together(lambda: sample(prompts, prompt_ids))
         n = len(prompts)
-        missing = -n % self._unit(n, num_generations, self._programs.sampler.mesh)
+        missing = -n % self._unit(n, num_generations, self._programs.sampling.mesh)
         rollout = sample(
             [*prompts, *[prompts[0]] * missing], [*prompt_ids, *[prompt_ids[0]] * missing]
         )
@@ -160,7 +160,7 @@ class Policy:
         missing = np.arange(groups) if known is None else np.flatnonzero(~known)
         size = max(groups // self._config.train.micro_batches, 1)
         # All processes go through as many parts, also one that has fewer to score.
-        parts = -(-agreed(len(missing)) // size)
+        parts = -(-max_over_hosts(len(missing)) // size)
         if parts == 0:
             return lambda: batch
         wanted = parts * (size + -size % self._unit(size, k))
@@ -169,13 +169,15 @@ class Policy:
         plan = make_plan(asked, parts=parts, shards=self._shards, gather=gather)
         # Few groups may be missing, or many: one program for all of a batch's size.
         whole = make_plan(batch, parts=groups // size, shards=self._shards, gather=gather)
-        stream = plan.stream and whole.stream and max(plan.stream, whole.stream)
+        packed_size = (
+            plan.packed_size and whole.packed_size and max(plan.packed_size, whole.packed_size)
+        )
         names = ("prompts", "prompt_lengths", "completions", "lengths")
         sent = []
         for rows in plan.rows:
             part = {name: getattr(asked, name)[rows] for name in names}
             placed = self._place(part, k)
-            sent.append((rows, self._programs.score(self.reference, placed, stream)))
+            sent.append((rows, self._programs.token_logps(self.reference, placed, packed_size)))
 
         def received() -> Batch:
             scored = np.empty_like(asked.ref_logps)
@@ -218,7 +220,7 @@ class Policy:
         k, plan = batch.rewards.shape[1], plan or self.plan(batch)
         order = plan.rows.T.ravel()  # which `split_groups` deals out into these parts
         placed = self._place({name: x[order] for name, x in batch._asdict().items()}, k)
-        self.state, metrics = self._programs.step(self.state, Batch(**placed), plan.stream)
+        self.state, metrics = self._programs.step(self.state, Batch(**placed), plan.packed_size)
         self.updates += 1
         if self._config.reference.name == "ema":
             self.reference = self._programs.blend(
@@ -255,19 +257,19 @@ class Policy:
 
     @property
     def _shards(self) -> int:
-        """Rows of a stream that this process has; 0: nothing is packed."""
+        """Rows of packed tokens that this process has; 0: nothing is packed."""
         shards = group_shards(self.mesh) // jax.process_count()
         return shards if self._config.train.packing else 0
 
-    def _score_sequences(self, params, prompts, lengths, completions) -> np.ndarray:
+    def _sequence_logps(self, params, prompts, lengths, completions) -> np.ndarray:
         """Token log-probs of groups that all processes have; each computes its share."""
-        here = share(len(prompts))
+        here = my_slice(len(prompts))
         part = {
             "prompts": prompts[here],
             "prompt_lengths": lengths[here],
             "completions": completions[here],
         }
-        return gather(to_host(self._programs.score(params, self._place(part, k=1))))
+        return gather(to_host(self._programs.token_logps(params, self._place(part, k=1))))
 
     def _place(self, arrays: dict[str, Any], k: int, mesh: Mesh | None = None) -> dict[str, Any]:
         """This process's rows of a batch's arrays, on devices."""
@@ -298,7 +300,7 @@ class Policy:
             check_rows(NamedSharding(self.mesh, PartitionSpec(over_groups or None)), groups)
         except UserError as error:
             raise UserError(f"train.batch_size / train.micro_batches = {groups}: {error}") from None
-        share(t.batch_size - self._config.replay.groups)
+        my_slice(t.batch_size - self._config.replay.groups)
 
     def _check_lengths(self) -> None:
         total = self._config.data.max_prompt_length + self._config.rollout.max_completion_length

@@ -13,7 +13,7 @@ from gvpo_jax.baselines import Objective
 from gvpo_jax.config import Config
 from gvpo_jax.data.batch import Batch
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import Apply, DecoderConfig, Placement, make_apply, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, Placement, decoder_fns, param_shapes
 from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
 from gvpo_jax.ops.kernels import attention_on
 from gvpo_jax.parallel.mesh import (
@@ -27,11 +27,11 @@ from gvpo_jax.parallel.mesh import (
 )
 from gvpo_jax.training.objectives import make_objective
 from gvpo_jax.training.optimizer import make_optimizer, make_schedule
-from gvpo_jax.training.step import TrainState, init_state, score, train_step
+from gvpo_jax.training.step import TrainState, init_state, token_logps, train_step
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplingModel:
     """What sampling needs; it may cut the weights otherwise than training does.
 
     Attributes:
@@ -41,7 +41,7 @@ class Sampler:
     """
 
     mesh: Mesh
-    model: Apply
+    model: DecoderFns
     params: Any
 
 
@@ -50,21 +50,21 @@ class Programs:
     """Jitted functions over arrays that lie on the mesh; sampling's are in `rollout.inprocess`.
 
     Attributes:
-        sampler: what `rollout.inprocess` samples with.
+        sampling: what `rollout.inprocess` samples with.
         init: `params -> TrainState`; takes the parameters over.
-        step: `(state, batch, stream) -> (state, metrics)`, one update; takes the state over. It is
-            compiled for each `stream`, see `train_step.score`; default: None.
-        score: `(params, {"prompts", "prompt_lengths", "completions", "lengths"}, stream) ->
-            [g, k, t]` log-probs; without a stream it needs no lengths.
+        step: `(state, batch, packed_size) -> (state, metrics)`, one update; takes the state over.
+            It is compiled for each `packed_size`, see `step.token_logps`; default: None.
+        token_logps: `(params, {"prompts", "prompt_lengths", "completions", "lengths"},
+            packed_size) -> [g, k, t]` log-probs; without a size it needs no lengths.
         blend: `(average, params, decay) -> average`; takes the average over.
         reference: `params -> params`, a copy to score with. An average needs float32; any other is
             kept in the dtype of the computation, which gives the same numbers in less memory.
     """
 
-    sampler: Sampler
+    sampling: SamplingModel
     init: Callable[[Any], TrainState]
     step: Any
-    score: Any
+    token_logps: Any
     blend: Callable[[Any, Any, Any], Any]
     reference: Callable[[Any], Any]
 
@@ -78,14 +78,14 @@ def mesh_on(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
     """The functions of a run; nothing is compiled before it is called or lowered."""
-    apply = _apply(config, model, mesh)
+    apply = _decoder_fns(config, model, mesh)
     optimizer, schedule, objective = _optimizer(config), _schedule(config), _objective(config)
 
     def init(params: Any) -> TrainState:
         return init_state(params, optimizer)
 
     def step(
-        state: TrainState, batch: Batch, stream: int | None = None
+        state: TrainState, batch: Batch, packed_size: int | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         new, metrics = train_step(
             state,
@@ -96,24 +96,24 @@ def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
             beta=config.loss.beta,
             micro_batches=config.train.micro_batches,
             completion_parts=config.train.completion_parts,
-            stream=stream,
+            packed_size=packed_size,
         )
         return new, metrics | {"learning_rate": jnp.asarray(schedule(state.step))}
 
     layout = shardings(mesh, jax.eval_shape(init, param_shapes(model)))
     return Programs(
-        sampler=_sampler(config, model, mesh, apply),
+        sampling=_sampling_model(config, model, mesh, apply),
         init=jax.jit(init, out_shardings=layout, donate_argnums=0),
         step=jax.jit(
             step, out_shardings=(layout, replicated(mesh)), donate_argnums=0, static_argnums=2
         ),
-        score=jax.jit(functools.partial(_score, apply, mesh), static_argnums=2),
+        token_logps=jax.jit(functools.partial(_token_logps, apply, mesh), static_argnums=2),
         blend=jax.jit(_blend, donate_argnums=0),
         reference=jax.jit(functools.partial(_copy_in, _reference_dtype(config))),
     )
 
 
-def _apply(config: Config, model: DecoderConfig, mesh: Mesh) -> Apply:
+def _decoder_fns(config: Config, model: DecoderConfig, mesh: Mesh) -> DecoderFns:
     dtype = jnp.dtype(config.model.dtype)
     placement = Placement(
         constrain=functools.partial(constrain_activation, mesh),
@@ -124,19 +124,21 @@ def _apply(config: Config, model: DecoderConfig, mesh: Mesh) -> Apply:
         shards=group_shards(mesh),
     )
     kept = config.rollout.cache_dtype
-    return make_apply(
+    return decoder_fns(
         model,
         dtype=dtype,
         remat=config.model.remat,
-        on=placement,
+        options=placement,
         cache_dtype=None if kept == "model" else jnp.dtype(kept),
     )
 
 
-def _sampler(config: Config, model: DecoderConfig, mesh: Mesh, trained: Apply) -> Sampler:
+def _sampling_model(
+    config: Config, model: DecoderConfig, mesh: Mesh, trained: DecoderFns
+) -> SamplingModel:
     tensor = config.rollout.tensor
     if tensor is None:
-        return Sampler(mesh, trained, lambda params: params)
+        return SamplingModel(mesh, trained, lambda params: params)
     if mesh.size % tensor:
         raise UserError(f"rollout.tensor={tensor} does not divide {mesh.size} devices")
     # Neighbours along the last axes, in the same order: XLA takes no other beside the training's.
@@ -147,7 +149,7 @@ def _sampler(config: Config, model: DecoderConfig, mesh: Mesh, trained: Apply) -
     dtype = jnp.dtype(config.model.dtype)
 
     prepare = jax.jit(functools.partial(_copy_in, dtype), out_shardings=layout)
-    return Sampler(own, _apply(config, model, own), prepare)
+    return SamplingModel(own, _decoder_fns(config, model, own), prepare)
 
 
 def constrain(mesh: Mesh, tree: Any) -> Any:
@@ -157,8 +159,8 @@ def constrain(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout)
 
 
-def _score(model, mesh, params, batch, stream=None):
-    logps = score(model, params, **batch, stream=stream)
+def _token_logps(model, mesh, params, batch, packed_size=None):
+    logps = token_logps(model, params, **batch, packed_size=packed_size)
     return constrain(mesh, {"logps": logps})["logps"]
 
 

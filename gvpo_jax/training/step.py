@@ -20,7 +20,7 @@ from gvpo_jax.data.batch import (
 from gvpo_jax.data.groups import UNKNOWN, Source
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
-from gvpo_jax.ops.packing import make_stream
+from gvpo_jax.ops.packing import pack_tokens
 
 Metrics = dict[str, jax.Array]
 
@@ -38,7 +38,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def score(
+def token_logps(
     model: Any,
     params: Any,
     prompts: jax.Array,
@@ -46,20 +46,20 @@ def score(
     completions: jax.Array,
     lengths: jax.Array | None = None,
     *,
-    stream: int | None = None,
+    packed_size: int | None = None,
 ) -> jax.Array:
     """Token log-probs of given completions, `[g, k, t]` float32 nats, meaningless past a length.
 
     The policy and the reference are scored by this same function, with different parameters.
 
     Args:
-        model: see `gvpo_jax.models.decoder.Apply`.
+        model: see `gvpo_jax.models.decoder.DecoderFns`.
         params: its parameters.
         prompts: `[g, p]`, with their lengths `[g]`.
-        completions: `[g, k, t]`, with their lengths `[g, k]`, which only a stream needs.
-        stream: tokens to compute in each of the `model.shards` parts of the batch, see
+        completions: `[g, k, t]`, with their lengths `[g, k]`, which only packing needs.
+        packed_size: tokens to compute in each of the `model.shards` parts of the batch, see
             `gvpo_jax.data.packing_plan.make_plan`; all is NaN where they are too few. None, or for
-            a model without `stream_hidden`: all tokens, padding too.
+            a model without `packed_hidden`: all tokens, padding too.
     """
     head_vd = model.head(params)
     logprobs = functools.partial(
@@ -67,21 +67,21 @@ def score(
         chunk_bytes=model.chunk_bytes * model.shards,
         kept_bytes=CHUNK_BYTES * model.shards,
     )
-    if stream is None or model.stream_hidden is None:
+    if packed_size is None or model.packed_hidden is None:
         hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
         return logprobs(hidden_gktd, head_vd, completions)
     if lengths is None:
-        raise ValueError("a stream needs the lengths of the completions")
+        raise ValueError("packing needs the lengths of the completions")
     (g, k, t), fed = completions.shape, completions[..., :-1]
-    layout = make_stream(
+    layout = pack_tokens(
         prompt_lengths,
         jnp.maximum(lengths - 1, 0),
         prompts.shape[1],
         t - 1,
         shards=model.shards,
-        size=stream,
+        size=packed_size,
     )
-    first_gd, rest_snd = model.stream_hidden(params, prompts, fed, layout)
+    first_gd, rest_snd = model.packed_hidden(params, prompts, fed, layout)
     first_gkd = jnp.broadcast_to(first_gd[:, None], (g, k, first_gd.shape[-1]))
     next_sn = layout.pack(jnp.zeros_like(prompts)[:, None], completions[..., 1:])[:, 0]
 
@@ -111,7 +111,7 @@ def train_step(
     beta: float,
     micro_batches: int = 1,
     completion_parts: int = 1,
-    stream: int | None = None,
+    packed_size: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of groups; what the loss is divided by is counted once, over them all.
 
@@ -123,14 +123,14 @@ def train_step(
     Args:
         state: parameters, optimizer state and step; donate it.
         batch: see `Batch`.
-        model: the model as functions, see `gvpo_jax.models.decoder.Apply`.
+        model: the model as functions, see `gvpo_jax.models.decoder.DecoderFns`.
         optimizer: an Optax transformation.
         objective: what to minimise, e.g. `gvpo_jax.training.objectives.gvpo(beta=0.1)`.
         beta: of the metrics `gvpo_mse` and `weight_abs`, see `gvpo_weights`.
         micro_batches: parts of whole groups that the batch is cut into; where they do not divide,
             the last one is filled up.
         completion_parts: parts that the completions of each group are cut into, likewise.
-        stream: see `score`; of each part of the batch.
+        packed_size: see `token_logps`; of each part of the batch.
 
     Returns:
         The new state, and scalar metrics of the policy before the update.
@@ -145,14 +145,14 @@ def train_step(
     batch = batch._replace(old_logps=jnp.where(own, jnp.nan, batch.old_logps))
     advantages_gk = objective.advantages(batch.rewards, batch.valid)
     count = objective.count(advantages_gk, _mask(batch), batch.valid)
-    scorer = functools.partial(score, model, stream=stream)
+    logps_of = functools.partial(token_logps, model, packed_size=packed_size)
     if completion_parts > 1:
         loss = functools.partial(_share_of, objective, batch, advantages_gk, count)
         grads, logps = _two_passes(
-            scorer, state.params, batch, loss, micro_batches, completion_parts
+            logps_of, state.params, batch, loss, micro_batches, completion_parts
         )
     else:
-        gradient = jax.grad(functools.partial(_share, scorer, objective), has_aux=True)
+        gradient = jax.grad(functools.partial(_share, logps_of, objective), has_aux=True)
         parts = split_groups((batch, advantages_gk), micro_batches)
         grads, logps = _accumulate(gradient, state.params, parts, count)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -173,9 +173,9 @@ def _check_shapes(batch: Batch) -> None:
     chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
-def _share(scorer, objective, params, batch: Batch, advantages_gk, count):
+def _share(logps_of, objective, params, batch: Batch, advantages_gk, count):
     """This part's share of the batch's loss, and its token log-probs."""
-    logps_gkt = scorer(
+    logps_gkt = logps_of(
         params, batch.prompts, batch.prompt_lengths, batch.completions, batch.lengths
     )
     share = _share_of(objective, batch, advantages_gk, count, logps_gkt)
@@ -205,7 +205,7 @@ def _accumulate(gradient, params, parts, count):
     return grads, join_groups(logps)
 
 
-def _two_passes(scorer, params, batch: Batch, loss, micro_batches, completion_parts):
+def _two_passes(logps_of, params, batch: Batch, loss, micro_batches, completion_parts):
     """As `_accumulate`, over parts of groups: scores first, then backward with known weights."""
 
     def cut(x_gk):
@@ -221,14 +221,14 @@ def _two_passes(scorer, params, batch: Batch, loss, micro_batches, completion_pa
         cut(batch.completions),
         cut(batch.lengths),
     )
-    _, scored = jax.lax.scan(lambda _, part: (None, scorer(params, *part)), None, parts)
+    _, scored = jax.lax.scan(lambda _, part: (None, logps_of(params, *part)), None, parts)
     scored = scored.reshape(micro_batches, completion_parts, *scored.shape[1:])
     logps_gkt = join_groups(join_completions(scored))
     weights = cut(jax.grad(loss)(logps_gkt))
 
     def add(total, part_and_weights):
         part, part_weights = part_and_weights
-        _, backward = jax.vjp(lambda p: scorer(p, *part), params)
+        _, backward = jax.vjp(lambda p: logps_of(p, *part), params)
         return jax.tree.map(jnp.add, total, backward(part_weights)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)

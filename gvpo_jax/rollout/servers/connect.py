@@ -7,10 +7,10 @@ from pathlib import Path
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.models import LoadedModel
-from gvpo_jax.parallel.distributed import lead, to_first_host
+from gvpo_jax.parallel.distributed import from_first_host, to_first_host
 from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.rollout.servers.engine import HttpEngine
-from gvpo_jax.rollout.servers.weight_sync import Scorer, WeightSync
+from gvpo_jax.rollout.servers.weight_sync import SequenceLogps, WeightSync
 
 
 def connect(config: Config) -> Fleet:
@@ -30,11 +30,11 @@ def connect(config: Config) -> Fleet:
 
 
 def server_engine(
-    config: Config, fleet: Fleet, model: LoadedModel, stop_ids: Sequence[int], score: Scorer
+    config: Config, fleet: Fleet, model: LoadedModel, stop_ids: Sequence[int], logps: SequenceLogps
 ) -> HttpEngine:
     """Samples on servers, which get new weights through a folder that process 0 writes.
 
-    score: the trainer's log-probs, on every process those of all sequences, see `scorer`.
+    logps: the trainer's log-probs, on every process those of all sequences, see `sequence_logps`.
     """
     r = config.rollout
     assert r.engine != "in_process"
@@ -43,11 +43,11 @@ def server_engine(
         r.engine,
         model,
         r.weights_dir or Path(config.run.dir) / "weights",
-        score,
+        logps,
         dtype=r.weights_dtype,
         tolerance=r.logp_tolerance,
         gather=to_first_host,
-        lead=lead,
+        lead=from_first_host,
     )
     vocab_size = model.config.vocab_size
     return HttpEngine(fleet, r.engine, stop_ids, vocab_size=vocab_size, weights=weights)

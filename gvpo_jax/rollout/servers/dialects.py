@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from gvpo_jax.rollout.engine import Sampling
+from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import BadReply, TryAgain
 
 Post = Callable[..., Any]
-Protocol = Literal["vllm", "vllm-tpu", "sglang"]
+ServerKind = Literal["vllm", "vllm-tpu", "sglang"]
 _ROUNDING = 1e-3  # nats that a log-prob may lie above 0
 _NEVER = -9999.0  # what vLLM writes for the logarithm of 0
 
@@ -28,7 +28,7 @@ class Ask:
     prompt: Sequence[int]
     k: int
     max_completion_length: int
-    sampling: Sampling
+    sampling: SamplingParams
     stop_ids: Sequence[int]
     vocab_size: int
     key: tuple[int, int] = (0, 0)  # the run's seed and the prompt's id
@@ -42,7 +42,7 @@ class Sampled(NamedTuple):
     stopped: bool
 
 
-class CannotScore(Exception):
+class NoPromptLogps(Exception):
     """The server does not give log-probs of given tokens."""
 
 
@@ -52,12 +52,13 @@ class Dialect:
 
     Attributes:
         sample: `(post, ask) -> k checked samples`.
-        score: `(post, tokens) -> log-probs of tokens[1:]` at temperature 1; may raise CannotScore.
+        token_logps: `(post, tokens) -> log-probs of tokens[1:]` at temperature 1; may raise
+            NoPromptLogps.
         load: `(post, folder)`: take the weights in the folder, forget what was cached.
     """
 
     sample: Callable[[Post, Ask], list[Sampled]]
-    score: Callable[[Post, Sequence[int]], list[float]]
+    token_logps: Callable[[Post, Sequence[int]], list[float]]
     load: Callable[[Post, str], None]
 
 
@@ -107,7 +108,7 @@ def seed_for(*numbers: int, bits: int) -> int:
     return int.from_bytes(digest, "big") >> (64 - bits)
 
 
-def _plain(sampling: Sampling) -> dict[str, Any]:
+def _plain(sampling: SamplingParams) -> dict[str, Any]:
     """Every option that changes probabilities: a server's own defaults may come from the model."""
     return {
         "temperature": sampling.temperature,
@@ -157,7 +158,7 @@ def _vllm_read(reply: Any, prompt: Sequence[int]) -> list[Sampled]:
     return samples
 
 
-def _vllm_score(post: Post, tokens: Sequence[int]) -> list[float]:
+def _vllm_token_logps(post: Post, tokens: Sequence[int]) -> list[float]:
     body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 1}
 
     def read(reply: Any) -> list[float] | None:
@@ -217,7 +218,7 @@ def _sglang_read(reply: Any) -> Sampled:
     return Sampled(tokens, [logp for logp, *_ in triples], stopped)
 
 
-def _sglang_score(post: Post, tokens: Sequence[int]) -> list[float]:
+def _sglang_token_logps(post: Post, tokens: Sequence[int]) -> list[float]:
     body = {
         "input_ids": list(tokens),
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
@@ -261,14 +262,14 @@ def _finite(logps: list[Any]) -> list[float]:
 
 def _scored(logps: list[float] | None) -> list[float]:
     if logps is None:
-        raise CannotScore
+        raise NoPromptLogps
     return logps
 
 
-_VLLM = Dialect(functools.partial(_vllm_sample, seeded=True), _vllm_score, _vllm_load)
+_VLLM = Dialect(functools.partial(_vllm_sample, seeded=True), _vllm_token_logps, _vllm_load)
 DIALECTS: dict[str, Dialect] = {
     "vllm": _VLLM,
     # tpu-inference refuses requests with a seed.
     "vllm-tpu": dataclasses.replace(_VLLM, sample=functools.partial(_vllm_sample, seeded=False)),
-    "sglang": Dialect(_sglang_sample, _sglang_score, _sglang_load),
+    "sglang": Dialect(_sglang_sample, _sglang_token_logps, _sglang_load),
 }

@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, Sampling
+from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
-from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, CannotScore, Dialect, Protocol, Sampled
+from gvpo_jax.rollout.servers.dialects import (
+    DIALECTS,
+    Ask,
+    Dialect,
+    NoPromptLogps,
+    Sampled,
+    ServerKind,
+)
 from gvpo_jax.rollout.servers.weight_sync import SyncReport, WeightSync
 
 _log = logging.getLogger(__name__)
@@ -31,7 +38,7 @@ class HttpEngine:
 
     Args:
         fleet: the servers.
-        protocol: what they understand; "vllm-tpu" is vLLM without seeds.
+        kind: what they understand; "vllm-tpu" is vLLM without seeds.
         stop_ids: tokens that end a completion and belong to it.
         vocab_size: token ids are below it.
         weights: brings `params` to the servers before they sample; default: they keep theirs.
@@ -40,16 +47,16 @@ class HttpEngine:
     def __init__(
         self,
         fleet: Fleet,
-        protocol: Protocol,
+        kind: ServerKind,
         stop_ids: Sequence[int],
         *,
         vocab_size: int,
         weights: WeightSync | None = None,
     ):
-        self._fleet, self._dialect = fleet, DIALECTS[protocol]
+        self._fleet, self._dialect = fleet, DIALECTS[kind]
         self._stop_ids, self._vocab_size = tuple(stop_ids), vocab_size
         self._weights = weights
-        self._gives_logps: dict[tuple[int, Sampling], bool] = {}
+        self._gives_logps: dict[tuple[int, SamplingParams], bool] = {}
         # Evaluation and a rollout ahead of time may want different weights on the same servers.
         self._one_at_a_time, self._of_thread = threading.Lock(), threading.local()
         self._sync: SyncReport | None = None
@@ -62,7 +69,7 @@ class HttpEngine:
         *,
         num_generations: int,
         max_completion_length: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
     ) -> Rollout:
@@ -112,11 +119,11 @@ class HttpEngine:
 
     def _logps_known(self, home: int, ask: Ask, samples: list[Sampled]) -> bool:
         """Whether a server's log-probs are those that a `Rollout` holds."""
-        if ask.sampling == Sampling():
+        if ask.sampling == SamplingParams():
             return True
         known = self._gives_logps.get((home, ask.sampling))
         if known is None:
-            compare = functools.partial(_same_when_scored, self._dialect, ask, samples)
+            compare = functools.partial(_same_as_prompt, self._dialect, ask, samples)
             (known,) = self._fleet.map([(home, compare)])
             if known is None:
                 return False
@@ -138,7 +145,7 @@ def _sample(dialect: Dialect, ask: Ask, client: Client) -> list[Sampled]:
     return dialect.sample(_poster(client, f"prompt {ask.key[1]}"), ask)
 
 
-def _same_when_scored(
+def _same_as_prompt(
     dialect: Dialect, ask: Ask, samples: list[Sampled], client: Client
 ) -> bool | None:
     """Whether the log-probs are those of the same tokens given as a prompt; None: can't be told."""
@@ -147,8 +154,8 @@ def _same_when_scored(
     scored: list[float] = []
     for tokens, logps, _ in samples[:_RESCORED]:
         try:
-            scores = dialect.score(post, [*ask.prompt, *tokens])
-        except CannotScore:
+            scores = dialect.token_logps(post, [*ask.prompt, *tokens])
+        except NoPromptLogps:
             return False
         said += logps
         scored += scores[-len(tokens) :]

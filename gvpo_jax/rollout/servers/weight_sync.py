@@ -20,12 +20,12 @@ from gvpo_jax.data.batch import bucket
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
-from gvpo_jax.rollout.engine import Sampling
+from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
-from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, CannotScore, Dialect, Protocol
+from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, Dialect, NoPromptLogps, ServerKind
 
 _log = logging.getLogger(__name__)
-Scorer = Callable[[Any, Sequence[Sequence[int]]], list[np.ndarray]]
+SequenceLogps = Callable[[Any, Sequence[Sequence[int]]], list[np.ndarray]]
 _NAME = re.compile(r"version-(\d{8})")
 _SCRATCH = ".writing-"
 _PROBES, _LONGEST_PROBE = 4, 128  # sequences, and tokens of each
@@ -71,10 +71,11 @@ class WeightSync:
 
     Args:
         fleet: the servers.
-        protocol: what they understand.
+        kind: what they understand.
         model: gives config and tokenizer of the folders.
         folder: where they are written; every server sees it under the same path.
-        score: `(params, sequences) -> log-probs of each sequence's tokens[1:]`, see `scorer`.
+        logps: `(params, sequences) -> log-probs of each sequence's tokens[1:]`, see
+            `sequence_logps`.
         dtype: of the files, "float32" or "bfloat16".
         tolerance: mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
         keep: versions that stay on disk.
@@ -86,10 +87,10 @@ class WeightSync:
     def __init__(
         self,
         fleet: Fleet,
-        protocol: Protocol,
+        kind: ServerKind,
         model: LoadedModel,
         folder: Path | str,
-        score: Scorer,
+        logps: SequenceLogps,
         *,
         dtype: str = "float32",
         tolerance: float = 0.05,
@@ -98,9 +99,9 @@ class WeightSync:
         gather: Callable[[Any], Any] = lambda params: params,
         lead: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ):
-        self._fleet, self._dialect = fleet, DIALECTS[protocol]
+        self._fleet, self._dialect = fleet, DIALECTS[kind]
         self._model, self._folder = model, Path(folder).absolute()
-        self._score, self._dtype, self._tolerance, self._keep = score, dtype, tolerance, keep
+        self._logps, self._dtype, self._tolerance, self._keep = logps, dtype, tolerance, keep
         self._gather, self._lead = gather, lead
         self._on_servers: list[weakref.ref[Any]] = []
         self._blind: set[str] = set()
@@ -163,7 +164,7 @@ class WeightSync:
     ) -> SyncReport:
         """The report, if every server has what the trainer has."""
         sampled = [sequence for answer in answers for sequence in answer.fresh]
-        scored = self._score(params, [*self._probes, *sampled])
+        scored = self._logps(params, [*self._probes, *sampled])
         ours, rest = _flat(scored[: len(self._probes)]), iter(scored[len(self._probes) :])
         differences = []
         for client, answer in zip(self._fleet.clients, answers, strict=True):
@@ -232,8 +233,8 @@ class WeightSync:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def scorer(score: Callable[..., Any], *, multiple: int = 1) -> Scorer:
-    """A `Scorer` from `(params, prompts [g, p], lengths [g], completions [g, 1, t]) -> [g, 1, t]`.
+def sequence_logps(logps: Callable[..., Any], *, multiple: int = 1) -> SequenceLogps:
+    """`SequenceLogps` from `(params, prompts [g, p], lengths [g], completions [g, 1, t]) -> same`.
 
     multiple: what the number of groups g must be a multiple of.
     """
@@ -245,7 +246,7 @@ def scorer(score: Callable[..., Any], *, multiple: int = 1) -> Scorer:
         for row, sequence in zip(tokens, filled, strict=True):
             row[: len(sequence)] = sequence
         first = np.ones(len(filled), np.int32)
-        scored = np.asarray(score(params, tokens[:, :1], first, tokens[:, None, 1:]))[:, 0]
+        scored = np.asarray(logps(params, tokens[:, :1], first, tokens[:, None, 1:]))[:, 0]
         return [
             row[: len(sequence) - 1].astype(np.float64)
             for row, sequence in zip(scored, sequences, strict=False)
@@ -264,12 +265,12 @@ def _visit(
     seconds = time.perf_counter() - start
     post = functools.partial(client.post, about=f"comparing {folder.name}")
     try:
-        scores = [dialect.score(post, probe) for probe in probes if len(probe) > 1] or None
-    except CannotScore:
+        scores = [dialect.token_logps(post, probe) for probe in probes if len(probe) > 1] or None
+    except NoPromptLogps:
         scores = None
     fresh, logps = [], []
     for number, probe in enumerate(probes):
-        ask = Ask(probe, 1, _FRESH, Sampling(), (), vocab_size, key=(number, 0))
+        ask = Ask(probe, 1, _FRESH, SamplingParams(), (), vocab_size, key=(number, 0))
         (sample,) = dialect.sample(post, ask)
         fresh.append([*probe, *sample.tokens])
         logps.append(sample.logps)
