@@ -11,34 +11,29 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from gvpo_jax.config import Config, TaskConfig
+from gvpo_jax.config import Config
+from gvpo_jax.data.reasoning_gym import TaskConfig
 from gvpo_jax.errors import UserError
+from gvpo_jax.parallel.distributed import DistributedConfig
+from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
+from gvpo_jax.rundir.files import write_text
+from gvpo_jax.settings import describe
 
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
 
 
-# A resumed run may change these: they touch neither what was computed nor what will be.
-_FREE = (
-    "run.dir",
-    "run.compilation_cache",
-    "model.attention",
-    "model.remat",
-    "rollout.tensor",
-    "rollout.servers",
-    "rollout.weights_dir",
-    "rollout.timeout",
-    "rollout.retries",
-    "rollout.concurrency",
-    "rollout.logp_tolerance",
-    "rollout.api_key_env",
-    "train.packing",
-    "train.stop_at",
-    "checkpoint",
-    "log",
-    "eval.batch_size",
-    "mesh",
-    "distributed",
-)
+# Settings of earlier versions, and their names today.
+_RENAMED = {
+    "rollout.engine": "servers.kind",
+    "rollout.servers": "servers.urls",
+    **{
+        f"rollout.{name}": f"servers.{name}"
+        for name in (
+            "weights_dir", "weights_dtype", "timeout", "retries", "concurrency",
+            "logp_tolerance", "api_key_env",
+        )
+    },
+}  # fmt: skip
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -55,8 +50,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     given = [_parse_override(override) for override in overrides]
     try:
         schema = OmegaConf.structured(Config)
-        merged = OmegaConf.merge(schema, OmegaConf.load(file), *given)
-        config = _as_config(merged)
+        layers = (_with_new_names(layer) for layer in (OmegaConf.load(file), *given))
+        config = _as_config(OmegaConf.merge(schema, *layers))
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     except MarkedYAMLError as error:
@@ -96,13 +91,90 @@ def to_yaml(config: Config) -> str:
 
 def difference(a: Config, b: Config) -> list[str]:
     """Keys, as `section.key`, in which two configs differ in a way that a resumed run must not."""
-    flat_a, flat_b = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
     return [
-        key
-        for key in flat_a
-        if flat_a[key] != flat_b.get(key)
-        and not any(key == f or key.startswith(f + ".") for f in _FREE)
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(getattr(a, section.name))
+        if not field.metadata["free"]
+        and getattr(getattr(a, section.name), field.name)
+        != getattr(getattr(b, section.name), field.name)
     ]
+
+
+def settings_page() -> str:
+    """All settings as a page of documentation; `python -m gvpo_jax.config_file` prints it."""
+    lines = ["# Settings", "", _PAGE, ""]
+    section = ""
+    for key, kind, default, limits, description in describe(Config):
+        if not key.startswith(f"{section}."):
+            section = key.partition(".")[0]
+            about = (getattr(Config(), section).__doc__ or "").partition("\n")[0]
+            lines += [f"## {section}", "", about, ""]
+            lines += ["| setting | type | default | limits | meaning |", "|---|---|---|---|---|"]
+        cells = (f"`{key}`", kind, f"`{default}`" if default else "", limits, description)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        if key == section:
+            lines.append("")
+    return re.sub(r"\n(?=## )", "\n\n", "\n".join(lines)) + "\n"
+
+
+_PAGE = (
+    "Give any of these in the YAML file, as `section.key=value` behind a command, or as\n"
+    "`section__key=value` to `Trainer.from_pretrained`. This page is made by\n"
+    "`python -m gvpo_jax.config_file > docs/settings.md`."
+)
+
+
+def claim(config: Config) -> Path:
+    """The run folder, made and marked with the config, or found again with the same config in it.
+
+    A run with a constant learning rate may be made longer: `train.steps` may grow.
+
+    Raises:
+        UserError: as for `check_claim`; nothing is written then.
+    """
+    folder = check_claim(config)
+    # Where this session stops, and on which machines it runs, is not the run's business.
+    kept = dataclasses.replace(
+        override(config, train__stop_at=None), distributed=DistributedConfig()
+    )
+    with usable(folder):
+        write_text(folder / SETTINGS, to_yaml(kept))
+    return folder
+
+
+def check_claim(config: Config) -> Path:
+    """The run folder, nothing written yet.
+
+    Raises:
+        UserError: the folder holds something else, or a run of another config.
+    """
+    folder = Path(config.run.dir)
+    with usable(folder):
+        if not (folder / SETTINGS).is_file():
+            check_not_foreign(folder)
+            return folder
+        old = load_config(folder / SETTINGS)
+        keys = difference(old, config)
+        longer = config.train.steps > old.train.steps and config.optimizer.schedule == "constant"
+        if keys and not (keys == ["train.steps"] and longer) and has_begun(folder):
+            raise UserError(
+                f"{folder} holds a run with other settings ({', '.join(keys)}); "
+                "give those, or choose another run.dir"
+            )
+    return folder
+
+
+def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run folder, overrides on top, with `run.dir` set to where it lies now.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    folder = Path(path)
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {SETTINGS}")
+    return load_config(folder / SETTINGS, [*overrides, f"run.dir={folder}"])
 
 
 def _find(path: Path) -> Path:
@@ -140,13 +212,17 @@ def _as_config(merged: Any) -> Config:
     return config
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+def _with_new_names(layer: Any) -> Any:
+    """Settings under the names that they have today."""
+    for old, new in _RENAMED.items():
+        value = OmegaConf.select(layer, old) if OmegaConf.is_dict(layer) else None
+        if value is not None:
+            value = "none" if (old, value) == ("rollout.engine", "in_process") else value
+            OmegaConf.update(layer, new, value, force_add=True)
+        section, key = old.split(".")
+        if OmegaConf.is_dict(layer) and OmegaConf.is_dict(layer.get(section)):
+            layer[section].pop(key, None)
+    return layer
 
 
 _RECORDS = {
@@ -171,3 +247,7 @@ def _one_line(error: Exception) -> str:
         known = ", ".join(f.name for f in fields(_RECORDS[stranger[1]]))
         message += f", which has {known}"
     return f"{key}: {message}" if key and key not in message else message
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")

@@ -7,76 +7,99 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.collect.collector import Collector, sampling_params
-from gvpo_jax.collect.feed import Feed
+from gvpo_jax.collect.collector import Judge
+from gvpo_jax.collect.evaluate import evaluate
+from gvpo_jax.collect.feed import Feed, TrainBatch, pack_round, unpack_round
 from gvpo_jax.config import Config
+from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import is_first, raise_together
 from gvpo_jax.parallel.preemption import Preempted, watch
-from gvpo_jax.report.html import write_report
-from gvpo_jax.rundir.claim import (
-    check_claim,
-    check_not_lost,
-    claim,
-    lock,
-    write_evaluation,
-    write_summary,
-)
+from gvpo_jax.report import write_report
+from gvpo_jax.rollout import Engine
+from gvpo_jax.rundir.claim import check_not_lost, lock, write_evaluation, write_summary
 from gvpo_jax.rundir.files import read_summary
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
 from gvpo_jax.training.checkpoint import Checkpoints, sweep
 from gvpo_jax.training.policy import Policy
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Loop:
     """One run in `config.run.dir`, which goes on where it stopped.
 
     Attributes:
         config: the settings.
+        model_name: for the summary.
         policy: what is trained.
+        engine: samples the answers to held-out rows.
         feed: gives the batches.
-        collector: evaluates on the held-out rows, if there are any.
-        held_out: those rows.
+        judge: gives those answers their rewards.
+        held_out: those rows, if there are any.
         data_fingerprint: tells training rows, held-out rows and reward functions from others.
         notes: lines to show at the start.
+        round: the batches of the round under way; None: the next one has not begun.
+        done: updates of it that are done.
     """
 
     config: Config
+    model_name: str
     policy: Policy
+    engine: Engine
     feed: Feed
-    collector: Collector
+    judge: Judge
     held_out: EncodedPrompts | None
     data_fingerprint: str
     notes: Sequence[str]
+    round: list[TrainBatch] | None = None
+    done: int = 0
 
     def run(self) -> dict[str, Any]:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds.
 
         Raises:
             Preempted: told to end by SIGTERM; the run is saved.
+            UserError: the folder belongs to another run, or what sampling and updates raise.
         """
         c, run_dir = self.config, Path(self.config.run.dir)
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
-            stack.enter_context(contextlib.closing(self.policy))
+            stack.enter_context(contextlib.closing(self.engine))
             raise_together(lambda: self._open(stack))
             stack.enter_context(contextlib.closing(self.feed))
             checkpoints = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
             stack.enter_context(checkpoints)
-            counters = resume(
-                checkpoints, self.policy, data_fingerprint=self.data_fingerprint, feed=self.feed
-            )
+            counters = self._resume(checkpoints)
             raise_together(lambda: self._claim(counters))
-            with RunLog(run_dir, counters, c) as log:
+            per_round = c.train.steps_per_generation * c.train.num_iterations
+            with RunLog(run_dir, counters, c.log, c.train.steps, per_round) as log:
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
                     return summary
                 for note in self._opening(counters):
                     log.note(note)
-                preempted = self._updates(log, checkpoints, told_to_end)
-        summary = counters.summary(self.policy.model.name)
+                if counters.step == 0:
+                    counters.accuracy_before = self._evaluate(log, "before")
+                end, preempted = min(c.train.steps, c.train.stop_at or c.train.steps), False
+                while counters.step < end and not (preempted := told_to_end()):
+                    last = counters.step - self.done
+                    self._round(log, told_to_end)
+                    if self.round:
+                        continue  # told to end before the round's last update
+                    if crossed(last, counters.step, c.eval.every) and counters.step < c.train.steps:
+                        self._evaluate(log, f"step_{counters.step:06d}")
+                    if crossed(last, counters.step, c.checkpoint.every):
+                        self._save(log, checkpoints)
+                if counters.step:
+                    self._save(log, checkpoints)
+                if preempted:
+                    saved = "saved, the same command goes on"
+                    before = "before the first update: the same command starts over"
+                    log.note(f"told to end{': ' + saved if counters.step else ' ' + before}")
+                elif counters.step >= c.train.steps and counters.accuracy_after is None:
+                    counters.accuracy_after = self._evaluate(log, "after")
+        summary = counters.summary(self.model_name)
         if is_first():
             if counters.step >= c.train.steps:
                 write_summary(run_dir, summary)
@@ -88,116 +111,89 @@ class Loop:
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Hold the folder against other runs, for all processes of this one."""
         if is_first():
-            check_claim(self.config)
-            sweep(stack.enter_context(lock(self.config)) / "checkpoints")
+            folder = check_claim(self.config)
+            sweep(stack.enter_context(lock(folder)) / "checkpoints")
 
     def _claim(self, counters: Counters) -> None:
         if is_first():
             if counters.step == 0:
-                check_not_lost(Path(self.config.run.dir), self.config)
+                check_not_lost(Path(self.config.run.dir), self.config.checkpoint.every)
             claim(self.config)
 
-    def _updates(
-        self, log: RunLog, checkpoints: Checkpoints, told_to_end: Callable[[], bool]
-    ) -> bool:
-        """Whether it ended early because it was told to."""
+    def _round(self, log: RunLog, told_to_end: Callable[[], bool]) -> None:
+        """One rollout, or as many given groups, and the updates on them, as long as it may."""
         c, counters = self.config, log.counters
-        if counters.step == 0:
-            counters.accuracy_before = self._evaluate(log, "before")
-        while counters.step < min(c.train.steps, c.train.stop_at or c.train.steps):
-            if told_to_end():
-                if counters.step:
-                    self._save(log, checkpoints)
-                    log.note("told to end: saved, the same command goes on")
-                else:
-                    log.note("told to end before the first update: the same command starts over")
-                return True
-            last = counters.step
-            self._round(log)
-            if crossed(last, counters.step, c.eval.every) and counters.step < c.train.steps:
-                self._evaluate(log, f"step_{counters.step:06d}")
-            if crossed(last, counters.step, c.checkpoint.every):
-                self._save(log, checkpoints)
-        self._save(log, checkpoints)
-        if counters.step >= c.train.steps and counters.accuracy_after is None:
-            counters.accuracy_after = self._evaluate(log, "after")
-        return False
-
-    def _round(self, log: RunLog) -> None:
-        """One rollout, or as many given groups, and the updates on them."""
-        c, counters = self.config, log.counters
-        if c.reference.name == "previous":
+        if self.round is None:
             self.policy.refresh_reference_if_due()
-        batches = self.feed.round(counters.rollouts)
-        counters.rollouts += 1
-        for place, fed in enumerate(batches, start=1):
-            if fed.records:
-                log.completions(counters.step + place, fed.records)
-            if math.isnan(fed.metrics["reward"]):
-                step = counters.step + place
+            self.round, self.done = self.feed.round(counters.rollouts), 0
+            counters.rollouts += 1
+        for step, batch in enumerate(self.round, start=counters.step - self.done + 1):
+            if batch.records and step > counters.step:
+                log.completions(step, batch.records)
+            if math.isnan(batch.metrics["reward"]):
                 log.note(f"step {step}: no completion has a reward, there is nothing to learn from")
-        for fed in batches * c.train.num_iterations:
-            if counters.step < c.train.steps:
-                log.step(self.policy.update(fed.batch, fed.plan), fed.metrics)
+        queue = self.round * c.train.num_iterations
+        last = min(len(queue), self.done + c.train.steps - counters.step)
+        while self.done < last and not (self.done and told_to_end()):
+            batch = queue[self.done]
+            log.step(self.policy.update(batch.batch, batch.plan), batch.metrics)
+            self.done += 1
+        if self.done == last:
+            self.round, self.done = None, 0
 
     def _evaluate(self, log: RunLog, name: str) -> float | None:
         """Accuracy on the held-out rows, written down; None where there are none."""
         if self.held_out is None:
             return None
-        metrics, records = self.collector.evaluate(self.held_out)
+        metrics, records = evaluate(
+            self.held_out,
+            self.engine,
+            self.policy.params,
+            self.judge,
+            self.config.eval,
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
         if is_first():
             write_evaluation(log.run_dir, name, records)
         log.evaluation(name, metrics)
         return metrics["eval/accuracy"]
 
     def _save(self, log: RunLog, checkpoints: Checkpoints) -> None:
-        state, samples = self.policy.checkpoint(), self.feed.state()  # waits for rounds drawn ahead
+        samples = self.feed.state()  # waits for rounds drawn ahead
+        samples |= pack_round(self.round, self.done) if self.round else {}
         log.flush()
-        extra = {
+        about = {
             "counters": log.counters.as_dict(),
-            "refreshed_at": self.policy.refreshed_at,
-            "start_fingerprint": self.policy.start_fingerprint,
             "data_fingerprint": self.data_fingerprint,
         }
-        checkpoints.save(log.counters.step, state, extra, samples)
+        self.policy.save(checkpoints, about, samples)
+
+    def _resume(self, checkpoints: Checkpoints) -> Counters:
+        """Let policy and feed take over the last whole checkpoint; all at 0 where there is none.
+
+        Raises:
+            UserError: it belongs to another model, or to other data than these.
+        """
+        restored = self.policy.load(checkpoints)
+        if restored is None:
+            return Counters()
+        if restored.extra["data_fingerprint"] != self.data_fingerprint:
+            raise UserError(
+                "training rows, held-out rows or reward functions are not those of this run; "
+                "bring them back, or choose another run.dir"
+            )
+        self.feed.load(restored.samples)
+        found = unpack_round(restored.samples, self.policy.plan)
+        if found:
+            self.round, self.done = found
+        return Counters(**restored.extra["counters"])
 
     def _opening(self, counters: Counters) -> list[str]:
         start = f"going on from step {counters.step}" if counters.step else "starting"
         lines = [f"{start}; what runs for the first time is compiled, which takes a while"]
-        if sampling_params(self.config).cuts_support:
+        if self.config.rollout.params().cuts_support:
             lines.append(
                 "top_k, top_p and min_p keep some tokens from ever being sampled: GVPO's optimum "
                 "is then not reached, because the samples do not cover the reference"
             )
         return [*lines, *self.notes]
-
-
-def resume(
-    checkpoints: Checkpoints,
-    policy: Policy,
-    *,
-    data_fingerprint: str | None = None,
-    feed: Feed | None = None,
-) -> Counters:
-    """Let policy and feed take over the last whole checkpoint; all at 0 where there is none.
-
-    Raises:
-        UserError: it belongs to another model, or to other `data_fingerprint` than these.
-    """
-    restored = checkpoints.restore(policy.checkpoint_like())
-    if restored is None:
-        return Counters()
-    if restored.extra["start_fingerprint"] != policy.start_fingerprint:
-        raise UserError(
-            f"{policy.model.name} is not the model that this run started from; "
-            "bring it back, or choose another run.dir"
-        )
-    if data_fingerprint not in (None, restored.extra["data_fingerprint"]):
-        raise UserError(
-            "training rows, held-out rows or reward functions are not those of this run; "
-            "bring them back, or choose another run.dir"
-        )
-    policy.load_checkpoint(restored.state, restored.extra["refreshed_at"])
-    if feed:
-        feed.load(restored.samples)
-    return Counters(**restored.extra["counters"])

@@ -1,34 +1,44 @@
 """The door for Python users: whole runs, or steps on text that they sampled and scored."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_jax.collect.collector import Collector, sampling_params, texts_of
-from gvpo_jax.collect.feed import Feed, OnlineFeed, send_groups
+from jax.sharding import Mesh
+
+from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
+from gvpo_jax.collect.evaluate import evaluate
+from gvpo_jax.collect.feed import Feed, OnlineFeed
 from gvpo_jax.collect.metrics import reward_metrics
-from gvpo_jax.collect.offline import OfflineFeed, OfflineGroups, read_groups
+from gvpo_jax.collect.offline import OfflineFeed, OfflineGroups, read_groups, rows_with_reference
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
 from gvpo_jax.data.groups import (
-    UNKNOWN,
-    Group,
+    Groups,
     Source,
-    cache_key,
     length_problem,
-    make_batch,
     make_group,
     read_reward,
-    token_lists,
+    stack,
+    to_batch,
 )
-from gvpo_jax.data.rows import EncodedPrompts, encode_prompts
+from gvpo_jax.data.rows import EncodedPrompts, completion_ids
 from gvpo_jax.errors import UserError
-from gvpo_jax.loop import Loop, resume
-from gvpo_jax.models import LoadedModel, export_model
+from gvpo_jax.loop import Loop
+from gvpo_jax.models.export import export_model
+from gvpo_jax.models.hf_config import check_length
+from gvpo_jax.models.load import LoadedModel, stop_token_ids
+from gvpo_jax.parallel.distributed import from_first_host, my_slice, raise_together, to_first_host
+from gvpo_jax.parallel.layout import check_batch, group_shards, place_param, place_params
 from gvpo_jax.rewards import batched
+from gvpo_jax.rollout import Engine, InProcessEngine
+from gvpo_jax.rollout.make import sampling_model
+from gvpo_jax.rollout.servers.weight_sync import sequence_logps
 from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
-from gvpo_jax.training.policy import Policy
+from gvpo_jax.training.policy import Policy, copy
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
@@ -48,9 +58,30 @@ class Trainer:
     """
 
     def __init__(self, config: Config, model: LoadedModel | None = None):
-        self.config = config
-        self.policy = Policy(config, model)
-        self.tokenizer = self.policy.model.tokenizer
+        c = self.config = config
+        mesh = c.mesh.mesh()
+        _check_batch(c, mesh)
+        fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
+        needed = c.data.max_prompt_length + c.rollout.max_completion_length
+        if model is None:
+            model = c.model.load(place=functools.partial(place_param, mesh), length=needed)
+            params = model.params
+        else:  # the caller keeps theirs
+            check_length(model.config, needed, model.name)
+            params = copy(place_params(mesh, model.params))
+        self.model = dataclasses.replace(model, params={})
+        self.tokenizer = model.tokenizer
+        self.stop_ids = tuple(dict.fromkeys((*stop_token_ids(model), *c.rollout.stop_token_ids)))
+        functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
+        programs = c.programs(functions, model.config, mesh)
+        self.policy = Policy(params, programs, train=c.train, reference=c.reference)
+        self.engine: Engine
+        if fleet is None:
+            sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions)
+            self.engine = InProcessEngine(sampling, self.stop_ids, slots=c.rollout.slots)
+        else:
+            logps = sequence_logps(self.policy.logps_of_all, multiple=group_shards(mesh))
+            self.engine = c.servers.engine(fleet, self.model, self.stop_ids, logps, c.run.dir)
 
     @classmethod
     def from_pretrained(
@@ -118,18 +149,20 @@ class Trainer:
             )
         encoded = self._encode_all(prompts)
         limit = self.config.rollout.max_completion_length
-        groups = []
-        for place, (ids, texts, values) in enumerate(
-            zip(encoded.token_ids, completions, rewards, strict=True), start=1
-        ):
-            groups.append(self._group(f"group {place}", ids, texts, values, limit))
-        batch = make_batch(groups, longest_completion=limit)
+        groups = stack(
+            [
+                self._group(f"group {place}", ids, texts, values, limit)
+                for place, (ids, texts, values) in enumerate(
+                    zip(encoded.token_ids, completions, rewards, strict=True), start=1
+                )
+            ]
+        )
+        batch = to_batch(groups, longest_completion=limit)
         if not (batch.valid.sum(axis=-1) >= 2).any():
             raise UserError(
                 "no group has two completions with a reward; GVPO compares at least two"
             )
-        if self.config.reference.name == "previous":
-            self.policy.refresh_reference_if_due()
+        self.policy.refresh_reference_if_due()
         batch = self.policy.with_reference(self.policy.pad(batch))
         metrics = as_numbers(self.policy.update(batch))
         check_finite(metrics, "the step")
@@ -155,11 +188,33 @@ class Trainer:
             UserError: the run folder belongs to another config; and what data and reward functions
                 raise.
         """
-        c = self.config
-        collector = Collector(self.policy, c, _as_list(reward_funcs))
-        prompts = self._encode(dataset)
-        feed = OnlineFeed(self.policy, c, collector, prompts)
-        return self._run(feed, collector, prompts, eval_dataset, feed.notes)
+        c, judge = self.config, self._judge(reward_funcs)
+        prompts, notes = c.data.encode(dataset, self.tokenizer), []
+        demonstrations = None
+        if count := c.rollout.demonstrations:
+            demonstrations = read_demonstrations(
+                prompts,
+                self.tokenizer,
+                self.stop_ids,
+                count=count,
+                max_completion_length=c.rollout.max_completion_length,
+                bad_samples=c.data.bad_samples,
+            )
+            if lost := int((demonstrations.lengths == 0).sum()):
+                notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"]
+        collector = Collector(
+            self.engine,
+            judge,
+            prompts,
+            c.rollout,
+            demonstrations,
+            new=c.train.batch_size - c.replay.groups,
+            batch_size=c.train.batch_size,
+            samples=c.rollout.num_generations - c.rollout.demonstrations - c.replay.completions,
+            seed=c.run.seed,
+        )
+        feed = OnlineFeed(self.policy, collector, c.train, c.replay)
+        return self._loop(feed, judge, prompts, eval_dataset, notes).run()
 
     def train_offline(
         self,
@@ -183,50 +238,40 @@ class Trainer:
             )
         if eval_dataset and not reward_funcs:
             raise UserError("held-out rows need reward functions that judge them")
-        prompts = self._encode(dataset)
+        prompts = c.data.encode(dataset, self.tokenizer)
         offline = self._read_groups(prompts)
+        skipped = {"completions": offline.skipped_completions, "groups": offline.skipped_groups}
         notes = [
             f"{count} {what} skipped: data.bad_samples=skip"
-            for count, what in (
-                (offline.skipped_completions, "completions"),
-                (offline.skipped_groups, "groups"),
-            )
+            for what, count in skipped.items()
             if count
         ]
-        feed = OfflineFeed(self.policy, c, offline.groups)
-        collector = Collector(self.policy, c, _as_list(reward_funcs))
-        return self._run(feed, collector, prompts, eval_dataset, notes)
+        feed = OfflineFeed(
+            self.policy,
+            offline.groups,
+            c.train,
+            longest_completion=c.rollout.max_completion_length,
+            seed=c.run.seed,
+            ahead=c.reference.name == "initial",
+        )
+        return self._loop(feed, self._judge(reward_funcs), prompts, eval_dataset, notes).run()
 
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
         """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
 
         Args:
             dataset: as for `train_offline`.
+
+        Raises:
+            UserError: a group can't be used, or the reference changes with every update.
         """
-        prompts = self._encode(dataset)
+        c = self.config
+        prompts = c.data.encode(dataset, self.tokenizer)
         groups = self._read_groups(prompts).groups
-        if len(groups) != len(dataset):
+        if groups.count != len(dataset):
             raise UserError("some groups can't be used; remove them first")
-        if self.policy.reference_fingerprint == UNKNOWN:
-            raise UserError("reference.name=ema changes with every update: nothing can be kept")
-        size, rows = self.config.train.batch_size, []
-        for start in range(0, len(groups), size):
-            part = groups[start : start + size]
-            _, scored = send_groups(self.policy, part, self.config, prompts.longest)()
-            rows += [
-                {
-                    **row,
-                    "completions": token_lists(group),
-                    "rewards": [float(reward) for reward in group.rewards],
-                    "ref_logps": [
-                        values[:n].tolist()
-                        for values, n in zip(group.ref_logps, group.lengths, strict=True)
-                    ],
-                    "ref_fingerprint": cache_key(group.reference, group),
-                }
-                for row, group in zip(prompts.rows[start : start + size], scored, strict=True)
-            ]
-        return rows
+        longest = c.rollout.max_completion_length
+        return rows_with_reference(self.policy, prompts, groups, c.train.batch_size, longest)
 
     def evaluate(
         self, dataset: Dataset, reward_funcs: RewardFuncs
@@ -236,40 +281,63 @@ class Trainer:
         The same rows get the same random keys every time: two evaluations differ by the policy
         alone.
         """
-        collector = Collector(self.policy, self.config, _as_list(reward_funcs))
-        return collector.evaluate(self._encode(dataset))
+        return evaluate(
+            self.config.data.encode(dataset, self.tokenizer),
+            self.engine,
+            self.policy.params,
+            self._judge(reward_funcs),
+            self.config.eval,
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
 
     def generate(
         self, prompts: Sequence[Any], *, num_generations: int = 1, seed: int = 0
     ) -> list[list[str]]:
         """Texts sampled from the current policy: `num_generations` completions of each prompt."""
-        encoded = self._encode_all(prompts)
-        rollout = self.policy.generate(
-            encoded.token_ids,
+        groups = self.engine.generate(
+            self.policy.params,
+            self._encode_all(prompts).token_ids,
             range(len(prompts)),
             num_generations=num_generations,
-            sampling=sampling_params(self.config),
+            max_completion_length=self.config.rollout.max_completion_length,
+            sampling=self.config.rollout.params(),
             seed=seed,
         )
-        return texts_of(self.tokenizer, token_lists(rollout), num_generations)
+        return texts_of(self.tokenizer, groups)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the current policy as a model folder that transformers loads."""
-        export_model(folder, self.policy.model, self.policy.state.params)
+        """Write the current policy as a model folder that transformers loads.
+
+        Of several processes all call it, and the first writes.
+
+        Raises:
+            UserError: the folder holds something else, or can't be written.
+        """
+        params = to_first_host(self.policy.params)
+
+        def write() -> None:
+            export_model(folder, self.model, params)
+
+        from_first_host(write)
 
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
 
+        Its optimizer state is not read: an update after this begins with a fresh one.
+
         Raises:
             UserError: there is none.
         """
-        with Checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
-            step = resume(checkpoints, self.policy).step
-        if step == 0:
+        folder = Path(run_dir) / "checkpoints"
+        if not folder.is_dir():
             raise UserError(f"{run_dir} has no checkpoint yet")
-        return step
+        with Checkpoints(folder) as checkpoints:
+            restored = self.policy.load(checkpoints, params_only=True)
+        if restored is None:
+            raise UserError(f"{run_dir} has no checkpoint yet")
+        return restored.step
 
-    def _group(self, name: str, prompt_ids, texts, values, limit: int) -> Group:
+    def _group(self, name: str, prompt_ids, texts, values, limit: int) -> Groups:
         """A group handed over as text, checked."""
         if len(texts) != len(values):
             raise UserError(f"{name} has {len(texts)} completions but {len(values)} rewards")
@@ -277,7 +345,7 @@ class Trainer:
         for place, (text, value) in enumerate(zip(texts, values, strict=True), start=1):
             if not isinstance(text, str):
                 raise UserError(f"{name}, completion {place}: must be a text, got {text!r}")
-            tokens.append(self.policy.completion_ids(text))
+            tokens.append(completion_ids(text, self.tokenizer, self.stop_ids))
             try:
                 rewards.append(read_reward(value))
             except UserError as error:
@@ -286,41 +354,35 @@ class Trainer:
                 raise UserError(f"{name}, completion {place}: {problem}")
         return make_group(prompt_ids, tokens, rewards, source=Source.FILE)
 
-    def _run(
+    def _loop(
         self,
         feed: Feed,
-        collector: Collector,
+        judge: Judge,
         prompts: EncodedPrompts,
         eval_dataset: Dataset,
-        notes: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        held_out = self._encode(eval_dataset) if eval_dataset else None
-        names = (getattr(f, "__name__", type(f).__name__) for f in collector.reward_funcs)
-        data = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
+        notes: Sequence[str],
+    ) -> Loop:
+        data = self.config.data
+        held_out = data.encode(eval_dataset, self.tokenizer) if eval_dataset else None
+        names = (getattr(f, "__name__", type(f).__name__) for f in judge.reward_funcs)
+        fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         if prompts.skipped:
             skipped = f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens"
             notes = [skipped, *notes]
-        return Loop(self.config, self.policy, feed, collector, held_out, data, notes).run()
+        who = self.config, self.model.name, self.policy, self.engine
+        return Loop(*who, feed, judge, held_out, fingerprint, notes)
 
-    def _encode(self, dataset: Dataset) -> EncodedPrompts:
-        d = self.config.data
-        return encode_prompts(
-            [dict(row) for row in dataset],
-            self.tokenizer,
-            max_prompt_length=d.max_prompt_length,
-            chat_template=d.chat_template,
-            template=d.template,
-            system_prompt=d.system_prompt,
-            too_long=d.too_long,
-        )
+    def _judge(self, reward_funcs: RewardFuncs) -> Judge:
+        funcs = [reward_funcs] if callable(reward_funcs) else reward_funcs
+        return Judge([batched(func) for func in funcs], self.config.rewards, self.tokenizer)
 
     def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
         return read_groups(
             prompts.rows,
             prompts.token_ids,
-            self.policy.completion_ids,
+            lambda text: completion_ids(text, self.tokenizer, self.stop_ids),
             reference=self.policy.reference_fingerprint,
-            vocab_size=self.policy.model.config.vocab_size,
+            vocab_size=self.model.config.vocab_size,
             max_completion_length=self.config.rollout.max_completion_length,
             bad_samples=self.config.data.bad_samples,
         )
@@ -329,12 +391,15 @@ class Trainer:
         """Prompts given one by one, of which none may be skipped."""
         if isinstance(prompts, str):
             raise UserError("prompts must be a list: put brackets around a single text")
-        encoded = self._encode([{"prompt": prompt} for prompt in prompts])
+        rows = [{"prompt": prompt} for prompt in prompts]
+        encoded = self.config.data.encode(rows, self.tokenizer)
         if encoded.skipped:
             raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
         return encoded
 
 
-def _as_list(reward_funcs: RewardFuncs) -> list[RewardFunc]:
-    funcs = [reward_funcs] if callable(reward_funcs) else reward_funcs
-    return [batched(func) for func in funcs]
+def _check_batch(c: Config, mesh: Mesh) -> None:
+    groups = c.train.batch_size // c.train.micro_batches
+    name = f"train.batch_size / train.micro_batches = {groups}"
+    check_batch(mesh, groups, c.rollout.num_generations, name)
+    my_slice(c.train.batch_size - c.replay.groups)

@@ -4,13 +4,16 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.mesh import make_mesh
+from gvpo_jax.parallel.mesh import MeshConfig
+from gvpo_jax.training import checkpoint
 from gvpo_jax.training.checkpoint import Checkpoints, fingerprint
+from gvpo_jax.training.step import TrainState
 
 
 def tree(seed, sharding=None):
@@ -30,6 +33,21 @@ def like(state):
     )
 
 
+def save(checkpoints, step, state, extra=None, samples=None):
+    """A tree as two items, as a policy saves its own."""
+    rest = {name: value for name, value in state.items() if name != "params"}
+    checkpoints.save(step, state["params"], rest, extra or {}, samples)
+
+
+def restore(checkpoints, state, **options):
+    shapes = like(state)
+    return checkpoints.restore(shapes.pop("params"), shapes, **options)
+
+
+def whole(restored):
+    return {"params": restored.params, **restored.state}
+
+
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -37,32 +55,65 @@ def assert_equal(a, b):
 def test_the_newest_comes_back_bitwise_with_its_extras(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, tree(step), {"tokens": step * 10, "name": "x"})
+            save(checkpoints, step, tree(step), {"tokens": step * 10, "name": "x"})
     with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.restore(like(tree(0)))
-    assert restored is not None
+        restored = restore(checkpoints, tree(0))
     assert (restored.step, restored.extra) == (3, {"tokens": 30, "name": "x"})
-    assert_equal(restored.state, tree(3))
+    assert_equal(whole(restored), tree(3))
     assert not (tmp_path / "1").exists()
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_nothing_saved_is_nothing_there(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
-        assert checkpoints.restore(like(tree(0))) is None
+        assert checkpoints.steps() == []
+
+
+def test_parameters_are_read_without_the_rest(tmp_path):
+    """Also where the rest is broken, which nobody asked for."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, tree(1), {"x": 1})
+    for file in (tmp_path / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = restore(checkpoints, tree(0), params_only=True)
+    assert (restored.step, restored.state, restored.extra) == (1, None, {"x": 1})
+    assert_equal(restored.params, tree(1)["params"])
+
+
+def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
+    """There everything was one item, under the names of the train state."""
+    params, opt_state = tree(1)["params"], {"mu": jnp.arange(3.0)}
+    state = TrainState(params, opt_state, jnp.int32(7))
+    old = {"train": state, "reference": {"w": jnp.ones(2)}}
+    manager = ocp.CheckpointManager(tmp_path.absolute())
+    extra = {"refreshed_at": 3, "checksums": checkpoint._checksums(old)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(old), extra=ocp.args.JsonSave(extra))
+    manager.save(7, args=args)
+    manager.close()
+    rest = {"opt_state": opt_state, "step": state.step, "reference": old["reference"]}
+    for params_only in (False, True):
+        with Checkpoints(tmp_path) as checkpoints:
+            restored = checkpoints.restore(like(params), like(rest), params_only=params_only)
+        assert (restored.step, restored.extra) == (7, {"refreshed_at": 3})
+        assert_equal(restored.params, params)
+        assert_equal(restored.state, rest)
+
+
+def cut_less():
+    return jnp.zeros(())
 
 
 def test_restoring_onto_another_mesh(tmp_path):
-    mesh = make_mesh(fsdp=-1)
+    mesh = MeshConfig(fsdp=-1).mesh()
     cut = NamedSharding(mesh, P("fsdp"))
-    state = {"w": jax.device_put(jnp.arange(32.0).reshape(16, 2), cut)}
+    state = {"params": {"w": jax.device_put(jnp.arange(32.0).reshape(16, 2), cut)}, "n": cut_less()}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {})
-    whole = {"w": jnp.zeros((16, 2))}
+        save(checkpoints, 1, state)
     with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.restore(like(whole))
-    assert restored is not None
-    np.testing.assert_array_equal(restored.state["w"], np.arange(32.0).reshape(16, 2))
-    assert fingerprint(state) == fingerprint(restored.state)
+        restored = restore(checkpoints, {"params": {"w": jnp.zeros((16, 2))}, "n": cut_less()})
+    np.testing.assert_array_equal(restored.params["w"], np.arange(32.0).reshape(16, 2))
+    assert fingerprint(state) == fingerprint(whole(restored))
 
 
 def biggest_file(folder):
@@ -84,7 +135,7 @@ def forge_checksum(folder):
     """What a flipped bit on disk looks like to the reader: data and checksum disagree."""
     file = folder / "extra" / "metadata"
     content = json.loads(file.read_text())
-    content["checksums"]["count"] ^= 4
+    content["checksums"]["state/count"] ^= 4
     file.write_text(json.dumps(content))
 
 
@@ -94,36 +145,34 @@ def forge_checksum(folder):
 def test_a_broken_step_is_passed_over_and_can_be_written_again(tmp_path, damage, caplog):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, tree(step), {})
+            save(checkpoints, step, tree(step))
     damage(tmp_path / "2")
     with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, keep=3) as checkpoints:
-        restored = checkpoints.restore(like(tree(0)))
-        assert restored is not None
+        restored = restore(checkpoints, tree(0))
         assert restored.step == 1
-        assert_equal(restored.state, tree(1))
+        assert_equal(whole(restored), tree(1))
         assert (tmp_path / "2").exists()
-        checkpoints.save(2, tree(7), {})
-        checkpoints.save(4, tree(4), {})
+        save(checkpoints, 2, tree(7))
+        save(checkpoints, 4, tree(4))
     assert "checkpoint 2 is broken" in caplog.text
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        assert checkpoints.restore(like(tree(0))).step == 4
+        assert restore(checkpoints, tree(0)).step == 4
     damage(tmp_path / "4")
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        checkpoints.restore(like(tree(0)))
-        checkpoints.save(3, tree(3), {})
+        restore(checkpoints, tree(0))
+        save(checkpoints, 3, tree(3))
     assert (tmp_path / "3").exists()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        restored = checkpoints.restore(like(tree(0)))
-    assert restored is not None
-    assert_equal(restored.state, tree(3))
+        restored = restore(checkpoints, tree(0))
+    assert_equal(whole(restored), tree(3))
 
 
 def test_only_broken_steps_are_an_error(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, tree(1), {})
+        save(checkpoints, 1, tree(1))
     forge_checksum(tmp_path / "1")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no checkpoint in"):
-        checkpoints.restore(like(tree(0)))
+        restore(checkpoints, tree(0))
     assert (tmp_path / "1").exists()
 
 

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.cli import main
-from gvpo_jax.config_file import load_config
-from gvpo_jax.models import export_model, load_model
-from gvpo_jax.rundir.claim import claim
+from gvpo_jax.config_file import claim, load_config
+from gvpo_jax.models.export import export_model
+from gvpo_jax.models.load import load_model
 
 FLAGS = "GVPO_TESTS_XLA_FLAGS"
 DEBUG = str(Path(__file__).parent.parent / "configs" / "debug.yaml")

@@ -23,7 +23,6 @@ from gvpo_jax.tpu_compile.hlo import Collective, collectives, loops, memory
 from gvpo_jax.tpu_compile.lowering import batch_sizes, run_programs
 from gvpo_jax.tpu_compile.report import compile_run
 from gvpo_jax.tpu_compile.text import as_text
-from gvpo_jax.training.programs import mesh_on
 
 TINY = {
     "model_type": "llama",
@@ -218,7 +217,7 @@ def test_sampling_ahead_lies_beside_an_update(tiny):
         "lanes": ["rollout.lookahead=1", "rollout.slots=4"],
     }.items():
         config = load_config("debug", [*OVERRIDES, *more])
-        programs = run_programs(config, shape, mesh_on(config, jax.devices()[:4]))
+        programs = run_programs(config, shape, config.mesh.mesh(jax.devices()[:4]))
         beside[name] = programs[0].beside
     keys_and_values = 2 * 2 * 2 * 16 * 2  # both, of a token: 2 heads of 16, in bfloat16, k of 2
     assert beside["ahead"] - beside["after"] > expected_bytes() + 8 * keys_and_values
@@ -230,7 +229,7 @@ def test_decoding_reads_weights_and_cache_once_for_each_token(tiny, tensor):
     """Of a whole round, by hand, in bfloat16; the embedding is looked up, and the head read."""
     more = ["train.steps_per_generation=3", "data.max_prompt_length=24"]
     config = load_config("debug", [*OVERRIDES, *more, f"rollout.tensor={tensor}"])
-    programs = run_programs(config, model_shape("", str(tiny)), mesh_on(config, jax.devices()[:4]))
+    programs = run_programs(config, model_shape("", str(tiny)), config.mesh.mesh(jax.devices()[:4]))
     d, v, ff, kv = 64, 256, 128, 32
     matrices = v * d + 2 * d * d + 2 * d * kv + 3 * d * ff
     weights = (matrices if tensor == "1" else matrices // 4) + 3 * d  # or each chip's share
@@ -245,16 +244,16 @@ def test_prompts_that_do_not_divide_are_filled_up_to_sample(tiny):
     """As in a run: three rounds of seven prompts on four devices are 24."""
     more = ["train.batch_size=8", "replay.groups=1", "train.steps_per_generation=3"]
     config = load_config("debug", [*OVERRIDES, *more, "rollout.num_generations=3"])
-    mesh = mesh_on(config, jax.devices()[:4])
+    mesh = config.mesh.mesh(jax.devices()[:4])
     prefill = run_programs(config, model_shape("", str(tiny)), mesh)[2]
     prompts = jax.tree.leaves(prefill.lower().args_info)[-2]
     assert prompts.shape == (24, 32)
 
 
 def test_where_servers_sample_there_is_nothing_to_decode(tiny):
-    servers = ["rollout.engine=vllm", "rollout.servers=[http://localhost:8000]"]
+    servers = ["servers.kind=vllm", "servers.urls=[http://localhost:8000]"]
     config = load_config("debug", [*OVERRIDES, *servers])
-    programs = run_programs(config, model_shape("", str(tiny)), mesh_on(config, jax.devices()[:4]))
+    programs = run_programs(config, model_shape("", str(tiny)), config.mesh.mesh(jax.devices()[:4]))
     assert [program.name for program in programs] == ["train step", "reference scoring"]
 
 

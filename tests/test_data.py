@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gvpo_jax.data.reasoning_gym import TaskSpec, reasoning_gym_rows
+from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.data.rows import batch_indices, encode_prompts, load_rows, repeat_columns
 from gvpo_jax.errors import UserError
 
@@ -28,8 +28,8 @@ ADDITION = {
     "allow_negation": False,
 }
 TASKS = [
-    TaskSpec("basic_arithmetic", ADDITION, "What is {expression}?", "{expression} ="),
-    TaskSpec(
+    TaskConfig("basic_arithmetic", ADDITION, "What is {expression}?", "{expression} ="),
+    TaskConfig(
         "gcd",
         {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 20},
         "What is the greatest common divisor of {numbers}?",
@@ -269,7 +269,7 @@ def test_rows_say_what_the_templates_say_and_solve_to_the_solution():
 
 def test_default_question_is_the_tasks_own():
     importlib.import_module("reasoning_gym")
-    (row,) = reasoning_gym_rows([TaskSpec("gcd")], size=1, seed=0, split="train")
+    (row,) = reasoning_gym_rows([TaskConfig("gcd")], size=1, seed=0, split="train")
     assert row["prompt"] == json.loads(row["entry"])["question"]
     assert row["answer_prefix"] == ""
 
@@ -280,8 +280,8 @@ def test_splits_share_no_question_even_with_other_seeds_sizes_and_tasks():
     # The two tasks can ask the same questions. 3 + 4 and 4 + 3 are one question here.
     arithmetic = {**ADDITION, "min_digits": 1, "max_digits": 1}
     chain = {key: arithmetic[key] for key in ADDITION if key.endswith(("terms", "digits"))}
-    one = TaskSpec("basic_arithmetic", arithmetic, "Add {expression}", "{expression}")
-    other = TaskSpec("chain_sum", chain, "add  {expression}", "{expression}")
+    one = TaskConfig("basic_arithmetic", arithmetic, "Add {expression}", "{expression}")
+    other = TaskConfig("chain_sum", chain, "add  {expression}", "{expression}")
 
     def pairs(split, seed, size):
         tasks = {0: [one], 1: [other], 2: [one, other]}[seed]
@@ -298,7 +298,7 @@ def test_splits_share_no_question_even_with_other_seeds_sizes_and_tasks():
 
 def test_rows_are_deterministic_distinct_and_in_the_shares_asked_for():
     importlib.import_module("reasoning_gym")
-    tasks = [TASKS[0], TaskSpec("gcd", TASKS[1].settings, TASKS[1].question, weight=3.0)]
+    tasks = [TASKS[0], TaskConfig("gcd", TASKS[1].settings, TASKS[1].question, weight=3.0)]
     rows = reasoning_gym_rows(tasks, size=40, seed=0, split="train")
     assert rows == reasoning_gym_rows(tasks, size=40, seed=0, split="train")
     assert rows != reasoning_gym_rows(tasks, size=40, seed=1, split="train")
@@ -310,16 +310,16 @@ def test_rows_are_deterministic_distinct_and_in_the_shares_asked_for():
 @pytest.mark.parametrize(
     ("task", "problem"),
     [
-        (TaskSpec("gdc"), "did you mean 'gcd'"),
-        (TaskSpec("gcd", {"max": 3}), "'gcd': bad settings.*max"),
-        (TaskSpec("gcd", {"min_value": 0}), "'gcd': bad settings.*positive"),
-        (TaskSpec("gcd", {"seed": 3}), "'seed' can't be a setting"),
-        (TaskSpec("gcd", {}, "{nums}"), "names a field.*numbers"),
-        (TaskSpec("gcd", {}, "{"), "no format string"),
-        (TaskSpec("gcd", {}, "gcd?"), "same for every item"),
-        (TaskSpec("gcd", weight=0.0), "weights must be positive"),
-        (TaskSpec("gcd", {"min_value": 1, "max_value": 3}), "'gcd' has about [0-9] different"),
-        (TaskSpec("rearc"), "can't be scored from saved rows"),
+        (TaskConfig("gdc"), "did you mean 'gcd'"),
+        (TaskConfig("gcd", {"max": 3}), "'gcd': bad settings.*max"),
+        (TaskConfig("gcd", {"min_value": 0}), "'gcd': bad settings.*positive"),
+        (TaskConfig("gcd", {"seed": 3}), "'seed' can't be a setting"),
+        (TaskConfig("gcd", {}, "{nums}"), "names a field.*numbers"),
+        (TaskConfig("gcd", {}, "{"), "no format string"),
+        (TaskConfig("gcd", {}, "gcd?"), "same for every item"),
+        (TaskConfig("gcd", weight=0.0), "weights must be positive"),
+        (TaskConfig("gcd", {"min_value": 1, "max_value": 3}), "'gcd' has about [0-9] different"),
+        (TaskConfig("rearc"), "can't be scored from saved rows"),
     ],
 )
 def test_bad_task_is_named(task, problem):

@@ -14,7 +14,7 @@ import pytest
 
 from gvpo_jax.config_file import load_config
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import load_model
+from gvpo_jax.models.load import load_model
 from gvpo_jax.parallel import distributed
 from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer

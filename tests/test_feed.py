@@ -11,9 +11,10 @@ from test_trainer import ROWS, assert_same_run, config, letter_share
 
 from gvpo_jax.collect.metrics import reward_metrics
 from gvpo_jax.collect.replay import ReplayBuffer
-from gvpo_jax.data.groups import Source, make_batch, make_group
+from gvpo_jax.data.groups import Source, make_group, to_batch
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import load_model
+from gvpo_jax.models.load import load_model
+from gvpo_jax.rollout import InProcessEngine
 from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.policy import Policy
@@ -50,13 +51,13 @@ def batches_of(run_dir, monkeypatch, rows=ROWS, **settings):
 def test_a_round_is_sampled_at_once_and_its_samples_are_those_of_batch_after_batch(
     tmp_path, monkeypatch
 ):
-    asked, generate = [], Policy.generate
+    asked, generate = [], InProcessEngine.generate
 
-    def spy(self, prompts, *given, **options):
+    def spy(self, params, prompts, *given, **options):
         asked.append(len(prompts))
-        return generate(self, prompts, *given, **options)
+        return generate(self, params, prompts, *given, **options)
 
-    monkeypatch.setattr(Policy, "generate", spy)
+    monkeypatch.setattr(InProcessEngine, "generate", spy)
     still = {"optimizer__learning_rate": 1e-12}  # or the second batch would see another policy
     two = {"train__steps_per_generation": 2}
     at_once = list(batches_of(tmp_path / "2", monkeypatch, **still, **two))
@@ -110,7 +111,7 @@ def test_rewards_are_told_of_the_policys_own_new_samples():
     """The older one and the demonstration would make it look better than it is."""
     source = [Source.POLICY, Source.POLICY, Source.REPLAY, Source.DEMONSTRATION]
     group = make_group([1], [[2], [3], [4], [5]], [0.0, 0.5, 1.0, 1.0], source=Source.POLICY)
-    batch = make_batch([group])._replace(source=np.array([source]))
+    batch = to_batch(group)._replace(source=np.array([source]))
     assert reward_metrics(batch)["reward"] == 0.25
     only = batch._replace(source=np.full((1, 4), Source.REPLAY))
     assert reward_metrics(only)["reward"] == 0.625

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
 # above it in this list, never one below it.
 HOUSE = (
     ("gvpo_jax loss baselines logprobs precision", "nothing but jax"),
-    ("errors config config_file", "what all others may use"),
+    ("errors settings", "what all others may use"),
     ("parallel", "the mesh, the layout of arrays, and several processes"),
     ("ops", "attention, packing and products"),
     ("models", "decoder, and Hugging Face files in and out"),
@@ -26,6 +26,10 @@ HOUSE = (
     ("training", "what an update is"),
     ("report", "pages and pictures of a run"),
     ("collect", "where an update's samples come from"),
+    (
+        "config config_file",
+        "all sections together: what lies above sees them, what lies below its own",
+    ),
     ("tpu_compile", "programs compiled without a TPU"),
     ("cli commands trainer loop __main__", "the story, top to bottom"),
     ("integrations", "other people's trainers"),

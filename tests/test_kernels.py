@@ -12,7 +12,7 @@ from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_
 from gvpo_jax.ops.attention import Prefix, causal
 from gvpo_jax.ops.cpu import product_on
 from gvpo_jax.ops.kernels import attention_on, on_cpu, on_gpu, on_tpu
-from gvpo_jax.parallel.mesh import make_mesh
+from gvpo_jax.parallel.mesh import MeshConfig
 
 G, K, H, N, D = 2, 2, 4, 2, 16
 
@@ -61,14 +61,14 @@ def assert_same(attention, arrays, tolerance):
 def test_splash_gives_the_same_numbers(t, p, sizes):
     """In one block and in several, with and without a prompt, also cut over devices."""
     data, fsdp, tensor = sizes
-    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor).mesh()
     splash = functools.partial(on_tpu, mesh, interpret=True)
     assert_same(splash, inputs(t, p, g=2 if sizes == (1, 1, 1) else 4), 1e-5)
 
 
 @pytest.mark.parametrize("p", [0, 6, 9])
 def test_what_cudnn_is_given_means_the_same(p):
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).mesh()
     cudnn = functools.partial(on_gpu, mesh, implementation="xla")
     assert_same(cudnn, inputs(7, p, g=4), 1e-5)
 
@@ -76,20 +76,22 @@ def test_what_cudnn_is_given_means_the_same(p):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")
 @pytest.mark.parametrize(("t", "p"), [(7, 0), (64, 32), (7, 9)])
 def test_cudnn_gives_the_same_numbers(t, p):
-    assert_same(functools.partial(on_gpu, make_mesh(fsdp=1)), inputs(t, p, jnp.bfloat16), 2e-2)
+    assert_same(
+        functools.partial(on_gpu, MeshConfig(fsdp=1).mesh()), inputs(t, p, jnp.bfloat16), 2e-2
+    )
 
 
 @pytest.mark.parametrize(("t", "p"), [(7, 0), (130, 9)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_part_by_part_gives_the_same_numbers(t, p, sizes):
     data, fsdp, tensor = sizes
-    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor).mesh()
     parts = functools.partial(on_cpu, mesh, at_once=0)
     assert_same(parts, inputs(t, p, g=2 if sizes == (1, 1, 1) else 4), 1e-5)
 
 
 def test_part_by_part_takes_the_memory_of_one_part():
-    mesh, (*own, prefix) = make_mesh(fsdp=1), inputs(256, 64)
+    mesh, (*own, prefix) = MeshConfig(fsdp=1).mesh(), inputs(256, 64)
     scores = 4 * G * K * H * 256 * (256 + 64)
 
     def temporaries(at_once):
@@ -108,7 +110,7 @@ def test_products_with_weights_are_products(wide, out):
     rng = np.random.default_rng(0)
     x, w, d = (rng.normal(size=s) for s in ((2, 3, 5, wide), (wide, out), (2, 3, 5, out)))
     dimensions = (((3,), (0,)), ((), ()))
-    product = functools.partial(product_on(make_mesh(fsdp=1)), dimension_numbers=dimensions)
+    product = functools.partial(product_on(MeshConfig(fsdp=1).mesh()), dimension_numbers=dimensions)
     got, backward = jax.vjp(lambda *both: product(*both), *map(jnp.float32, (x, w)))
     d_x, d_w = backward(jnp.float32(d))
     np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
@@ -123,7 +125,7 @@ def test_products_with_weights_are_what_dots_keeps():
 
     def products(remat):
         apply = decoder_fns(
-            config, remat=remat, options=Placement(product=product_on(make_mesh(fsdp=1)))
+            config, remat=remat, options=Placement(product=product_on(MeshConfig(fsdp=1).mesh()))
         )
         total = lambda params: apply.completion_hidden(params, *arrays).sum()  # noqa: E731
         text = str(jax.make_jaxpr(jax.grad(total))(init_params(config, 0)))
@@ -135,7 +137,7 @@ def test_products_with_weights_are_what_dots_keeps():
 
 
 def test_the_kernel_follows_the_devices():
-    mesh = make_mesh(fsdp=1)
+    mesh = MeshConfig(fsdp=1).mesh()
     for dtype in ("float32", "bfloat16"):
         assert attention_on(mesh, "auto", dtype, 64).func is on_cpu
         assert attention_on(mesh, "xla", dtype, 64).func is on_cpu

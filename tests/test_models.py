@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import export_model, load_model, stop_token_ids
 from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, param_shapes
+from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_tensors import TensorSource, hf_leaves, read_params, tensor_specs
+from gvpo_jax.models.load import load_model, stop_token_ids
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -23,10 +23,11 @@ from tokenizers.trainers import BpeTrainer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import export_model, load_model, stop_token_ids
 from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import full_logits
+from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_tensors import hf_leaves
+from gvpo_jax.models.load import load_model, stop_token_ids
 
 LENGTH = 72
 SIZES = {

@@ -13,7 +13,7 @@ from test_train_step import MISSING, assert_trees_close, random_batch
 from gvpo_jax.baselines import objective_loss
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.loss import gvpo_loss
-from gvpo_jax.training.objectives import make_objective
+from gvpo_jax.training.objectives import LossConfig
 from gvpo_jax.training.step import init_state, token_logps, train_step
 
 PARAMS = {
@@ -39,11 +39,7 @@ NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "reb
 
 
 def objective(name, **settings):
-    defaults = {
-        "beta": 0.2, "huber_delta": None, "epsilon": None, "epsilon_high": None, "kl_coef": 0.0,
-        "max_completion_length": 6,
-    }  # fmt: skip
-    return make_objective(name, **defaults | settings)
+    return LossConfig(name, **{"beta": 0.2} | settings).objective(max_completion_length=6)
 
 
 def off_policy_batch():

@@ -6,13 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from gvpo_jax.training.optimizer import make_optimizer, make_schedule
+from gvpo_jax.training.optimizer import OptimizerConfig
 
-CONSTANT = optax.constant_schedule(0.1)
+
+def make(name, **settings):
+    return OptimizerConfig(name, **{"learning_rate": 0.1} | settings).create(total_steps=1)
 
 
 def rates(name, *, warmup, total, steps):
-    schedule = make_schedule(name, learning_rate=2.0, warmup_steps=warmup, total_steps=total)
+    config = OptimizerConfig(learning_rate=2.0, schedule=name, warmup_steps=warmup)
+    schedule = config.rates(total)
     return [float(schedule(step)) for step in range(steps)]
 
 
@@ -86,9 +89,7 @@ def adamw_by_hand(grads, *, lr, b1, b2, eps, decay, max_norm):
 @pytest.mark.parametrize("max_norm", [0.2, 1e9])
 def test_adamw_is_adamw(steps, max_norm):
     numbers = {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
-    optimizer = make_optimizer(
-        "adamw", CONSTANT, **numbers, weight_decay=0.05, max_grad_norm=max_norm
-    )
+    optimizer = make("adamw", **numbers, weight_decay=0.05, max_grad_norm=max_norm)
     grads = [gradients(step) for step in range(steps)]
     expected = adamw_by_hand(grads, lr=0.1, **numbers, decay=0.05, max_norm=max_norm)
     got = run(optimizer, grads)
@@ -97,8 +98,8 @@ def test_adamw_is_adamw(steps, max_norm):
 
 
 def test_the_schedule_sets_the_rate_of_each_update():
-    schedule = make_schedule("linear", learning_rate=1.0, warmup_steps=0, total_steps=4)
-    optimizer = make_optimizer("sgd", schedule, b1=0.0, max_grad_norm=None)
+    config = OptimizerConfig("sgd", 1.0, "linear", b1=0.0, max_grad_norm=None)
+    optimizer = config.create(total_steps=4)
     got = run(optimizer, [gradients()] * 3)  # rates 1, 3/4, 1/2
     expected = jax.tree.map(lambda p, g: p - 2.25 * g, params(), gradients())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
@@ -109,7 +110,7 @@ def test_the_schedule_sets_the_rate_of_each_update():
 )
 def test_clipping_is_by_the_norm_of_the_whole_gradient(max_norm, factor):
     grads = {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.0]]), "scale": jnp.array([0.0, 4.0])}
-    optimizer = make_optimizer("sgd", optax.constant_schedule(1.0), b1=0.0, max_grad_norm=max_norm)
+    optimizer = make("sgd", learning_rate=1.0, b1=0.0, max_grad_norm=max_norm)
     got = run(optimizer, [grads])
     np.testing.assert_allclose(got["kernel"][0, 0], 1 - 3 * factor, rtol=1e-6)
     np.testing.assert_allclose(got["scale"][1], 3 - 4 * factor, rtol=1e-6)
@@ -117,7 +118,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(max_norm, factor):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_weight_decay_shrinks_matrices_by_the_learning_rate_and_spares_vectors(name):
-    optimizer = make_optimizer(name, CONSTANT, b1=0.0, weight_decay=0.5)
+    optimizer = make(name, b1=0.0, weight_decay=0.5)
     got = run(optimizer, [jax.tree.map(jnp.zeros_like, params())])
     np.testing.assert_allclose(got["kernel"], params()["kernel"] * (1 - 0.1 * 0.5), rtol=1e-6)
     np.testing.assert_array_equal(got["scale"], params()["scale"])
@@ -125,7 +126,7 @@ def test_weight_decay_shrinks_matrices_by_the_learning_rate_and_spares_vectors(n
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_no_weight_decay_unless_asked_for(name):
-    got = run(make_optimizer(name, CONSTANT), [jax.tree.map(jnp.zeros_like, params())])
+    got = run(make(name), [jax.tree.map(jnp.zeros_like, params())])
     jax.tree.map(np.testing.assert_array_equal, got, params())
 
 
@@ -135,7 +136,7 @@ def test_one_step_goes_down_a_quadratic(name):
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
 
     before = params()
-    after = run(make_optimizer(name, CONSTANT), [jax.grad(height)(before)])
+    after = run(make(name), [jax.grad(height)(before)])
     assert height(after) < height(before)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         assert (jnp.abs(a - b) > 1e-4).all()

@@ -6,10 +6,10 @@ import pytest
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
-from gvpo_jax.data.groups import Source, make_batch, make_group
+from gvpo_jax.data.groups import Source, make_group, stack, to_batch
 from gvpo_jax.data.packing_plan import deal, make_plan, packed_size
-from gvpo_jax.models import load_model
-from gvpo_jax.training.policy import Policy
+from gvpo_jax.models.load import load_model
+from gvpo_jax.trainer import Trainer
 
 LONGEST_PROMPT, LONGEST = 32, 64
 
@@ -18,16 +18,18 @@ def lognormal_batch(rng, groups, k):
     """Random tokens; lengths lognormal, cut at the longest."""
     prompts = np.clip(np.exp(rng.normal(np.log(12), 0.4, groups)), 1, LONGEST_PROMPT).astype(int)
     lengths = np.clip(np.exp(rng.normal(np.log(12), 0.9, (groups, k))), 1, LONGEST).astype(int)
-    return make_batch(
-        [
-            make_group(
-                rng.integers(65, 91, p),
-                [rng.integers(65, 91, n).tolist() for n in of_group],
-                rng.normal(size=k).tolist(),
-                source=Source.POLICY,
-            )
-            for p, of_group in zip(prompts, lengths, strict=True)
-        ],
+    return to_batch(
+        stack(
+            [
+                make_group(
+                    rng.integers(65, 91, p),
+                    [rng.integers(65, 91, n).tolist() for n in of_group],
+                    rng.normal(size=k).tolist(),
+                    source=Source.POLICY,
+                )
+                for p, of_group in zip(prompts, lengths, strict=True)
+            ]
+        ),
         longest_prompt=LONGEST_PROMPT,
         longest_completion=LONGEST,
     )
@@ -42,7 +44,7 @@ def policy(k=4, **settings):
         "optimizer__name": "sgd",
         "mesh__fsdp": 1,
     }
-    return Policy(override(Config(), **base | settings), load_model("debug"))
+    return Trainer(override(Config(), **base | settings), load_model("debug")).policy
 
 
 def three_updates(one):
@@ -116,7 +118,7 @@ def test_completions_of_one_token_are_trained_on():
         make_group([65, 66 + i], [[70], [71], [72], [73]], [0, 1, 0, 1], source=Source.POLICY)
         for i in range(4)
     ]
-    batch = make_batch(groups, longest_prompt=LONGEST_PROMPT, longest_completion=1)
+    batch = to_batch(stack(groups), longest_prompt=LONGEST_PROMPT, longest_completion=1)
     ours, theirs = (one.update(one.with_reference(batch)) for one in (packed, padded))
     np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
     assert float(ours["grad_norm"]) > 0

@@ -14,7 +14,7 @@ import pytest
 from gvpo_jax import loop
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
-from gvpo_jax.models import load_model
+from gvpo_jax.models.load import load_model
 from gvpo_jax.parallel.preemption import Preempted, watch
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rundir.files import read_metrics

@@ -8,9 +8,9 @@ import pytest
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, decoder_fns, full_logits, init_params
-from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, InProcessEngine, SamplingParams
+from gvpo_jax.parallel.layout import lanes
+from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 from gvpo_jax.rollout.draw import draw
-from gvpo_jax.rollout.inprocess import lanes
 from gvpo_jax.training.step import token_logps
 
 CONFIG = DecoderConfig("llama", 43, 16, 24, 2, 4, 2, 4, tie_embeddings=True)
@@ -22,7 +22,7 @@ PROMPTS = [RNG.integers(7, 43, n).tolist() for n in (9, 2, 5)]
 
 
 def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None):
-    return InProcessEngine(APPLY, stops, slots=slots).generate(
+    return InProcessEngine(SamplingModel(APPLY), stops, slots=slots).generate(
         PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
         sampling=sampling or SamplingParams(), seed=seed,
     )  # fmt: skip
@@ -30,11 +30,11 @@ def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slo
 
 def test_stop_token_belongs_to_the_completion_and_full_ones_are_called_so():
     rollout = generate(PROMPTS, [0, 1, 2])
-    assert {FINISH_STOP, FINISH_LENGTH} == set(rollout.finish.ravel())
+    assert {True, False} == set(rollout.stopped.ravel().tolist())
     for g, i in np.ndindex(3, 4):
         tokens = rollout.completions[g, i, : rollout.lengths[g, i]]
         assert not set(tokens[:-1]) & set(STOPS)
-        if rollout.finish[g, i] == FINISH_STOP:
+        if rollout.stopped[g, i]:
             assert tokens[-1] in STOPS
         else:
             assert len(tokens) == 24
@@ -48,7 +48,7 @@ def test_log_probs_are_those_of_scoring_whatever_the_temperature():
         PARAMS, prompts, lengths, rollout.completions
     )
     mask = completion_mask(rollout.lengths, 24)
-    np.testing.assert_allclose(rollout.logps, np.where(mask, scored, 0), atol=5e-5)
+    np.testing.assert_allclose(rollout.old_logps, np.where(mask, scored, 0), atol=5e-5)
 
 
 def test_greedy_equals_argmax_of_the_plain_forward_pass():
@@ -85,8 +85,8 @@ def test_samples_do_not_depend_on_the_slots(slots):
     assert len(set(at_once.lengths.ravel().tolist())) > 4
     np.testing.assert_array_equal(few.lengths, at_once.lengths)
     np.testing.assert_array_equal(few.completions, at_once.completions)
-    np.testing.assert_array_equal(few.finish, at_once.finish)
-    np.testing.assert_allclose(few.logps, at_once.logps, atol=2e-5)
+    np.testing.assert_array_equal(few.stopped, at_once.stopped)
+    np.testing.assert_allclose(few.old_logps, at_once.old_logps, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
@@ -94,7 +94,7 @@ def test_a_small_cache_costs_little_accuracy(dtype):
     """Nats a token, of a model whose logits are far apart; lanes write and read it as any other."""
     apply = decoder_fns(CONFIG, cache_dtype=dtype)
     draws = [
-        InProcessEngine(apply, STOPS, slots=slots).generate(
+        InProcessEngine(SamplingModel(apply), STOPS, slots=slots).generate(
             PARAMS, PROMPTS, [0, 1, 2], num_generations=4, max_completion_length=24,
             sampling=SamplingParams(), seed=1,
         )
@@ -106,7 +106,7 @@ def test_a_small_cache_costs_little_accuracy(dtype):
     scored = jax.jit(functools.partial(token_logps, APPLY))(
         PARAMS, prompts, lengths, rollout.completions
     )
-    off = np.abs(rollout.logps - scored)[completion_mask(rollout.lengths, 24)]
+    off = np.abs(rollout.old_logps - scored)[completion_mask(rollout.lengths, 24)]
     assert 1e-5 < off.mean() < 0.05
     size = sum(x.nbytes for x in jax.tree.leaves(apply.empty_cache(1, 2, 8)))
     full = sum(x.nbytes for x in jax.tree.leaves(APPLY.empty_cache(1, 2, 8)))
@@ -159,7 +159,7 @@ def of_known_lengths() -> DecoderFns:
 
 def steps_of(slots, ids, t=512):
     """Lengths that were drawn, and decoding steps that it took."""
-    engine, taken = InProcessEngine(of_known_lengths(), (0,), slots=slots), []
+    engine, taken = InProcessEngine(SamplingModel(of_known_lengths()), (0,), slots=slots), []
     decode = engine._decode
 
     def counted(*arrays, **options):

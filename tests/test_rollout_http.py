@@ -18,9 +18,9 @@ from gvpo_jax import gvpo_loss
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import completion_mask
-from gvpo_jax.models import LoadedModel, load_model
 from gvpo_jax.models.decoder import decoder_fns
-from gvpo_jax.rollout import FINISH_LENGTH, FINISH_STOP, SamplingParams
+from gvpo_jax.models.load import LoadedModel, load_model
+from gvpo_jax.rollout import SamplingParams
 from gvpo_jax.rollout.servers import weight_sync
 from gvpo_jax.rollout.servers.client import Client, Fleet
 from gvpo_jax.rollout.servers.dialects import DIALECTS, ServerKind
@@ -73,18 +73,18 @@ def test_a_rollout_is_what_the_servers_sampled(protocol):
         a.on_tpu = b.on_tpu = protocol == "vllm-tpu"
         rollout = generate(engine_on(a, b, protocol=protocol))
         assert [len(stub.samples) for stub in (a, b)] == [3, 2]  # prompts in turn
-        assert set(rollout.finish.ravel()) == {FINISH_LENGTH, FINISH_STOP}
-        assert (rollout.completions.dtype, rollout.logps.dtype) == (np.int32, np.float32)
+        assert set(rollout.stopped.ravel().tolist()) == {True, False}
+        assert (rollout.completions.dtype, rollout.old_logps.dtype) == (np.int32, np.float32)
         for g, prompt in enumerate(PROMPTS):
             samples = (a, b)[g % 2].samples[tuple(prompt)]
             for i, (tokens, logps, stopped) in enumerate(samples):
                 n = rollout.lengths[g, i]
                 assert rollout.completions[g, i, :n].tolist() == tokens
-                assert (tokens[-1] in STOPS) == stopped == (rollout.finish[g, i] == FINISH_STOP)
+                assert (tokens[-1] in STOPS) == stopped == rollout.stopped[g, i]
                 assert not set(tokens[:-1]) & set(STOPS)
-                np.testing.assert_allclose(rollout.logps[g, i, :n], logps, rtol=1e-6)
+                np.testing.assert_allclose(rollout.old_logps[g, i, :n], logps, rtol=1e-6)
                 np.testing.assert_allclose(logps, table_logps(prompt, tokens))
-                assert not rollout.logps[g, i, n:].any()
+                assert not rollout.old_logps[g, i, n:].any()
                 assert not rollout.completions[g, i, n:].any()
 
 
@@ -145,7 +145,7 @@ def test_log_probs_are_those_at_temperature_1_or_unknown(stub, protocol, samplin
     mask = completion_mask(rollout.lengths, T)
     for g, prompt in enumerate(PROMPTS):
         for tokens, logps, n in zip(
-            rollout.completions[g], rollout.logps[g], rollout.lengths[g], strict=True
+            rollout.completions[g], rollout.old_logps[g], rollout.lengths[g], strict=True
         ):
             np.testing.assert_allclose(logps[:n], table_logps(prompt, tokens[:n]), rtol=1e-5)
     stub.processed = True
@@ -154,10 +154,10 @@ def test_log_probs_are_those_at_temperature_1_or_unknown(stub, protocol, samplin
         rollouts = [generate(engine, sampling=sampling) for _ in range(2)]
     for rollout in rollouts:
         mask = np.asarray(completion_mask(rollout.lengths, T))
-        assert np.isnan(rollout.logps[mask]).all()
-        assert not rollout.logps[~mask].any()
+        assert np.isnan(rollout.old_logps[mask]).all()
+        assert not rollout.old_logps[~mask].any()
     assert [stub.url in record.getMessage() for record in caplog.records] == [True]
-    assert np.isfinite(generate(engine).logps).all()  # plain sampling: the two are the same
+    assert np.isfinite(generate(engine).old_logps).all()  # plain sampling: the two are the same
 
 
 def test_log_probs_near_0_do_not_tell_what_they_are(stub):
@@ -166,9 +166,9 @@ def test_log_probs_near_0_do_not_tell_what_they_are(stub):
     stub.processed = True
     engine = engine_on(stub)
     certain = generate(engine, [[6]], sampling=SamplingParams(temperature=0.6), t=4)
-    assert np.isnan(certain.logps).all()
+    assert np.isnan(certain.old_logps).all()
     stub.logits, stub.processed = bigram, False
-    assert np.isfinite(generate(engine, sampling=SamplingParams(temperature=0.6)).logps).all()
+    assert np.isfinite(generate(engine, sampling=SamplingParams(temperature=0.6)).old_logps).all()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -493,7 +493,7 @@ def test_wrong_log_probs_end_the_run(net, tmp_path, protocol):
     said = complaint(lambda: sync_on(net, folder=tmp_path, protocol=protocol).sync(PARAMS))
     assert re.fullmatch(
         rf"{net.url} does not sample from version 1 of the weights: its log-probs differ from the "
-        r"trainer's by 0\.\d+ nats a token, at most by 0.5 \(rollout.logp_tolerance=0.05\)",
+        r"trainer's by 0\.\d+ nats a token, at most by 0.5 \(servers.logp_tolerance=0.05\)",
         said,
     )
     sync_on(net, folder=tmp_path, protocol=protocol, tolerance=0.6).sync(PARAMS)
@@ -607,15 +607,17 @@ def test_processes_take_the_word_of_the_one_that_writes(net, tmp_path, monkeypat
     monkeypatch.setattr(weight_sync, "_LONGEST_PROBE", 30)
     led, gathered = [], []
 
-    def lead(work):
+    def from_first_host(work):
         led.append(work)
         return json.loads(json.dumps(work())) if len(led) == 1 else work()
 
-    def gather(params):
+    def to_first_host(params):
         gathered.append(params)
         return jax.device_get(params)
 
-    sync = sync_on(net, folder=tmp_path, lead=lead, gather=gather, probes=())
+    monkeypatch.setattr(weight_sync, "from_first_host", from_first_host)
+    monkeypatch.setattr(weight_sync, "to_first_host", to_first_host)
+    sync = sync_on(net, folder=tmp_path, probes=())
     report = sync.bring(PARAMS, [[9] * 300, [3], *TEXTS, TEXTS[0]])
     assert report
     assert report.tokens == 29 + 0 + sum(len(text) - 1 for text in TEXTS) + 4 * 16
@@ -664,7 +666,7 @@ def test_three_updates_and_the_samples_follow(net, tmp_path):
     for step in range(3):
         rollout = generate(engine, TEXTS, params=params, k=8, t=4, seed=step)
         scored = np.asarray(SCORE(params, prompts, lengths, rollout.completions))
-        np.testing.assert_allclose(rollout.logps, scored, atol=1e-4)
+        np.testing.assert_allclose(rollout.old_logps, scored, atol=1e-4)
         probabilities.append(softmax(net.logits(TEXTS[0])[-1])[wanted])
         rewards = np.random.default_rng(step).normal(0, 1, (2, 8)).astype(np.float32)
         rewards += (rollout.completions == wanted).sum(-1)

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 
 from gvpo_jax.config import Config
-from gvpo_jax.config_file import load_config, override
+from gvpo_jax.config_file import check_claim, claim, load_config, open_run, override
 from gvpo_jax.errors import UserError
-from gvpo_jax.rundir.claim import check_claim, claim, open_run
 
 
 @pytest.fixture

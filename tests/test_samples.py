@@ -5,23 +5,25 @@ from gvpo_jax.data.groups import (
     UNKNOWN,
     Source,
     cache_key,
-    cut,
     join,
-    make_batch,
     make_group,
-    pack,
+    one_by_one,
+    pick,
     read_reward,
+    stack,
     take,
-    unpack,
+    to_batch,
+    with_reference,
 )
 from gvpo_jax.errors import UserError
 
 
-def group(completions, rewards, **settings):
-    settings = {"source": Source.POLICY, "version": 7} | settings
+def group(completions, rewards, *, version=7, **settings):
+    settings = {"source": Source.POLICY} | settings
     made = make_group([1, 2, 3], completions, rewards, **settings)
     rng = np.random.default_rng(len(completions))
     return made._replace(
+        version=np.full_like(made.version, version),
         old_logps=rng.normal(size=made.old_logps.shape).astype(np.float32),
         ref_logps=rng.normal(size=made.ref_logps.shape).astype(np.float32),
     )
@@ -36,7 +38,7 @@ def assert_same(a, b):
 def test_groups_of_all_sizes_make_one_batch():
     a = group([[4, 5], [6]], [1.0, None])
     b = group([[7, 8, 9], [3], [2]], [0.5, 0.0, -1.0], source=Source.FILE, version=UNKNOWN)
-    batch = make_batch([a, b])
+    batch = to_batch(stack([a, b]))
     assert batch.completions.shape == (2, 3, 16)
     assert batch.valid.tolist() == [[True, False, False], [True, True, True]]
     assert batch.lengths.tolist() == [[2, 1, 0], [3, 1, 1]]
@@ -44,42 +46,47 @@ def test_groups_of_all_sizes_make_one_batch():
     assert batch.source[1].tolist() == [Source.FILE] * 3
     assert batch.version[0, :2].tolist() == [7, 7]
     assert batch.rewards[1].tolist() == [0.5, 0.0, -1.0]
-    np.testing.assert_array_equal(batch.old_logps[0, :2, :2], a.old_logps)
-    assert make_batch([a], longest_completion=6, k=5).completions.shape == (1, 5, 6)
-    assert make_batch([b], longest_completion=2).completions.shape == (1, 3, 3)
+    np.testing.assert_array_equal(batch.old_logps[0, :2, :2], a.old_logps[0])
+    assert to_batch(a, longest_completion=6, k=5).completions.shape == (1, 5, 6)
+    assert to_batch(b, longest_completion=2).completions.shape == (1, 3, 3)
 
 
 def test_joined_groups_keep_every_completions_own():
     a, b = group([[4, 5], [6]], [1.0, 0.0]), group([[7, 8, 9]], [2.0], version=3)
     both = join(a, b)
-    assert both.completions.tolist() == [[4, 5, 0], [6, 0, 0], [7, 8, 9]]
-    assert both.lengths.tolist() == [2, 1, 3]
-    assert both.rewards.tolist() == [1, 0, 2]
-    assert both.version.tolist() == [7, 7, 3]
-    np.testing.assert_array_equal(both.ref_logps[2], b.ref_logps[0])
-    assert_same(take(both, [2]), b)
-    assert join(a._replace(reference=5), b._replace(reference=5)).reference == 5
-    assert join(a._replace(reference=5), b).reference == UNKNOWN
+    assert both.completions[0].tolist() == [[4, 5, 0], [6, 0, 0], [7, 8, 9]]
+    assert both.lengths[0].tolist() == [2, 1, 3]
+    assert both.rewards[0].tolist() == [1, 0, 2]
+    assert both.version[0].tolist() == [7, 7, 3]
+    np.testing.assert_array_equal(both.ref_logps[0, 2], b.ref_logps[0, 0])
+    assert_same(pick(both, [2]), b)
+    five = np.array([5])
+    assert join(a._replace(reference=five), b._replace(reference=five)).reference == 5
+    assert join(a._replace(reference=five), b).reference == UNKNOWN
 
 
-def test_packed_groups_come_back():
+def test_stacked_groups_come_back_one_by_one():
     groups = [
-        group([[4, 5], [6]], [1.0, None], row=3)._replace(reference=12),
+        group([[4, 5], [6]], [1.0, None], row=3)._replace(reference=np.array([12])),
         group([[1]], [0.0]),
-        group([[], []], [0.0, 0.0]),
+        group([[], []], [0.0, 0.0])._replace(prompts=np.array([[8, 9, 4, 2]], np.int32)),
     ]
-    for a, b in zip(groups, unpack(pack(groups)), strict=True):
-        assert_same(a, b)
-    assert unpack(pack([])) == []
+    groups[2] = groups[2]._replace(prompt_lengths=np.array([4], np.int32))
+    back = one_by_one(stack(groups))
+    for a, b in zip(groups, back, strict=True):
+        k = a.lengths.shape[1]
+        assert_same(a, pick(b, range(k)))
+        assert not b.lengths[:, k:].any()
+    np.testing.assert_array_equal(take(stack(groups), slice(1, 2)).row, groups[1].row)
 
 
-def test_reference_scores_go_back_into_the_group():
+def test_reference_scores_go_back_into_the_groups():
     a, b = group([[4, 5], [6]], [1.0, 0.0]), group([[7, 8, 9], [3], [2]], [1.0, 0.0, 0.0])
-    batch = make_batch([a, b])
-    batch = batch._replace(ref_logps=np.arange(batch.ref_logps.size).reshape(2, 3, 16) * 1.0)
-    scored = cut(batch, 1, b, reference=9)
-    np.testing.assert_array_equal(scored.ref_logps, batch.ref_logps[1, :, :3])
-    assert scored.reference == 9
+    both = stack([a, b])
+    ref_logps = np.arange(2 * 3 * 16, dtype=np.float32).reshape(2, 3, 16)
+    scored = with_reference(both, ref_logps, reference=9)
+    np.testing.assert_array_equal(scored.ref_logps, ref_logps[:, :, :3])
+    assert scored.reference.tolist() == [9, 9]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,6 @@ def test_a_cache_key_is_of_these_tokens_and_this_reference():
     one, other = group([[4, 5], [6]], [1.0, 0.0]), group([[4, 5], [7]], [1.0, 0.0])
     assert cache_key(1, one) == cache_key(1, one._replace(rewards=other.rewards))
     keys = [cache_key(1, one), cache_key(2, one), cache_key(1, other)]
-    keys.append(cache_key(1, one._replace(prompt=np.array([1, 2], np.int32))))
+    keys.append(cache_key(1, one._replace(prompt_lengths=np.array([2], np.int32))))
     assert len(set(keys)) == 4
     assert cache_key(UNKNOWN, one) == UNKNOWN

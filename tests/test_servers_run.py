@@ -17,7 +17,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_file import difference, load_config, override
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import load_model
+from gvpo_jax.models.load import load_model
 from gvpo_jax.parallel import distributed
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rollout import SamplingParams
@@ -48,10 +48,10 @@ def server() -> StubServer:
 def config(run_dir, *stubs: StubServer, **settings):
     base = {
         "run__dir": str(run_dir),
-        "rollout__engine": "vllm",
-        "rollout__servers": [stub.url for stub in stubs],
-        "rollout__timeout": 20.0,
-        "rollout__retries": 0,
+        "servers__kind": "vllm",
+        "servers__urls": [stub.url for stub in stubs],
+        "servers__timeout": 20.0,
+        "servers__retries": 0,
         "rollout__num_generations": 4,
         "rollout__max_completion_length": 6,
         "data__max_prompt_length": 32,
@@ -89,7 +89,7 @@ def test_a_run_samples_on_servers_that_follow_it(tmp_path, protocol):
     with server() as a, server() as b:
         a.on_tpu = b.on_tpu = protocol == "vllm-tpu"
         trainer = train(
-            tmp_path, a, b, rollout__engine=protocol, rollout__stop_token_ids=stops,
+            tmp_path, a, b, servers__kind=protocol, rollout__stop_token_ids=stops,
             eval__every=2, mesh__fsdp=2,
         )  # fmt: skip
         assert loads(a) == loads(b) == 5  # of what 0, 1, 2, 3 and 4 updates made
@@ -152,11 +152,11 @@ def test_a_run_that_goes_on_with_other_servers_is_the_uninterrupted_one(tmp_path
     with server() as stub:
         train(parts, stub, train__stop_at=settings.get("train__steps", 4) // 2, **settings)
     with server() as a, server() as b:
-        resumed = train(parts, a, b, rollout__weights_dir=str(tmp_path / "w"), **settings)
+        resumed = train(parts, a, b, servers__weights_dir=str(tmp_path / "w"), **settings)
         assert loads(a) == loads(b) > 0
     for x, y in zip(
-        jax.tree.leaves(uninterrupted.policy.checkpoint()),
-        jax.tree.leaves(resumed.policy.checkpoint()),
+        jax.tree.leaves(uninterrupted.policy.state),
+        jax.tree.leaves(resumed.policy.state),
         strict=True,
     ):
         np.testing.assert_array_equal(x, y)
@@ -192,13 +192,15 @@ def test_samples_are_those_of_the_weights_that_were_asked_for(tmp_path):
         before = trainer.policy.snapshot()
         trainer.train_step(["a: "], [["b", "c"]], [[1.0, 0.0]])
         for params in (before, None, before):
-            rollout = trainer.policy.generate(
+            params = trainer.policy.params if params is None else params
+            rollout = trainer.engine.generate(
+                params,
                 prompts,
                 range(5),
                 num_generations=3,
+                max_completion_length=6,
                 sampling=SamplingParams(),
                 seed=1,
-                params=params,
             )
             padded, lengths = pad_prompts(prompts)
             batch = {
@@ -206,25 +208,23 @@ def test_samples_are_those_of_the_weights_that_were_asked_for(tmp_path):
                 "prompt_lengths": lengths,
                 "completions": rollout.completions,
             }
-            expected = np.array(trainer.policy._programs.token_logps(
-                trainer.policy.state.params if params is None else params, batch
-            ))  # fmt: skip
+            expected = np.array(trainer.policy._programs.token_logps(params, batch))
             expected[np.arange(6) >= rollout.lengths[..., None]] = 0
-            np.testing.assert_allclose(rollout.logps, expected, atol=1e-4)
-        trainer.policy.close()
+            np.testing.assert_allclose(rollout.old_logps, expected, atol=1e-4)
+        trainer.engine.close()
 
 
 # Failures, through the command line.
 
 SHORT = [
-    "rollout.engine=vllm", "rollout.retries=0", "rollout.num_generations=4", "mesh.fsdp=1",
+    "servers.kind=vllm", "servers.retries=0", "rollout.num_generations=4", "mesh.fsdp=1",
     "train.batch_size=2", "train.steps=4", "data.eval_size=2", "eval.every=0",
     "checkpoint.every=1", "log.samples=0",
 ]  # fmt: skip
 
 
 def on(*urls: str) -> str:
-    return f"rollout.servers=[{','.join(urls)}]"
+    return f"servers.urls=[{','.join(urls)}]"
 
 
 @pytest.fixture
@@ -310,11 +310,11 @@ def test_a_server_that_is_not_there(tmp_path, refused, capfd):
         with lock(load_config(run / "config.yaml")):
             line = refused("eval", run)
     assert "another process is training in" in line
-    assert "or sample here: rollout.engine=in_process 'rollout.servers=[]'" in line
+    assert "or sample here: servers.kind=none 'servers.urls=[]'" in line
     assert stub.url in refused("eval", run)
-    line = refused("eval", run, "rollout.engine=in_process")
-    assert "asks no servers: choose another engine, or rollout.servers=[]" in line
-    here = ["rollout.engine=in_process", "rollout.servers=[]"]
+    line = refused("eval", run, "servers.kind=none")
+    assert "asks no servers: choose another kind, or servers.urls=[]" in line
+    here = ["servers.kind=none", "servers.urls=[]"]
     assert main(["eval", str(run), *here]) == 0
 
 
@@ -338,32 +338,32 @@ def test_a_sampler_ahead_does_not_keep_a_failed_run_waiting(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["engine=vllm"], "rollout.engine=vllm needs rollout.servers, e.g. [http://localhost:80"),
-        (["servers=[http://a:1]"], "in_process asks no servers: choose another engine, or"),
-        (["engine=vllm", "servers=[http://a:1,http://a:1]"], "names a server twice"),
-        (["engine=vlm", "servers=[http://a:1]"], "Invalid value 'vlm', expected one of"),
-        (["engine=vllm", "servers=http://a:1"], "rollout.servers: needs a list"),
-        (["engine=vllm", "servers=[http://a:1]", "timeout=0"], "between 1 and 86400, got 0.0"),
-        (["engine=vllm", "servers=[http://a:1]", "timeout=inf"], "between 1 and 86400, got inf"),
-        (["engine=vllm", "servers=[http://a:1]", "retries=-1"], "between 0 and 100, got -1"),
-        (["engine=vllm", "servers=[http://a:1]", "concurrency=0"], "at least 1, got 0"),
-        (["engine=vllm", "servers=[http://a:1]", "logp_tolerance=0"], "must be > 0, got 0.0"),
-        (["engine=vllm", "servers=[http://a:1]", "logp_tolerance=nan"], "at least 0, got nan"),
-        (["engine=vllm", "servers=[http://a:1]", "weights_dtype=int8"], "Invalid value 'int8'"),
-        (["engine=vllm", "servers=[http://a:1]", "api_key_env=sk-x"], "variable, not a key"),
+        (["kind=vllm"], "servers.kind=vllm needs servers.urls, e.g. [http://localhost:80"),
+        (["urls=[http://a:1]"], "servers.kind=none asks no servers: choose another kind, or"),
+        (["kind=vllm", "urls=[http://a:1,http://a:1]"], "names a server twice"),
+        (["kind=vlm", "urls=[http://a:1]"], "Invalid value 'vlm', expected one of"),
+        (["kind=vllm", "urls=http://a:1"], "servers.urls: needs a list"),
+        (["kind=vllm", "urls=[http://a:1]", "timeout=0"], "between 1 and 86400, got 0.0"),
+        (["kind=vllm", "urls=[http://a:1]", "timeout=inf"], "between 1 and 86400, got inf"),
+        (["kind=vllm", "urls=[http://a:1]", "retries=-1"], "between 0 and 100, got -1"),
+        (["kind=vllm", "urls=[http://a:1]", "concurrency=0"], "at least 1, got 0"),
+        (["kind=vllm", "urls=[http://a:1]", "logp_tolerance=0"], "must be > 0, got 0.0"),
+        (["kind=vllm", "urls=[http://a:1]", "logp_tolerance=nan"], "must be > 0, got nan"),
+        (["kind=vllm", "urls=[http://a:1]", "weights_dtype=int8"], "Invalid value 'int8'"),
+        (["kind=vllm", "urls=[http://a:1]", "api_key_env=sk-x"], "variable, not a key"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(UserError) as error:
-        load_config("debug", [f"rollout.{setting}" for setting in settings])
+        load_config("debug", [f"servers.{setting}" for setting in settings])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert "sk-x" not in str(error.value)
 
 
 def test_servers_that_nothing_is_asked_of_are_refused():
-    given = ["rollout.engine=sglang", "rollout.servers=[http://a:1]"]
-    assert load_config("offline", given).rollout.servers == ["http://a:1"]  # for the held-out rows
+    given = ["servers.kind=sglang", "servers.urls=[http://a:1]"]
+    assert load_config("offline", given).servers.urls == ["http://a:1"]  # for the held-out rows
     with pytest.raises(UserError, match=r"nothing is sampled with .* without held-out rows"):
         load_config("offline", [*given, "data.eval_path=null"])
 
@@ -375,13 +375,13 @@ def test_servers_that_nothing_is_asked_of_are_refused():
 )  # fmt: skip
 def test_what_is_no_address(tmp_path, refused, url):
     line = refused(
-        "train", "debug", f"run.dir={tmp_path / 'run'}", *SHORT, f"rollout.servers=['{url}']"
+        "train", "debug", f"run.dir={tmp_path / 'run'}", *SHORT, f"servers.urls=['{url}']"
     )
     assert "' is not the address of a server, such as http://localhost:8000" in line
 
 
 def test_an_address_holds_no_key():
-    with pytest.raises(UserError, match=r"use rollout.api_key_env") as error:
+    with pytest.raises(UserError, match=r"use servers.api_key_env") as error:
         Client("http://me:secret@host:8000")
     assert "secret" not in str(error.value)
 
@@ -389,8 +389,8 @@ def test_an_address_holds_no_key():
 def test_the_key_comes_from_the_environment(tmp_path, refused, monkeypatch):
     with server() as stub:
         start = ["train", "debug", f"run.dir={tmp_path / 'run'}", *SHORT, on(stub.url)]
-        start += ["rollout.api_key_env=MY_KEY", "train.steps=1", "data.eval_size=0"]
-        assert "that rollout.api_key_env names is not set" in refused(*start)
+        start += ["servers.api_key_env=MY_KEY", "train.steps=1", "data.eval_size=0"]
+        assert "that servers.api_key_env names is not set" in refused(*start)
         monkeypatch.setenv("MY_KEY", "se\nsame")
         line = refused(*start)
         assert "more than printable ASCII" in line
@@ -402,15 +402,15 @@ def test_the_key_comes_from_the_environment(tmp_path, refused, monkeypatch):
 
 
 def test_a_resumed_run_may_have_other_servers_but_no_other_engine():
-    base = override(Config(), rollout__engine="vllm", rollout__servers=["http://a:1"])
+    base = override(Config(), servers__kind="vllm", servers__urls=["http://a:1"])
     moved = override(
-        base, rollout__servers=["http://b:1"], rollout__weights_dir="/w", rollout__timeout=5.0,
-        rollout__retries=1, rollout__concurrency=2, rollout__logp_tolerance=1.0,
-        rollout__api_key_env="KEY",
+        base, servers__urls=["http://b:1"], servers__weights_dir="/w", servers__timeout=5.0,
+        servers__retries=1, servers__concurrency=2, servers__logp_tolerance=1.0,
+        servers__api_key_env="KEY",
     )  # fmt: skip
     assert difference(base, moved) == []
-    other = override(moved, rollout__engine="sglang", rollout__weights_dtype="bfloat16")
-    assert sorted(difference(base, other)) == ["rollout.engine", "rollout.weights_dtype"]
+    other = override(moved, servers__kind="sglang", servers__weights_dtype="bfloat16")
+    assert sorted(difference(base, other)) == ["servers.kind", "servers.weights_dtype"]
 
 
 # Several processes.
@@ -472,7 +472,7 @@ def test_where_the_first_process_fails_all_do(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_on_servers_train_as_one(tmp_path):
-    plain = ["replay.completions=0", "replay.groups=0", "rollout.engine=vllm"]
+    plain = ["replay.completions=0", "replay.groups=0", "servers.kind=vllm"]
     with server() as a, server() as b:
         urls = on(a.url, b.url)
         processes.train_one(tmp_path / "one", *plain, urls)
@@ -497,7 +497,7 @@ def test_one_bad_answer_to_one_process_ends_both(tmp_path):
         stub.tamper = tamper
         ended = processes.run_two(
             "train", "debug", *processes.SETTINGS, f"run.dir={tmp_path / 'run'}",
-            "data.eval_size=0", "rollout.engine=vllm", "rollout.retries=0", on(stub.url),
+            "data.eval_size=0", "servers.kind=vllm", "servers.retries=0", on(stub.url),
         )  # fmt: skip
     for status, _, err in ended:
         assert status == 2, err

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from gvpo_jax.data.batch import Batch, bucket, pad_groups, pad_prompts
-from gvpo_jax.data.groups import UNKNOWN, Source, make_batch, make_group
+from gvpo_jax.data.groups import UNKNOWN, Source, make_group, stack, to_batch
 from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, full_logits, init_params
 from gvpo_jax.training.objectives import gvpo
 from gvpo_jax.training.step import init_state, token_logps, train_step
@@ -20,16 +20,18 @@ BETA = 0.2
 
 
 def batch_of(prompts, tokens, lengths, rewards):
-    return make_batch(
-        [
-            make_group(
-                prompt,
-                [ids[:n] for ids, n in zip(*group, strict=True)],
-                values,
-                source=Source.POLICY,
-            )
-            for prompt, *group, values in zip(prompts, tokens, lengths, rewards, strict=True)
-        ],
+    return to_batch(
+        stack(
+            [
+                make_group(
+                    prompt,
+                    [ids[:n] for ids, n in zip(*group, strict=True)],
+                    values,
+                    source=Source.POLICY,
+                )
+                for prompt, *group, values in zip(prompts, tokens, lengths, rewards, strict=True)
+            ]
+        ),
         longest_completion=tokens.shape[-1],
     )
 
@@ -258,8 +260,13 @@ def test_padding_of_prompts_and_completions():
 
 def test_ragged_groups_are_filled_up_with_nothing():
     groups, rewards = [[[1, 2], [3]], [[4, 5, 6], [], [7]]], [[0.5, None], [1.0, 2.0, 3.0]]
-    batch = make_batch(
-        [make_group([1], g, r, source=Source.FILE) for g, r in zip(groups, rewards, strict=True)]
+    batch = to_batch(
+        stack(
+            [
+                make_group([1], g, r, source=Source.FILE)
+                for g, r in zip(groups, rewards, strict=True)
+            ]
+        )
     )
     assert batch.lengths.tolist() == [[2, 1, 0], [3, 0, 1]]
     assert batch.valid.tolist() == [[True, False, False], [True, False, True]]

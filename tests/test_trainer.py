@@ -12,8 +12,9 @@ import pytest
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import load_config, override
+from gvpo_jax.data.rows import completion_ids
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import load_model
+from gvpo_jax.models.load import load_model
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rundir.claim import lock
 from gvpo_jax.rundir.files import read_jsonl, read_metrics
@@ -50,11 +51,16 @@ def train(run_dir, **settings):
     return trainer, summary
 
 
+def trained(policy):
+    """All that updates changed."""
+    return policy.state, policy.reference
+
+
 def assert_same_run(a: Path, b: Path, trainer_a: Trainer, trainer_b: Trainer):
     """Bitwise equal states, and equal numbers and texts on disk, clocks apart."""
     for x, y in zip(
-        jax.tree.leaves(trainer_a.policy.checkpoint()),
-        jax.tree.leaves(trainer_b.policy.checkpoint()),
+        jax.tree.leaves(trained(trainer_a.policy)),
+        jax.tree.leaves(trained(trainer_b.policy)),
         strict=True,
     ):
         np.testing.assert_array_equal(x, y)
@@ -347,7 +353,7 @@ def test_a_session_that_stops_early_is_gone_on_with_by_naming_the_run(tmp_path):
 
 
 def test_two_processes_can_not_train_in_one_folder(tmp_path):
-    with lock(config(tmp_path)), pytest.raises(UserError, match="another process"):
+    with lock(tmp_path), pytest.raises(UserError, match="another process"):
         train(tmp_path)
 
 
@@ -378,7 +384,7 @@ def test_a_reward_that_fails_on_every_row_is_an_error_also_where_errors_are_skip
         trainer.train(ROWS, broken)
 
 
-def test_completions_without_a_reward_leave_the_accuracy(tmp_path):
+def test_completions_without_a_reward_are_wrong_and_counted(tmp_path):
     def some(prompts, completions, **_):
         return [None if i % 2 else 1.0 for i in range(len(prompts))]
 
@@ -387,8 +393,10 @@ def test_completions_without_a_reward_leave_the_accuracy(tmp_path):
 
     trainer = Trainer(config(tmp_path), load_model("debug"))
     metrics, records = trainer.evaluate(ROWS, some)
-    assert metrics["eval/accuracy"] == 1
+    assert metrics["eval/accuracy"] == 0.5
+    assert metrics["eval/reward"] == 1
     assert metrics["eval/unscored"] == len(records) / 2
+    assert [r["correct"] for r in records] == [r["reward"] is not None for r in records]
     with pytest.raises(UserError, match="no held-out completion got a reward"):
         trainer.evaluate(ROWS, none)
 
@@ -397,8 +405,12 @@ def test_texts_end_with_the_tokenizers_own_end_token(tmp_path):
     model = load_model("debug")
     model = dataclasses.replace(model, generation_config={"eos_token_id": [258, 259, 257]})
     trainer = Trainer(config(tmp_path), model)
-    assert trainer.policy.stop_ids[0] == 258
-    assert trainer.policy.completion_ids("a")[-1] == model.tokenizer.eos_token_id == 257
+    assert trainer.stop_ids[0] == 258
+    assert (
+        completion_ids("a", model.tokenizer, trainer.stop_ids)[-1]
+        == model.tokenizer.eos_token_id
+        == 257
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, init_params
-from gvpo_jax.rollout import InProcessEngine, SamplingParams
+from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 
 SMOLLM2 = DecoderConfig(
     "llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_embeddings=True
@@ -51,7 +51,7 @@ def main() -> None:
 
 def ours(config: DecoderConfig, prompts: list[list[int]]):
     params = jax.jit(lambda: init_params(config, 0))()
-    engine = InProcessEngine(decoder_fns(config), stop_ids=())
+    engine = InProcessEngine(SamplingModel(decoder_fns(config)), stop_ids=())
 
     def generate(tokens: int) -> None:
         engine.generate(

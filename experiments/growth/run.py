@@ -24,7 +24,7 @@ from gvpo_jax.data.batch import Batch
 from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_params
 from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
 from gvpo_jax.ops.kernels import attention_on
-from gvpo_jax.parallel.mesh import make_mesh
+from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.report.charts import Chart, Line, chart_content
 from gvpo_jax.training.objectives import gvpo
 from gvpo_jax.training.step import init_state, train_step
@@ -70,7 +70,7 @@ def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
     config = DecoderConfig(
         "llama", v, WIDTH, 4 * WIDTH, layers, 8, 4, WIDTH // 8, tie_embeddings=True
     )
-    optimizer, mesh = optax.adamw(1e-6), make_mesh(fsdp=1)
+    optimizer, mesh = optax.adamw(1e-6), MeshConfig(fsdp=1).mesh()
     placement = Placement(  # as a `Policy` computes it on this machine
         attention=attention_on(mesh, "auto", "float32", config.head_dim),
         product=product_on(mesh),

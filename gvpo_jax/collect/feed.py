@@ -1,4 +1,4 @@
-"""What an update trains on: new groups, older ones and given ones, mixed into batches."""
+"""What an update trains on: new and older groups in batches, with reference log-probs."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,19 +10,17 @@ import numpy as np
 from gvpo_jax.collect.collector import Collected, Collector
 from gvpo_jax.collect.lookahead import Lookahead
 from gvpo_jax.collect.metrics import reward_metrics
-from gvpo_jax.collect.replay import ReplayBuffer
-from gvpo_jax.config import Config
+from gvpo_jax.collect.replay import ReplayBuffer, ReplayConfig
 from gvpo_jax.data.batch import Batch
-from gvpo_jax.data.groups import UNKNOWN, Group, cut, join, make_batch, pack, unpack
+from gvpo_jax.data.groups import UNKNOWN, Groups, join, stack, take, to_batch, with_reference
 from gvpo_jax.data.packing_plan import Plan
-from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import max_over_hosts
 from gvpo_jax.rundir.files import to_json
 from gvpo_jax.training.policy import Policy
+from gvpo_jax.training.step import TrainConfig
 
 Arrays = dict[str, np.ndarray]
-Scoring = Callable[[], tuple["TrainBatch", list[Group]]]  # waits for the reference's log-probs
+Scoring = Callable[[], tuple["TrainBatch", Groups]]  # waits for the reference's log-probs
 
 
 class TrainBatch(NamedTuple):
@@ -51,42 +49,41 @@ class Feed(Protocol):
 
 
 class OnlineFeed:
-    """Groups that the policy samples, now or ahead of time, with older ones mixed in."""
+    """Groups that the policy samples, now or ahead of time, with older ones mixed in.
+
+    Args:
+        policy: samples and is trained.
+        collector: gives new groups.
+        train: how many batches make a round, and how many rounds there are.
+        replay: how many older ones are mixed in.
+    """
 
     def __init__(
-        self, policy: Policy, config: Config, collector: Collector, prompts: EncodedPrompts
+        self, policy: Policy, collector: Collector, train: TrainConfig, replay: ReplayConfig
     ):
-        self._policy, self._config, self._longest = policy, config, prompts.longest
-        if config.replay.completions and len(prompts.rows) > config.replay.capacity:
+        self._policy, self._collector = policy, collector
+        self._train, self._replay = train, replay
+        prompts, ahead = len(collector.prompts.rows), collector.options.lookahead
+        if replay.completions and prompts > replay.capacity:
             raise UserError(
-                f"replay.capacity={config.replay.capacity} groups are forgotten before one of "
-                f"{len(prompts.rows)} prompts comes again: raise it to at least as many"
+                f"replay.capacity={replay.capacity} groups are forgotten before one of "
+                f"{prompts} prompts comes again: raise it to at least as many"
             )
-        self._replay = ReplayBuffer(config.replay.capacity, config.run.seed)
-        per_round = config.train.steps_per_generation
-        given = collector.demonstrations(prompts) if config.rollout.demonstrations else None
-        lost = sum(int((group.lengths == 0).sum()) for group in given or ())
-        self.notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"] if lost else []
-
-        def draw(number: int, at: "_Version") -> list[Collected]:
-            numbers = range(number * per_round, (number + 1) * per_round)
-            return collector.collect(numbers, prompts, given, at.params, at.updates)
-
-        self._draw = draw
-        self._ahead: Lookahead[list[Collected]] | None = None
-        if config.rollout.lookahead and jax.process_count() > 1:
+        if ahead and jax.process_count() > 1:
             raise UserError(
                 "rollout.lookahead needs a single process: programs of two threads may reach the "
                 "devices in another order on each host"
             )
-        if config.rollout.lookahead:
-            last = -(-config.train.steps // (per_round * config.train.num_iterations)) - 1
+        self._buffer = ReplayBuffer(replay.capacity, collector.seed)
+        self._ahead: Lookahead[list[Collected]] | None = None
+        if ahead:
+            of_round = train.steps_per_generation * train.num_iterations
             self._ahead = Lookahead(
-                draw,
-                lambda: _Version(policy.snapshot(), policy.updates),
-                ahead=config.rollout.lookahead,
-                last=last,
-                interrupt=policy.close,
+                lambda number, at: self._collect(number, *at),
+                lambda: (policy.snapshot(), policy.updates),
+                ahead=ahead,
+                last=-(-train.steps // of_round) - 1,
+                interrupt=collector.engine.close,
             )
 
     def round(self, number: int) -> list[TrainBatch]:
@@ -94,40 +91,41 @@ class OnlineFeed:
         if self._ahead:
             drawn = self._ahead.take(number)
         else:
-            drawn = self._draw(number, _Version(None, self._policy.updates))
+            drawn = self._collect(number, self._policy.params, self._policy.updates)
         first = number * len(drawn)
-        fed = [self._mix(first + place, batch) for place, batch in enumerate(drawn)]
+        mixed = [self._mix(first + place, collected) for place, collected in enumerate(drawn)]
         if self._remembers:
-            for _, scored in fed:
-                self._replay.add(scored)
-        return [f for f, _ in fed]
+            for _, new in mixed:
+                self._buffer.add(new)
+        return [batch for batch, _ in mixed]
 
     def state(self) -> Arrays:
         """The replay buffer and the rounds drawn ahead."""
-        arrays = _over(self._replay.state(), "replay") if self._remembers else {}
+        arrays = over(self._buffer.state(), "replay") if self._remembers else {}
         pending = self._ahead.pending() if self._ahead else {}
-        told = []
+        about = []
         for number, batches in pending.items():
             for place, (groups, metrics, records) in enumerate(batches):
-                arrays |= _over(pack(groups), f"ahead/{number}/{place}")
+                arrays |= over(groups._asdict(), f"ahead/{number}/{place}")
                 # Rows of data may hold what JSON does not know.
-                told.append([number, place, metrics, json.loads(to_json(records))])
-        if told:
-            arrays["ahead"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+                about.append([number, place, metrics, json.loads(to_json(records))])
+        if about:
+            arrays["ahead"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         return arrays
 
     def load(self, states: Sequence[Arrays]) -> None:
         """Take over what `state` gave; other processes than before deal the buffer out again."""
         processes, here = jax.process_count(), jax.process_index()
+        remembered = [saved_groups(state, "replay") for state in states]
         if self._remembers and len(states) == processes:
-            self._replay.load(_under(states[here], "replay"))
-        elif self._remembers:
-            everything = [g for state in states for g in unpack(_under(state, "replay"))]
-            self._replay.load(pack(everything[here::processes]))
+            self._buffer.load(remembered[here])
+        elif self._remembers and (everything := [groups for groups in remembered if groups]):
+            self._buffer.load(take(stack(everything), slice(here, None, processes)))
         if self._ahead and "ahead" in (state := states[0]):
             rounds: dict[int, list[Collected]] = {}
             for number, place, metrics, records in json.loads(bytes(state["ahead"])):
-                groups = unpack(_under(state, f"ahead/{number}/{place}"))
+                groups = saved_groups(state, f"ahead/{number}/{place}")
+                assert groups is not None
                 rounds.setdefault(number, []).append(Collected(groups, metrics, records))
             self._ahead.load(rounds)
 
@@ -138,67 +136,128 @@ class OnlineFeed:
 
     @property
     def _remembers(self) -> bool:
-        return bool(self._config.replay.completions or self._config.replay.groups)
+        return bool(self._replay.completions or self._replay.groups)
 
-    def _mix(self, key: int, drawn: Collected) -> tuple[TrainBatch, list[Group]]:
-        """A batch of new and older completions; and the groups in it with reference log-probs."""
-        r = self._config.replay
-        groups = [self._with_older(key, place, g) for place, g in enumerate(drawn.groups)]
+    def _collect(self, number: int, params: Any, updates: int) -> list[Collected]:
+        of_round = self._train.steps_per_generation
+        numbers = range(number * of_round, (number + 1) * of_round)
+        return self._collector.collect(numbers, params, updates)
+
+    def _mix(self, key: int, drawn: Collected) -> tuple[TrainBatch, Groups]:
+        """A batch of new and older completions; and its new groups with reference log-probs."""
+        groups, r = drawn.groups, self._replay
+        if r.completions:
+            places = range(groups.count)
+            groups = stack([self._with_older(key, i, take(groups, [i])) for i in places])
         if r.groups:
-            groups += self._replay.groups(r.groups // jax.process_count(), key)
-        c = self._config
-        k = c.rollout.num_generations
-        fed, groups = send_groups(self._policy, groups, c, self._longest, k)()
-        metrics = fed.metrics | drawn.metrics
-        return fed._replace(metrics=metrics, records=drawn.records), groups[: len(drawn.groups)]
+            older = self._buffer.groups(r.groups // jax.process_count(), key)
+            groups = stack([groups, *older])
+        options = self._collector.options
+        send = send_groups(
+            self._policy,
+            groups,
+            self._train.batch_size,
+            longest_prompt=self._collector.prompts.longest,
+            longest_completion=options.max_completion_length,
+            k=options.num_generations,
+        )
+        batch, groups = send()
+        batch = batch._replace(metrics=batch.metrics | drawn.metrics, records=drawn.records)
+        return batch, take(groups, slice(drawn.groups.count))
 
-    def _with_older(self, key: int, place: int, group: Group) -> Group:
-        if not self._config.replay.completions:
-            return group
-        key = key * self._config.train.batch_size + place  # a row may come twice in a batch
-        older = self._replay.completions(group.row, self._config.replay.completions, key)
+    def _with_older(self, key: int, place: int, group: Groups) -> Groups:
+        key = key * self._train.batch_size + place  # a row may come twice in a batch
+        older = self._buffer.completions(int(group.row[0]), self._replay.completions, key)
         return group if older is None else join(group, older)
 
 
 def send_groups(
-    policy: Policy, groups: list[Group], config: Config, longest_prompt: int, k: int | None = None
+    policy: Policy,
+    groups: Groups,
+    batch_size: int,
+    *,
+    longest_prompt: int,
+    longest_completion: int,
+    k: int = 0,
 ) -> Scoring:
-    """A batch that the reference scores where its log-probs are not cached; its groups then."""
-    batch = make_batch(
-        groups,
-        longest_prompt=longest_prompt,
-        longest_completion=config.rollout.max_completion_length,
-        k=k,
-        agree=max_over_hosts,
+    """A batch that the reference scores where its log-probs are not cached; its groups then.
+
+    Args:
+        policy: whose reference it is.
+        groups: this process's.
+        batch_size: groups of all processes that the batch is filled up to.
+        longest_prompt, longest_completion, k: see `to_batch`.
+    """
+    batch = to_batch(
+        groups, longest_prompt=longest_prompt, longest_completion=longest_completion, k=k
     )
-    batch = policy.pad(batch, -(-config.train.batch_size // jax.process_count()))
+    batch = policy.pad(batch, -(-batch_size // jax.process_count()))
     reference = policy.reference_fingerprint
     known = np.ones(len(batch.rewards), bool)  # what only fills up needs no scores
-    known[: len(groups)] = [g.reference == reference != UNKNOWN for g in groups]
+    known[: groups.count] = (groups.reference == reference) & (reference != UNKNOWN)
     plan = policy.plan(batch)  # now: to agree on it later would wait for an update
     received = policy.send_to_reference(batch, known)
 
-    def scoring() -> tuple[TrainBatch, list[Group]]:
+    def scoring() -> tuple[TrainBatch, Groups]:
         scored = received()
-        cuts = [cut(scored, place, group, reference) for place, group in enumerate(groups)]
-        return TrainBatch(scored, plan, reward_metrics(scored), []), cuts
+        ready = TrainBatch(scored, plan, reward_metrics(scored), [])
+        return ready, with_reference(groups, np.asarray(scored.ref_logps), reference)
 
     return scoring
 
 
-class _Version(NamedTuple):
-    """Parameters to sample with (None: the current ones), and the updates that they have seen."""
-
-    params: Any
-    updates: int
-
-
-def _over(arrays: Arrays, prefix: str) -> Arrays:
+def over(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays under names that begin with a prefix."""
     return {f"{prefix}/{name}": value for name, value in arrays.items()}
 
 
-def _under(arrays: Arrays, prefix: str) -> Arrays:
-    start = prefix + "/"
-    return {
+def saved_groups(arrays: Arrays, prefix: str) -> Groups | None:
+    """Groups that `over` put among these arrays; None: there are none.
+
+    Raises:
+        UserError: an earlier version saved them.
+    """
+    start = f"{prefix}/"
+    found = {
         name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)
     }
+    if found and set(found) != set(Groups._fields):
+        raise UserError(
+            "version 0.1 saved this run's replayed or pending samples in another form: end the "
+            "run with that version, or choose another run.dir"
+        )
+    return Groups(**found) if found else None
+
+
+def pack_round(batches: Sequence[TrainBatch], done: int) -> Arrays:
+    """A round of which `done` updates are done, as arrays to be saved."""
+    about = [[batch.metrics, json.loads(to_json(batch.records))] for batch in batches]
+    arrays = {"round": np.frombuffer(json.dumps([done, about]).encode(), np.uint8)}
+    for place, batch in enumerate(batches):
+        arrays |= over(batch.batch._asdict(), f"round/{place}")
+    return arrays
+
+
+def unpack_round(
+    states: Sequence[Arrays], plan: Callable[[Batch], Plan]
+) -> tuple[list[TrainBatch], int] | None:
+    """What `pack_round` was given in each process; None: there was no round under way.
+
+    plan: how an update is to compute a batch.
+
+    Raises:
+        UserError: there are more or fewer processes than then.
+    """
+    if not states or "round" not in states[0]:
+        return None
+    if len(states) != jax.process_count():
+        raise UserError(
+            f"the run was ended in the middle of a round by {len(states)} processes, and goes on "
+            f"with as many; here are {jax.process_count()}"
+        )
+    arrays, batches = states[jax.process_index()], []
+    done, about = json.loads(bytes(arrays["round"]))
+    for place, (metrics, records) in enumerate(about):
+        batch = Batch(**{name: arrays[f"round/{place}/{name}"] for name in Batch._fields})
+        batches.append(TrainBatch(batch, plan(batch), metrics, records))
+    return batches, done

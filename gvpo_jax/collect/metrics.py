@@ -3,25 +3,21 @@
 import numpy as np
 
 from gvpo_jax.data.batch import Batch
-from gvpo_jax.data.groups import Source
+from gvpo_jax.data.groups import Groups, Source
 from gvpo_jax.parallel.distributed import gather
 from gvpo_jax.rewards import Scores
-from gvpo_jax.rollout.engine import FINISH_LENGTH, Rollout
 
 
-def rollout_metrics(rollout: Rollout, scores: Scores, k: int) -> dict[str, float]:
+def rollout_metrics(groups: Groups, scores: Scores, k: int) -> dict[str, float]:
     """Of all processes' samples: of each group the first k, without demonstrations."""
-    own = {
-        name: values.reshape(len(rollout.lengths), -1)[:, :k]
-        for name, values in scores.by_func.items()
-    }
+    own = {name: values[:, :k] for name, values in scores.by_func.items()}
     why = np.array([[scores.abstained, scores.failed]])
-    here = (rollout.lengths, rollout.finish, own, why)
-    lengths, finish, by_func, why = gather(here)
+    here = (groups.lengths[:, :k], groups.stopped[:, :k], own, why)
+    lengths, stopped, by_func, why = gather(here)
     abstained, failed = why.sum(axis=0)
     return {
         "completions/mean_length": float(lengths.mean()),
-        "completions/clipped_ratio": float((finish == FINISH_LENGTH).mean()),
+        "completions/clipped_ratio": float((~stopped).mean()),
         "rewards/abstained": float(abstained),
         "rewards/failed": float(failed),
         **{f"rewards/{name}": _mean(values) for name, values in by_func.items()},

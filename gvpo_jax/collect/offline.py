@@ -15,31 +15,33 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gvpo_jax.collect.feed import Arrays, Scoring, TrainBatch, _over, _under, send_groups
-from gvpo_jax.config import Config
+from gvpo_jax.collect.feed import Arrays, Scoring, TrainBatch, send_groups
 from gvpo_jax.data.groups import (
     UNKNOWN,
-    Group,
+    Groups,
     Source,
     cache_key,
     length_problem,
     make_group,
-    pack,
+    pick,
     read_reward,
+    stack,
     take,
-    unpack,
+    token_lists,
+    with_reference,
 )
-from gvpo_jax.data.rows import batch_indices
+from gvpo_jax.data.rows import EncodedPrompts, batch_indices
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import my_slice
 from gvpo_jax.training.policy import Policy
+from gvpo_jax.training.step import TrainConfig
 
 
 @dataclass(frozen=True)
 class OfflineGroups:
     """Groups to train on, and how many completions and whole groups were left out as bad."""
 
-    groups: list[Group]
+    groups: Groups
     skipped_completions: int
     skipped_groups: int
 
@@ -70,7 +72,7 @@ def read_groups(
         UserError: naming the row (from 1), for these, for columns that do not fit together, for
             reference log-probs of another reference, and where no group is left.
     """
-    groups: list[Group] = []
+    groups: list[Groups] = []
     skipped = 0
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
         name = f"groups, row {number}"
@@ -103,10 +105,10 @@ def read_groups(
                 raise UserError(f"{name}: a group needs at least two completions{_HINT}")
         skipped += len(problems)
         if len(good) >= 2:
-            groups.append(take(group, good))
+            groups.append(pick(group, good))
     if not groups:
         raise UserError(f"none of the {len(rows)} groups has two completions to compare")
-    return OfflineGroups(groups, skipped, len(rows) - len(groups))
+    return OfflineGroups(stack(groups), skipped, len(rows) - len(groups))
 
 
 _HINT = "; data.bad_samples=skip leaves out what can't be used"
@@ -136,7 +138,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple | np.ndarray)
 
 
-def _with_cache(name: str, row: Mapping[str, Any], group: Group, reference: int) -> Group:
+def _with_cache(name: str, row: Mapping[str, Any], group: Groups, reference: int) -> Groups:
     """The group with the row's reference log-probs, if it has any and they can be used."""
     cached = row.get("ref_logps")
     if cached is None:
@@ -157,19 +159,19 @@ def _with_cache(name: str, row: Mapping[str, Any], group: Group, reference: int)
     if not _fits(cached, group):
         raise UserError(
             f"{name}: ref_logps must hold a list per completion, with a finite number per token "
-            f"(here {group.lengths.tolist()}, end tokens included)"
+            f"(here {group.lengths[0].tolist()}, end tokens included)"
         )
     ref_logps = np.zeros_like(group.ref_logps)
-    for place, values in zip(ref_logps, cached, strict=True):
+    for place, values in zip(ref_logps[0], cached, strict=True):
         place[: len(values)] = values
-    return group._replace(ref_logps=ref_logps, reference=reference)
+    return with_reference(group, ref_logps, reference)
 
 
-def _fits(cached: Any, group: Group) -> bool:
+def _fits(cached: Any, group: Groups) -> bool:
     return (
         _is_list(cached)
         and all(_is_list(values) for values in cached)
-        and [len(values) for values in cached] == group.lengths.tolist()
+        and [len(values) for values in cached] == group.lengths[0].tolist()
         and all(isinstance(v, float | int) and abs(v) < 1e30 for values in cached for v in values)
     )
 
@@ -178,38 +180,55 @@ class OfflineFeed:
     """Groups sampled elsewhere, in an order that depends on the seed alone.
 
     Reference log-probs are kept with the groups for as long as the reference stays.
+
+    Args:
+        policy: is trained.
+        groups: to train on.
+        train: how many batches make a round, and how many there are.
+        longest_completion: tokens that a completion may have.
+        seed: of the order.
+        ahead: whether the reference stays, so that a batch may be scored before its turn.
     """
 
-    def __init__(self, policy: Policy, config: Config, groups: list[Group]):
-        self._policy, self._config, self._groups = policy, config, list(groups)
-        self._longest = max(len(group.prompt) for group in groups)
-        self._k = max(len(group.lengths) for group in groups)
+    def __init__(
+        self,
+        policy: Policy,
+        groups: Groups,
+        train: TrainConfig,
+        *,
+        longest_completion: int,
+        seed: int,
+        ahead: bool,
+    ):
+        self._policy, self._groups, self._train, self._seed = policy, groups, train, seed
+        self._longest = int(groups.prompt_lengths.max()), longest_completion
         self._ahead: tuple[int, Scoring] | None = None
-        updates = -(-config.train.steps // config.train.num_iterations)
-        per_round = config.train.steps_per_generation
-        self._last = -(-updates // per_round) * per_round - 1
+        updates, of_round = -(-train.steps // train.num_iterations), train.steps_per_generation
+        self._last = -(-updates // of_round) * of_round - 1 if ahead else -1
 
     def round(self, number: int) -> list[TrainBatch]:
         """The round's batches, with reference log-probs."""
-        per_round = self._config.train.steps_per_generation
-        return [self._batch(number * per_round + place) for place in range(per_round)]
+        of_round = self._train.steps_per_generation
+        return [self._batch(number * of_round + place) for place in range(of_round)]
 
     def state(self) -> Arrays:
         """The reference log-probs so far: scored in other batches they would round otherwise."""
-        places = [i for i, group in enumerate(self._groups) if group.reference != UNKNOWN]
-        if not places:
+        places = np.flatnonzero(self._groups.reference != UNKNOWN)
+        if not len(places):
             return {}
-        packed = pack([self._groups[i] for i in places])
-        return {"places": np.array(places), **_over(packed, "groups")}
+        g = self._groups
+        return {
+            "places": places,
+            "ref_logps": g.ref_logps[places],
+            "reference": g.reference[places],
+        }
 
     def load(self, states: Sequence[Arrays]) -> None:
         """Take over what `state` gave, whichever process had it."""
         for state in states:
-            if "places" in state:
-                for place, group in zip(
-                    state["places"].tolist(), unpack(_under(state, "groups")), strict=True
-                ):
-                    self._groups[place] = group
+            if "ref_logps" in state:  # version 0.1 kept them otherwise: they are scored again
+                self._groups.ref_logps[state["places"]] = state["ref_logps"]
+                self._groups.reference[state["places"]] = state["reference"]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -222,18 +241,57 @@ class OfflineFeed:
         """
         ahead, self._ahead = self._ahead, None
         scoring = ahead[1] if ahead and ahead[0] == number else self._send(number)
-        fed, groups = scoring()
-        for i, group in zip(self._indices(number), groups, strict=True):
-            self._groups[i] = group
-        if number < self._last and self._config.reference.name == "initial":
+        batch, scored = scoring()
+        places = self._indices(number)
+        self._groups.ref_logps[places] = scored.ref_logps
+        self._groups.reference[places] = scored.reference
+        if number < self._last:
             self._ahead = number + 1, self._send(number + 1)
-        return fed
+        return batch
 
     def _send(self, number: int) -> Scoring:
-        groups = [self._groups[i] for i in self._indices(number)]
-        return send_groups(self._policy, groups, self._config, self._longest, self._k)
+        prompt, completion = self._longest
+        return send_groups(
+            self._policy,
+            take(self._groups, self._indices(number)),
+            self._train.batch_size,
+            longest_prompt=prompt,
+            longest_completion=completion,
+            k=self._groups.lengths.shape[1],
+        )
 
     def _indices(self, number: int) -> np.ndarray:
-        c = self._config
-        every = batch_indices(len(self._groups), c.train.batch_size, number, c.run.seed)
-        return every[my_slice(c.train.batch_size)]
+        size = self._train.batch_size
+        every = batch_indices(self._groups.count, size, number, self._seed)
+        return every[my_slice(size)]
+
+
+def rows_with_reference(
+    policy: Policy, prompts: EncodedPrompts, groups: Groups, size: int, longest_completion: int
+) -> list[dict[str, Any]]:
+    """The groups' rows with token ids, `ref_logps` and `ref_fingerprint`, scored `size` at a time.
+
+    Raises:
+        UserError: every update changes the reference.
+    """
+    if policy.reference_fingerprint == UNKNOWN:
+        raise UserError("reference.name=ema changes with every update: nothing can be kept")
+    rows = []
+    for start in range(0, groups.count, size):
+        part = take(groups, slice(start, start + size))
+        longest = {"longest_prompt": prompts.longest, "longest_completion": longest_completion}
+        _, scored = send_groups(policy, part, size, **longest)()
+        for place in range(scored.count):
+            group = take(scored, [place])
+            group = pick(group, np.flatnonzero(group.lengths[0]))
+            logps = zip(group.ref_logps[0], group.lengths[0], strict=True)
+            rows.append(
+                {
+                    **prompts.rows[start + place],
+                    "completions": token_lists(group),
+                    "rewards": group.rewards[0].tolist(),
+                    "ref_logps": [values[:n].tolist() for values, n in logps],
+                    "ref_fingerprint": cache_key(int(group.reference[0]), group),
+                }
+            )
+    return rows

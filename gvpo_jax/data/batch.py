@@ -1,12 +1,14 @@
 """One batch of groups: what rollout, rewards and scoring fill in and the train step reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from gvpo_jax.parallel.distributed import max_over_hosts
 
 Array = jax.Array | np.ndarray
 
@@ -43,15 +45,13 @@ class Batch(NamedTuple):
 def pad_prompts(
     prompts: Sequence[Sequence[int]],
     longest: int | None = None,
-    agree: Callable[[int], int] = int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pad to the next bucket: token ids `[g, p]` and lengths `[g]`, int32.
+    """Right-pad to a width that all processes take: token ids `[g, p]` and lengths `[g]`, int32.
 
     Args:
         prompts: g lists of token ids.
         longest: length of the longest prompt there will be in the run, where it is known. Then the
             buckets are that length, its half and its quarter: three widths to compile at most.
-        agree: the width needed here -> the one that all processes take.
 
     Raises:
         ValueError: no prompt, or one without a token.
@@ -60,7 +60,7 @@ def pad_prompts(
     if len(lengths) == 0 or lengths.min() == 0:
         raise ValueError("every prompt needs at least one token: give it some text")
     width = int(lengths.max())
-    width = agree(bucket(width) if longest is None else part_of_longest(width, longest))
+    width = max_over_hosts(bucket(width) if longest is None else part_of_longest(width, longest))
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -116,30 +116,16 @@ def fill_up(batch: Batch, *, groups: int, completions: int) -> Batch:
     return Batch(**filled)
 
 
-def split_groups(tree: Any, parts: int) -> Any:
-    """`[g, ...] -> [parts, g / parts, ...]`, dealt out in turn, so that sharded groups stay put."""
-
-    def split(x):
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, tree)
-
-
-def join_groups(x: jax.Array) -> jax.Array:
-    """`[parts, g / parts, ...] -> [g, ...]`, the inverse of `split_groups`."""
-    return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
 def split_completions(x: jax.Array, parts: int) -> jax.Array:
-    """`[n, g, k, ...] -> [n, parts, g, k / parts, ...]`, dealt out in turn."""
-    n, g, k, *rest = x.shape
-    return jnp.moveaxis(x.reshape(n, g, k // parts, parts, *rest), 3, 1)
+    """`[g, k, ...] -> [parts, g, k / parts, ...]`, dealt out in turn, so that sharded ones stay."""
+    g, k, *rest = x.shape
+    return jnp.moveaxis(x.reshape(g, k // parts, parts, *rest), 2, 0)
 
 
 def join_completions(x: jax.Array) -> jax.Array:
-    """`[n, parts, g, k / parts, ...] -> [n, g, k, ...]`, the inverse of `split_completions`."""
-    n, parts, g, k, *rest = x.shape
-    return jnp.moveaxis(x, 1, 3).reshape(n, g, k * parts, *rest)
+    """`[parts, g, k / parts, ...] -> [g, k, ...]`, the inverse of `split_completions`."""
+    parts, g, k, *rest = x.shape
+    return jnp.moveaxis(x, 0, 2).reshape(g, k * parts, *rest)
 
 
 @dataclass(frozen=True)

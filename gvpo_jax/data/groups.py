@@ -2,7 +2,7 @@
 
 import enum
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from gvpo_jax.data.batch import Batch, bucket, pad_prompts, part_of_longest
 from gvpo_jax.errors import UserError
+from gvpo_jax.parallel.distributed import max_over_hosts
 
 UNKNOWN = -1  # a policy version or a reference that nobody noted
 
@@ -23,32 +24,79 @@ class Source(enum.IntEnum):
     FILE = 3  # sampled elsewhere, read from a file or handed over as text
 
 
-class Group(NamedTuple):
-    """k completions of one prompt, as NumPy arrays.
+class Groups(NamedTuple):
+    """k completions of each of g prompts, as NumPy arrays; smaller groups are filled up.
 
     Attributes:
-        row: the prompt's place among the rows of data.
-        prompt: `[p]` token ids.
-        completions: `[k, t]` token ids, padded on the right.
-        lengths: `[k]` tokens of each completion, the end token included; 0: none there.
-        rewards: `[k]`, NaN where a completion has none.
-        source: `[k]` values of `Source`.
-        version: `[k]` updates that the policy had seen when it sampled, or `UNKNOWN`.
-        old_logps: `[k, t]` token log-probs under the policy that sampled, NaN where unknown.
-        ref_logps: `[k, t]` token log-probs under the reference.
-        reference: fingerprint of that reference, or `UNKNOWN` where there are none.
+        row: `[g]` the prompts' places among the rows of data.
+        prompts: `[g, p]` token ids, padded on the right.
+        prompt_lengths: `[g]` tokens.
+        completions: `[g, k, t]` token ids, padded on the right.
+        lengths: `[g, k]` tokens of each completion, the end token included; 0: none there.
+        stopped: `[g, k]` booleans: it ended by itself, and was not cut off.
+        rewards: `[g, k]`, NaN where a completion has none.
+        source: `[g, k]` values of `Source`.
+        version: `[g, k]` updates that the policy had seen when it sampled, or `UNKNOWN`.
+        old_logps: `[g, k, t]` token log-probs in nats under the policy that sampled, at temperature
+            1 and before any truncation; NaN where unknown.
+        ref_logps: `[g, k, t]` token log-probs in nats under the reference.
+        reference: `[g]` fingerprint of that reference, or `UNKNOWN` where there are none.
     """
 
-    row: int
-    prompt: np.ndarray
+    row: np.ndarray
+    prompts: np.ndarray
+    prompt_lengths: np.ndarray
     completions: np.ndarray
     lengths: np.ndarray
+    stopped: np.ndarray
     rewards: np.ndarray
     source: np.ndarray
     version: np.ndarray
     old_logps: np.ndarray
     ref_logps: np.ndarray
-    reference: int = UNKNOWN
+    reference: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many groups."""
+        return len(self.row)
+
+
+_PER_TOKEN = ("completions", "old_logps", "ref_logps")
+_PER_COMPLETION = ("lengths", "stopped", "rewards", "source", "version", *_PER_TOKEN)
+
+
+def make_groups(
+    prompts: Sequence[Sequence[int]],
+    completions: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    source: Source,
+    rows: Sequence[int] | None = None,
+    rewards: np.ndarray | None = None,
+    stopped: np.ndarray | None = None,
+    old_logps: np.ndarray | None = None,
+) -> Groups:
+    """Groups of g tokenised prompts and arrays `[g, k, t]`, `[g, k]`; the rest is unknown."""
+    (g, k, t), prompt_lengths = completions.shape, [len(prompt) for prompt in prompts]
+    padded = np.zeros((g, max(prompt_lengths, default=0)), np.int32)
+    for place, prompt in zip(padded, prompts, strict=True):
+        place[: len(prompt)] = prompt
+    no_rewards, no_logps = np.full((g, k), np.nan), np.full((g, k, t), np.nan)
+    return Groups(
+        row=np.asarray(range(g) if rows is None else rows, np.int64),
+        prompts=padded,
+        prompt_lengths=np.array(prompt_lengths, np.int32),
+        completions=np.asarray(completions, np.int32),
+        lengths=np.asarray(lengths, np.int32),
+        stopped=np.ones((g, k), bool) if stopped is None else stopped,
+        rewards=np.asarray(no_rewards if rewards is None else rewards, np.float32),
+        source=np.full((g, k), source, np.int32),
+        version=np.full((g, k), UNKNOWN, np.int32),
+        old_logps=np.asarray(no_logps if old_logps is None else old_logps, np.float32),
+        ref_logps=np.zeros((g, k, t), np.float32),
+        reference=np.full(g, UNKNOWN, np.int64),
+    )
 
 
 def make_group(
@@ -58,24 +106,14 @@ def make_group(
     *,
     source: Source,
     row: int = 0,
-    version: int = UNKNOWN,
-) -> Group:
-    """A group from lists: token ids of each completion, and its reward (None: none)."""
-    k, t = len(completions), max((len(ids) for ids in completions), default=0)
-    tokens = np.zeros((k, t), np.int32)
-    for place, ids in zip(tokens, completions, strict=True):
+) -> Groups:
+    """A single group from lists: token ids of each completion, and its reward (None: none)."""
+    tokens = np.zeros((1, len(completions), max(map(len, completions), default=0)), np.int32)
+    for place, ids in zip(tokens[0], completions, strict=True):
         place[: len(ids)] = ids
-    return Group(
-        row=row,
-        prompt=np.asarray(prompt, np.int32),
-        completions=tokens,
-        lengths=np.array([len(ids) for ids in completions], np.int32),
-        rewards=np.array([np.nan if r is None else r for r in rewards], np.float32),
-        source=np.full(k, source, np.int32),
-        version=np.full(k, version, np.int32),
-        old_logps=np.full((k, t), np.nan, np.float32),
-        ref_logps=np.zeros((k, t), np.float32),
-    )
+    lengths = np.array([[len(ids) for ids in completions]], np.int32)
+    given = np.array([[np.nan if reward is None else reward for reward in rewards]], np.float32)
+    return make_groups([prompt], tokens, lengths, source=source, rows=[row], rewards=given)
 
 
 def read_reward(value: Any) -> float | None:
@@ -111,30 +149,29 @@ def length_problem(ids: Sequence[int], max_completion_length: int) -> str | None
     return None
 
 
-def cache_key(reference: int, group: Group) -> int:
-    """Tells reference log-probs of this group's very tokens from others; `UNKNOWN` for UNKNOWN."""
+def cache_key(reference: int, group: Groups) -> int:
+    """Tells reference log-probs of a single group's very tokens from others; `UNKNOWN` stays."""
     if reference == UNKNOWN:
         return UNKNOWN
-    content = [reference, group.prompt.tolist(), *(ids for ids in token_lists(group))]
-    return zlib.crc32(repr(content).encode())
+    prompt = group.prompts[0, : group.prompt_lengths[0]].tolist()
+    return zlib.crc32(repr([int(reference), prompt, *token_lists(group)]).encode())
 
 
-def token_lists(group: Any) -> list[list[int]]:
-    """The token ids of every completion of a group or a rollout, without padding."""
-    t = group.completions.shape[-1]
-    rows = zip(group.completions.reshape(-1, t), group.lengths.ravel(), strict=True)
+def token_lists(groups: Groups) -> list[list[int]]:
+    """The token ids of every completion, without padding."""
+    t = groups.completions.shape[-1]
+    rows = zip(groups.completions.reshape(-1, t), groups.lengths.ravel(), strict=True)
     return [row[:n].tolist() for row, n in rows]
 
 
-def make_batch(
-    groups: Sequence[Group],
+def to_batch(
+    groups: Groups,
     *,
     longest_prompt: int | None = None,
     longest_completion: int | None = None,
-    k: int | None = None,
-    agree: Callable[[int], int] = int,
+    k: int = 0,
 ) -> Batch:
-    """The batch that holds these groups, of whatever sizes.
+    """The batch that holds these groups, of widths that all processes take.
 
     Args:
         groups: at least one.
@@ -142,107 +179,88 @@ def make_batch(
         longest_completion: tokens of the longest completion there will be in the run, where it is
             known, see `gvpo_jax.data.batch.part_of_longest`; else the width is a bucket.
         k: completions of the largest group there will be; default: of the largest here.
-        agree: a size needed here -> the one that all processes take.
     """
-    prompts, prompt_lengths = pad_prompts(
-        [g.prompt.tolist() for g in groups], longest_prompt, agree
-    )
-    k = agree(max(k or 0, *(len(g.lengths) for g in groups)))
-    longest = agree(max(int(g.lengths.max(initial=0)) for g in groups))
+    pairs = zip(groups.prompts, groups.prompt_lengths, strict=True)
+    prompts, prompt_lengths = pad_prompts([x[:n].tolist() for x, n in pairs], longest_prompt)
+    k = max_over_hosts(max(k, groups.lengths.shape[1]))
+    longest = max_over_hosts(int(groups.lengths.max(initial=0)))
     t = bucket(longest)
     if longest_completion is not None:
         t = max(min(part_of_longest(longest, longest_completion), longest_completion), longest)
-    lengths = np.stack([_widen(g.lengths, k) for g in groups])
-    rewards = np.stack([_widen(g.rewards, k) for g in groups])
-    valid = ~np.isnan(rewards) & (lengths > 0)
+    g, wide = groups.count, _widened(groups, k, t)
+    valid = ~np.isnan(wide.rewards) & (wide.lengths > 0)
     return Batch(
         prompts=prompts,
         prompt_lengths=prompt_lengths,
-        completions=np.stack([_widen(g.completions, k, t) for g in groups]),
-        lengths=lengths,
-        rewards=np.where(valid, rewards, 0),
+        completions=wide.completions,
+        lengths=wide.lengths,
+        rewards=np.where(valid, wide.rewards, 0).reshape(g, k),
         valid=valid,
-        ref_logps=np.stack([_widen(g.ref_logps, k, t) for g in groups]),
-        old_logps=np.stack([_widen(g.old_logps, k, t) for g in groups]),
-        source=np.stack([_widen(g.source, k) for g in groups]),
-        version=np.stack([_widen(g.version, k) for g in groups]),
+        ref_logps=wide.ref_logps,
+        old_logps=wide.old_logps,
+        source=wide.source,
+        version=wide.version,
     )
 
 
-def cut(batch: Batch, number: int, group: Group, reference: int) -> Group:
-    """Group `number` of a batch made of groups, now with the reference log-probs in the batch."""
-    k, t = group.completions.shape
-    ref_logps = _widen(np.asarray(batch.ref_logps[number]), k, t)
-    return group._replace(ref_logps=ref_logps, reference=reference)
+def with_reference(groups: Groups, ref_logps: np.ndarray, reference: int) -> Groups:
+    """The groups with the reference's log-probs out of their batch, `[>= g, k, t]`."""
+    logps = widen(ref_logps, *groups.ref_logps.shape)
+    return groups._replace(ref_logps=logps, reference=np.full(groups.count, reference, np.int64))
 
 
-def take(group: Group, places: Sequence[int] | np.ndarray) -> Group:
-    """The group with only the completions at these places."""
-    return group._replace(
-        **{name: getattr(group, name)[places] for name in _DTYPES if name != "prompt"}
-    )
+def take(groups: Groups, which: Any) -> Groups:
+    """Some of the groups: a slice, or an array of their numbers."""
+    return Groups(*(x[which] for x in groups))
 
 
-def join(a: Group, b: Group) -> Group:
-    """Both groups' completions side by side; reference log-probs stay if they are of one kind."""
-    t = max(a.completions.shape[1], b.completions.shape[1])
-
-    def both(name: str, *width: int) -> np.ndarray:
-        x, y = getattr(a, name), getattr(b, name)
-        return np.concatenate([_widen(v, len(v), *width) for v in (x, y)])
-
-    wide = {name: both(name, t) for name in ("completions", "old_logps", "ref_logps")}
-    narrow = {name: both(name) for name in ("lengths", "rewards", "source", "version")}
-    reference = a.reference if a.reference == b.reference else UNKNOWN
-    return a._replace(**wide, **narrow, reference=reference)
+def one_by_one(groups: Groups) -> list[Groups]:
+    """Each group by itself, in copies without the padding that it does not need."""
+    return [trim(take(groups, [number])) for number in range(groups.count)]
 
 
-def pack(groups: Sequence[Group]) -> dict[str, np.ndarray]:
-    """Groups as a few flat arrays, to be saved."""
-    shapes = [(len(g.prompt), *g.completions.shape) for g in groups]
-    packed = {
-        "row": np.array([g.row for g in groups], np.int64),
-        "reference": np.array([g.reference for g in groups], np.int64),
-        "shape": np.array(shapes, np.int64).reshape(len(groups), 3),
+def pick(group: Groups, places: Sequence[int] | np.ndarray) -> Groups:
+    """The groups with only the completions at these places."""
+    return group._replace(**{name: getattr(group, name)[:, places] for name in _PER_COMPLETION})
+
+
+def trim(groups: Groups) -> Groups:
+    """In copies without the padding that neither prompts nor completions need."""
+    p, t = int(groups.prompt_lengths.max(initial=0)), int(groups.lengths.max(initial=0))
+    shorter = {name: getattr(groups, name)[:, :, :t].copy() for name in _PER_TOKEN}
+    return groups._replace(prompts=groups.prompts[:, :p].copy(), **shorter)
+
+
+def join(a: Groups, b: Groups) -> Groups:
+    """Completions of the same prompts side by side; reference log-probs stay if of one kind."""
+    t = max(a.completions.shape[2], b.completions.shape[2])
+    wide = [_widened(x, x.lengths.shape[1], t) for x in (a, b)]
+    both = {
+        name: np.concatenate([getattr(x, name) for x in wide], axis=1) for name in _PER_COMPLETION
     }
-    for name, dtype in _DTYPES.items():
-        parts = [getattr(g, name).ravel() for g in groups]
-        packed[name] = np.concatenate(parts or [np.zeros(0)]).astype(dtype)
-    return packed
+    return a._replace(**both, reference=np.where(a.reference == b.reference, a.reference, UNKNOWN))
 
 
-def unpack(packed: dict[str, np.ndarray]) -> list[Group]:
-    """The groups that `pack` was given."""
-    at = dict.fromkeys(_DTYPES, 0)
-    groups = []
-    for row, reference, (p, k, t) in zip(
-        packed["row"], packed["reference"], packed["shape"], strict=True
-    ):
-        fields = {}
-        for name in _DTYPES:
-            shape = (p,) if name == "prompt" else (k, t) if name in _PER_TOKEN else (k,)
-            size = int(np.prod(shape))
-            part = packed[name][at[name] : at[name] + size]
-            fields[name] = part.reshape(shape).copy()  # a view would keep all of them alive
-            at[name] += size
-        groups.append(Group(row=int(row), reference=int(reference), **fields))
-    return groups
+def stack(parts: Sequence[Groups]) -> Groups:
+    """Groups one after the other."""
+    k = max((x.lengths.shape[1] for x in parts), default=0)
+    t = max((x.completions.shape[2] for x in parts), default=0)
+    p = max((x.prompts.shape[1] for x in parts), default=0)
+    wide = [_widened(x, k, t)._replace(prompts=widen(x.prompts, x.count, p)) for x in parts]
+    return Groups(*(np.concatenate(values) for values in zip(*wide, strict=True)))
 
 
-_PER_TOKEN = ("completions", "old_logps", "ref_logps")
-_DTYPES = {
-    "prompt": np.int32,
-    "completions": np.int32,
-    "lengths": np.int32,
-    "rewards": np.float32,
-    "source": np.int32,
-    "version": np.int32,
-    "old_logps": np.float32,
-    "ref_logps": np.float32,
-}
+def _widened(groups: Groups, k: int, t: int) -> Groups:
+    """Cut, or filled up with zeros, to k completions of t tokens."""
+    shapes = {
+        name: (groups.count, k, *([t] if name in _PER_TOKEN else [])) for name in _PER_COMPLETION
+    }
+    return groups._replace(
+        **{name: widen(getattr(groups, name), *shape) for name, shape in shapes.items()}
+    )
 
 
-def _widen(x: np.ndarray, *shape: int) -> np.ndarray:
+def widen(x: np.ndarray, *shape: int) -> np.ndarray:
     """The array cut and filled up with zeros to a shape, along its first axes."""
     out = np.zeros((*shape, *x.shape[len(shape) :]), x.dtype)
     inside = tuple(slice(0, min(a, b)) for a, b in zip(x.shape, shape, strict=False))

@@ -1,11 +1,11 @@
 """How a batch is computed: which groups together, and how many tokens of them without padding."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from gvpo_jax.data.batch import Batch
+from gvpo_jax.parallel.distributed import gather
 
 _STEP = 2**0.25  # from one packed size to the next
 _TINY, _STEP_OF_TINY = 512, 2.0  # among few places, where padding costs less than compiling
@@ -31,16 +31,14 @@ def make_plan(
     parts: int = 1,
     completion_parts: int = 1,
     shards: int,
-    gather: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Plan:
-    """Deals the groups out so that all parts have about as many tokens, and says how many.
+    """Deals the groups out so that all parts have about as many tokens; all processes ask at once.
 
     Args:
         batch: on the host; `g` groups.
         parts: that the groups are cut into.
         completion_parts: that the completions of each group are cut into.
         shards: that each part is cut into, over devices; 0: not by groups, which is then padded.
-        gather: this process's numbers `[1, n]` -> those of all processes `[processes, n]`.
     """
     g, k = batch.lengths.shape
     k_part, bins = -(-k // completion_parts), parts * shards

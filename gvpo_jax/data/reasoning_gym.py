@@ -1,40 +1,38 @@
 """Rows drawn from reasoning-gym: questions with answers that a program can check."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.settings import setting
 
 _CHUNK = 1000
 _MISSES = 2000
 
 
 @dataclass(frozen=True)
-class TaskSpec:
-    """One reasoning-gym task.
+class TaskConfig:
+    """A reasoning-gym task; needs the extra `tasks`.
 
     `question` and `answer_prefix` are format strings over the item's metadata (lists joined by ",
-    ") and `{question}`, the task's own question, which is also the default. `weight` is the task's
-    share of the rows.
+    ") and `{question}`, the task's own question.
     """
 
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    question: str = ""
-    answer_prefix: str = ""
-    weight: float = 1.0
+    name: str = setting("", "The task.")
+    settings: dict[str, Any] = setting({}, "The task's own options.")
+    question: str = setting("", "The prompt; empty: the task's own question.")
+    answer_prefix: str = setting("", "Text put at the start of the answer.")
+    weight: float = setting(1.0, "Share of the rows.")
 
 
 def reasoning_gym_rows(
-    tasks: Sequence[TaskSpec],
+    tasks: Sequence[TaskConfig],
     *,
     size: int,
     seed: int,
@@ -69,7 +67,7 @@ def reasoning_gym_rows(
 
 
 def _draw(
-    task: TaskSpec,
+    task: TaskConfig,
     count: int,
     items: Iterator[dict[str, Any]],
     split: str,
@@ -108,7 +106,7 @@ def _shares(weights: Sequence[float], size: int) -> list[int]:
     return counts
 
 
-def _items(task: TaskSpec, seed: int, split: str) -> Iterator[dict[str, Any]]:
+def _items(task: TaskConfig, seed: int, split: str) -> Iterator[dict[str, Any]]:
     identity = json.dumps([task.name, task.settings, seed, split], sort_keys=True, default=str)
     first = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") // 2
     while True:
@@ -123,7 +121,7 @@ def _items(task: TaskSpec, seed: int, split: str) -> Iterator[dict[str, Any]]:
         first = (first + _CHUNK) % 2**31
 
 
-def _dataset(task: TaskSpec, *, seed: int, size: int) -> Any:
+def _dataset(task: TaskConfig, *, seed: int, size: int) -> Any:
     try:
         gym = importlib.import_module("reasoning_gym")
     except ImportError:
@@ -141,7 +139,7 @@ def _dataset(task: TaskSpec, *, seed: int, size: int) -> Any:
         raise UserError(f"task {task.name!r}: bad settings: {error}") from error
 
 
-def _row(task: TaskSpec, item: Mapping[str, Any]) -> dict[str, Any]:
+def _row(task: TaskConfig, item: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: _as_text(value) for name, value in item["metadata"].items()}
     fields["question"] = item["question"]
     question = task.question or "{question}"
@@ -156,7 +154,7 @@ def _row(task: TaskSpec, item: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fill(task: TaskSpec, text: str, fields: Mapping[str, str]) -> str:
+def _fill(task: TaskConfig, text: str, fields: Mapping[str, str]) -> str:
     try:
         return text.format_map(fields)
     except (KeyError, AttributeError, IndexError):
@@ -172,7 +170,7 @@ def _as_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _check_scorable(task: TaskSpec, dataset: Any, item: Any, row: Mapping[str, Any]) -> None:
+def _check_scorable(task: TaskConfig, dataset: Any, item: Any, row: Mapping[str, Any]) -> None:
     # A few tasks compare tuples, which JSON turns into lists: every answer would be wrong.
     answer = item["answer"]
     if answer is not None and dataset.score_answer(answer, item) == 1.0:

@@ -5,8 +5,6 @@ the reward functions receive under their own names. The column `answer_prefix` i
 start of the answer, after the prompt.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json
@@ -17,12 +15,84 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.errors import UserError
+from gvpo_jax.settings import setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows to train on and to be judged by, and how their prompts become tokens."""
+
+    path: str | None = setting(None, "JSONL or parquet with a column `prompt`, or ...")
+    eval_path: str | None = setting(None, "Held-out rows, with the same columns.")
+    tasks: list[TaskConfig] = setting([], "... tasks that rows are drawn from, or ...")
+    groups_path: str | None = setting(
+        None, "... groups that were sampled elsewhere, see gvpo_jax.collect.offline."
+    )
+    bad_samples: Literal["error", "skip"] = setting(
+        "error",
+        "A completion in groups_path that is empty, too long or without a finite reward, and a "
+        "group that keeps fewer than two; skip counts them.",
+    )
+    train_size: int = setting(1000, "Rows drawn from the tasks.", least=1)
+    eval_size: int = setting(
+        256,
+        "Held-out rows, drawn from the tasks, or the first ones of eval_path; 0: no evaluation.",
+        least=0,
+    )
+    eval_seed: int = setting(0, "Held-out rows do not follow run.seed: runs can be compared.")
+    chat_template: Literal["auto", "never", "always"] = setting(
+        "auto", "auto: for lists of messages only; always: a text is one user message."
+    )
+    template: str | None = setting(None, "A Jinja chat template in place of the tokenizer's own.")
+    system_prompt: str | None = setting(
+        None, "Opens every templated prompt that has no system message of its own."
+    )
+    max_prompt_length: int = setting(512, "Tokens; longer prompts are never cut.", least=1)
+    too_long: Literal["error", "skip"] = setting("error", "What becomes of longer prompts.")
+
+    def load(self, seed: int) -> tuple[list[Row], list[Row]]:
+        """Training rows and held-out rows, from files or from generated tasks.
+
+        seed: of the training rows that are drawn from tasks.
+
+        Raises:
+            UserError: none or several sources are given, or what reading them raises.
+        """
+        # Beside given groups, tasks are there for the held-out rows alone.
+        drawn = bool(self.tasks) and not self.groups_path
+        if [bool(self.path), bool(self.groups_path), drawn].count(True) != 1:
+            raise UserError("give one of data.path, data.groups_path and data.tasks")
+        if path := self.path or self.groups_path:
+            rows = load_rows(path)
+        else:
+            rows = reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
+        if self.eval_path and self.eval_size:
+            return rows, load_rows(self.eval_path)[: self.eval_size]
+        if not (self.tasks and self.eval_size):
+            return rows, []
+        size, eval_seed = self.eval_size, self.eval_seed
+        return rows, reasoning_gym_rows(self.tasks, size=size, seed=eval_seed, split="eval")
+
+    def encode(
+        self, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+    ) -> "EncodedPrompts":
+        """The rows' prompts as token ids; see `encode_prompts`."""
+        return encode_prompts(
+            [dict(row) for row in rows],
+            tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            chat_template=self.chat_template,
+            template=self.template,
+            system_prompt=self.system_prompt,
+            too_long=self.too_long,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +148,7 @@ def repeat_columns(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, list[
 
 def encode_prompts(
     rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     max_prompt_length: int,
     chat_template: Literal["auto", "never", "always"] = "auto",
@@ -122,6 +192,18 @@ def encode_prompts(
     if not kept:
         raise UserError(f"no prompt is left: all {len(rows)} are over {max_prompt_length} tokens")
     return EncodedPrompts(kept, token_ids, len(rows) - len(kept))
+
+
+def completion_ids(
+    text: str, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]
+) -> list[int]:
+    """A completion given as text, as token ids with the end token.
+
+    stop_ids: the first one ends the text where the tokenizer has no end token.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    end = tokenizer.eos_token_id  # a model may name several; this one ends its texts
+    return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
 
 
 def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
@@ -226,7 +308,7 @@ def _messages(
 
 
 def _apply_template(
-    number: int, messages: list[dict], tokenizer: PreTrainedTokenizerBase, template: str | None
+    number: int, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", template: str | None
 ) -> str:
     if template is None and not tokenizer.chat_template:
         raise UserError(

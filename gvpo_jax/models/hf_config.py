@@ -170,3 +170,16 @@ def _size(hf_config: Mapping[str, Any], key: str, default: int | None = None) ->
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {key} is {value!r}; it must be a positive integer")
     return value
+
+
+def check_length(shape: DecoderConfig, length: int, name: str) -> None:
+    """That a decoder was made for sequences of so many tokens.
+
+    Raises:
+        UserError: it was not.
+    """
+    if length > shape.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + rollout.max_completion_length = {length} tokens, but "
+            f"{name} was made for {shape.max_position_embeddings}; lower one of them"
+        )

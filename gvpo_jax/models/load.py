@@ -14,7 +14,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf import read_gguf
-from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.hf_config import check_length, config_json, decoder_config
 from gvpo_jax.models.hf_files import open_safetensors
 from gvpo_jax.models.hf_tensors import ParamPath, Place, read_params
 
@@ -40,7 +40,7 @@ def keep_on_host(path: ParamPath, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def load_model(name: str, *, place: Place = keep_on_host) -> LoadedModel:
+def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> LoadedModel:
     """Loads a model by the name of a folder, a .gguf file, a package's file, the hub, or "debug".
 
     Args:
@@ -49,19 +49,20 @@ def load_model(name: str, *, place: Place = keep_on_host) -> LoadedModel:
             "debug" (a tiny random model); else a name on the Hugging Face hub.
         place: called as `place(path, array)` with each float32 tensor as it is read; what it
             returns becomes the parameter. Default: the array itself.
+        length: tokens that a sequence may have; checked before weights are read.
 
     Raises UserError when something is missing, broken or unsupported, naming it.
     """
     if name == "debug":
-        return _load_debug(place)
+        return _load_debug(place, length)
     path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _load_gguf(name, path, place)
+        return _load_gguf(name, path, place, length)
     if path.is_dir():
-        return _load_folder(name, path, place)
+        return _load_folder(name, path, place, length)
     if name.startswith(_PACKAGE) or name.startswith((".", "/", "~")) or path.exists():
         raise UserError(f"{path} is neither a model folder nor a .gguf file")
-    return _load_folder(name, _download(name), place)
+    return _load_folder(name, _download(name), place, length)
 
 
 def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -75,23 +76,25 @@ def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
-def _load_debug(place: Place) -> LoadedModel:
+def _load_debug(place: Place, length: int) -> LoadedModel:
     config, tokenizer = debug_config(), debug_tokenizer()
+    check_length(config, length, "debug")
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     values = config_json(config) | {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     params = read_params(config, debug_tensors(config), place=place)
     return LoadedModel("debug", config, params, tokenizer, values)
 
 
-def _load_gguf(name: str, path: Path, place: Place) -> LoadedModel:
+def _load_gguf(name: str, path: Path, place: Place, length: int) -> LoadedModel:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     model = read_gguf(path)
+    check_length(model.config, length, name)
     params = read_params(model.config, model.tensors, place=place)
     return LoadedModel(name, model.config, params, model.tokenizer, model.hf_config)
 
 
-def _load_folder(name: str, folder: Path, place: Place) -> LoadedModel:
+def _load_folder(name: str, folder: Path, place: Place, length: int) -> LoadedModel:
     values = _read_json(folder / "config.json")
     if values is None:
         raise UserError(f"{folder} holds no config.json, so it is not a model folder")
@@ -99,6 +102,7 @@ def _load_folder(name: str, folder: Path, place: Place) -> LoadedModel:
         config = decoder_config(values)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from error
+    check_length(config, length, name)
     source = open_safetensors(folder)
     tokenizer = _read_tokenizer(folder)
     params = read_params(config, source, place=place)

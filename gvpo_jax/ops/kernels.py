@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from gvpo_jax.errors import UserError
 from gvpo_jax.ops.attention import Prefix, causal
 from gvpo_jax.ops.cpu import AT_ONCE, attend_in_parts
-from gvpo_jax.parallel.mesh import activation_axes
+from gvpo_jax.parallel.layout import activation_axes
 
 Attention = Callable[..., jax.Array]
 Name = Literal["auto", "xla", "splash", "cudnn"]

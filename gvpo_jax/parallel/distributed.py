@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -20,55 +21,63 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.settings import setting
 
 
-def start(
-    *,
-    initialize: Literal["auto", "always", "never"] = "auto",
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    initialization_timeout: int = 120,
-    heartbeat_timeout: int = 100,
-) -> None:
-    """Join the other processes; call it before anything touches a device.
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other."""
 
-    Args:
-        initialize: "auto" joins where an address is given or the environment tells of several
-            processes (JAX_COORDINATOR_ADDRESS, SLURM, Open MPI, TPU pods on GKE); "always" lets
-            JAX find out by itself, as on TPU pods made with gcloud; "never" stays alone.
-        coordinator_address: HOST:PORT of process 0.
-        num_processes: how many there are.
-        process_id: which one this is, from 0.
-        initialization_timeout: seconds to wait for the others.
-        heartbeat_timeout: seconds after which a process that keeps silent counts as dead.
+    initialize: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "auto joins where an address is given or the environment tells of several processes "
+        "(JAX_COORDINATOR_ADDRESS, SLURM, Open MPI, TPU pods on GKE); always lets JAX find out by "
+        "itself, as on TPU pods made with gcloud; never stays alone.",
+        free=True,
+    )
+    coordinator_address: str | None = setting(
+        None, "HOST:PORT of process 0; needs the next two.", free=True
+    )
+    num_processes: int | None = setting(None, "How many there are.", least=1, free=True)
+    process_id: int | None = setting(None, "Which one this is, from 0.", least=0, free=True)
+    initialization_timeout: int = setting(
+        120, "Seconds to wait for the others.", least=1, free=True
+    )
+    heartbeat_timeout: int = setting(
+        100, "Seconds after which a silent process counts as dead.", least=1, free=True
+    )
 
-    Where the others do not come in time the program ends, with a line and status 2.
+    def start(self) -> None:
+        """Join the other processes; call it before anything touches a device.
 
-    Raises:
-        UserError: half of the settings are missing, or the coordinator was not reached in time.
-    """
-    if "proxy" in os.environ.get("JAX_PLATFORMS", ""):
-        return _start_pathways()
-    explicit = (coordinator_address, num_processes, process_id)
-    if any(value is not None for value in explicit) and None in explicit:
-        raise UserError(
-            "distributed.coordinator_address, num_processes and process_id belong together: "
-            "give all three, or none"
-        )
-    if process_id is not None and num_processes is not None and not process_id < num_processes:
-        raise UserError(
-            f"distributed.process_id={process_id} must be less than "
-            f"distributed.num_processes={num_processes}"
-        )
-    wanted = initialize == "always" or coordinator_address is not None or _in_a_cluster()
-    if initialize == "never" or not wanted or jax.distributed.is_initialized():
-        return
-    if coordinator_address is not None:
-        host, port = _host_and_port(coordinator_address)
-        if process_id:
-            _wait_for(host, port, initialization_timeout)
-    _join(*explicit, seconds=initialization_timeout, heartbeat_timeout=heartbeat_timeout)
+        Where the others do not come in time the program ends, with a line and status 2.
+
+        Raises:
+            UserError: half of the settings are missing, or the coordinator was not reached in time.
+        """
+        if "proxy" in os.environ.get("JAX_PLATFORMS", ""):
+            return _start_pathways()
+        explicit = (self.coordinator_address, self.num_processes, self.process_id)
+        if any(value is not None for value in explicit) and None in explicit:
+            raise UserError(
+                "distributed.coordinator_address, num_processes and process_id belong together: "
+                "give all three, or none"
+            )
+        if (self.process_id or 0) >= (self.num_processes or 1):
+            raise UserError(
+                f"distributed.process_id={self.process_id} must be less than "
+                f"distributed.num_processes={self.num_processes}"
+            )
+        explicitly = self.initialize == "always" or self.coordinator_address is not None
+        wanted = explicitly or _in_a_cluster()
+        if self.initialize == "never" or not wanted or jax.distributed.is_initialized():
+            return
+        if self.coordinator_address is not None:
+            host, port = _host_and_port(self.coordinator_address)
+            if self.process_id:
+                _wait_for(host, port, self.initialization_timeout)
+        seconds, heartbeat = self.initialization_timeout, self.heartbeat_timeout
+        _join(*explicit, seconds=seconds, heartbeat_timeout=heartbeat)
 
 
 def is_first() -> bool:
@@ -88,26 +97,6 @@ def my_slice(groups: int) -> slice:
             f"{groups} new groups do not divide over {processes} processes; use a multiple"
         )
     return slice(groups // processes * here, groups // processes * (here + 1))
-
-
-def check_rows(sharding: NamedSharding, groups: int) -> None:
-    """That every process's devices hold a part of a batch's groups of their own.
-
-    Raises:
-        UserError: some groups lie on devices of several processes.
-    """
-    rows = {
-        row
-        for index in sharding.addressable_devices_indices_map((groups,)).values()
-        if index is not None
-        for row in range(groups)[index[0]]
-    }
-    if len(rows) * jax.process_count() != groups or max(rows) - min(rows) + 1 != len(rows):
-        raise UserError(
-            f"{groups} groups do not lie on {jax.process_count()} processes in equal parts: keep "
-            "mesh.tensor within the devices of one process, and the groups of an update (and of "
-            "each micro-batch) a multiple of the devices along data x fsdp"
-        )
 
 
 def my_items(items: Sequence[Any]) -> list[Any]:

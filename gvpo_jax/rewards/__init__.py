@@ -10,9 +10,10 @@ from gvpo_jax.rewards.call import (
     describe,
     per_sample,
 )
-from gvpo_jax.rewards.load import load_reward_func
+from gvpo_jax.rewards.load import RewardConfig, load_reward_func
 
 __all__ = [
+    "RewardConfig",
     "RewardError",
     "RewardFunc",
     "Scores",

@@ -3,11 +3,36 @@
 import importlib
 import importlib.util
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.rewards.call import RewardFunc, describe
+from gvpo_jax.settings import setting
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward functions."""
+
+    funcs: list[str] = setting([], "module:function, or path/file.py:function.")
+    weights: list[float] = setting([], "One for each function; empty: all 1.")
+    on_error: Literal["raise", "skip"] = setting(
+        "raise", "skip leaves out, and counts, the completions on which a function fails."
+    )
+
+    def functions(self) -> list[RewardFunc]:
+        """The functions.
+
+        Raises:
+            UserError: none is named, or one is not there.
+        """
+        if not self.funcs:
+            raise UserError(
+                "rewards.funcs is empty: name at least one, e.g. [my_rewards.py:correct]"
+            )
+        return [load_reward_func(spec) for spec in self.funcs]
 
 
 def load_reward_func(spec: str) -> RewardFunc:

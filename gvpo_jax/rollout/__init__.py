@@ -1,6 +1,6 @@
-"""Sampling completions: the engine protocol and the engine that runs in this process."""
+"""Sampling completions: what an engine is, and the engine that runs in this process."""
 
-from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Engine, Rollout, SamplingParams
-from gvpo_jax.rollout.inprocess import InProcessEngine
+from gvpo_jax.rollout.engine import Engine, SamplingParams
+from gvpo_jax.rollout.inprocess import InProcessEngine, SamplingModel
 
-__all__ = ["FINISH_LENGTH", "FINISH_STOP", "Engine", "InProcessEngine", "Rollout", "SamplingParams"]
+__all__ = ["Engine", "InProcessEngine", "SamplingModel", "SamplingParams"]

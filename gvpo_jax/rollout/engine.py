@@ -3,11 +3,65 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
-import numpy as np
+from gvpo_jax.data.groups import Groups
+from gvpo_jax.settings import setting
 
-FINISH_LENGTH, FINISH_STOP = 0, 1
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled for an update, and how."""
+
+    num_generations: int = setting(4, "k, completions of each prompt.", least=2)
+    max_completion_length: int = setting(256, "Tokens, the end token included.", least=1)
+    temperature: float = setting(1.0, "Divides the logits.", above=0)
+    top_k: int = setting(
+        0,
+        "Keep this many tokens; 0: all. Like top_p and min_p it cuts the support that GVPO's "
+        "optimum relies on.",
+        least=0,
+    )
+    top_p: float = setting(
+        1.0,
+        "Keep the likeliest tokens up to this total.",
+        above=0,
+        most=1,
+        hint="1 keeps every token",
+    )
+    min_p: float = setting(
+        0.0, "Keep tokens at least so likely, relative to the likeliest.", least=0, most=1
+    )
+    stop_token_ids: list[int] = setting([], "Tokens that end a text, besides the model's own.")
+    slots: int | None = setting(
+        None,
+        "Completions that the in-process engine draws at a time, of all hosts; one that ends makes "
+        "room for another. null: all of a batch, where the short ones wait for the longest.",
+        least=1,
+        free=True,
+    )
+    cache_dtype: Literal["model", "bfloat16", "int8"] = setting(
+        "model",
+        "Of the keys and values that sampling keeps; int8 takes a quarter of float32's memory. "
+        "Samples bear the rounding; the update computes its own log-probs.",
+    )
+    demonstrations: int = setting(
+        0, "How many of the k are texts from the column `solution`, not samples.", least=0
+    )
+    lookahead: int = setting(
+        0, "Rollouts sampled ahead while the policy trains; they are that much staler.", least=0
+    )
+    tensor: int | None = setting(
+        None,
+        "Chips that share a copy of the weights, in model.dtype, while sampling; null: they stay "
+        "cut as for training, and every token of a completion collects them.",
+        least=1,
+        free=True,
+    )
+
+    def params(self) -> "SamplingParams":
+        """How training draws tokens."""
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)
@@ -41,23 +95,6 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-class Rollout(NamedTuple):
-    """k completions of each of g prompts, on the host.
-
-    Attributes:
-        completions: `[g, k, t]` int32 token ids, meaningless past a completion's length.
-        lengths: `[g, k]` int32 tokens, the sampled stop token included.
-        finish: `[g, k]` int32, `FINISH_STOP` or `FINISH_LENGTH`.
-        logps: `[g, k, t]` float32 log-probs in nats under the model itself, that is at temperature
-            1 and before any truncation; 0 past the length.
-    """
-
-    completions: np.ndarray
-    lengths: np.ndarray
-    finish: np.ndarray
-    logps: np.ndarray
-
-
 class Engine(Protocol):
     """Draws completions of tokenised prompts from the policy with parameters `params`."""
 
@@ -72,10 +109,18 @@ class Engine(Protocol):
         sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
-    ) -> Rollout:
-        """k completions of every prompt.
+    ) -> Groups:
+        """k completions of every prompt, of source `POLICY`, without rewards.
 
         A completion depends on `seed`, its prompt's id and its place among the k, not on the batch
         around it. `longest_prompt` is a hint for padding, see `gvpo_jax.data.batch.pad_prompts`.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell about the weights that this thread sampled from last."""
+        ...
+
+    def close(self) -> None:
+        """End what is under way; the engine can still be used."""
         ...

@@ -9,16 +9,22 @@ Axes: s lanes, m groups of a lane, r rows, n = m * k completions of a lane, t to
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gvpo_jax.data.batch import pad_prompts
+from gvpo_jax.data.groups import Groups, Source, make_groups
+from gvpo_jax.parallel.distributed import to_host
+from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lanes, place_batch
+from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.precision import einsum_f32
 from gvpo_jax.rollout.draw import draw
-from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, SamplingParams
+from gvpo_jax.rollout.engine import SamplingParams
 
 
 class DecodeState(NamedTuple):
@@ -56,45 +62,37 @@ class Prompts(NamedTuple):
     prefix: Any  # of the model; every array has the groups first
 
 
+@dataclass(frozen=True)
+class SamplingModel:
+    """What sampling needs of a model; it may cut the weights otherwise than training does.
+
+    Attributes:
+        functions: the decoder, not jitted, see `gvpo_jax.models.decoder.DecoderFns`.
+        mesh: where it runs; default: the first device.
+        prepare: the policy's parameters -> those to sample with; jitted.
+    """
+
+    functions: Any
+    mesh: Mesh = field(default_factory=lambda: MeshConfig(fsdp=1).mesh(jax.local_devices()[:1]))
+    prepare: Callable[[Any], Any] = lambda params: params
+
+
 class InProcessEngine:
-    """Rollout engine over a model given as functions, see `gvpo_jax.models.decoder.DecoderFns`.
+    """Rollout engine over a model given as functions.
 
     Prompts are padded to the next bucket (powers of two from 16, and halfway between), so a run of
     mixed lengths compiles a handful of programs.
 
     Args:
-        model: the model's functions.
+        model: what to sample from.
         stop_ids: tokens that end a completion and belong to it.
-        slots: completions drawn at a time, see `lanes`; None: all.
-        shards: parts that a batch's groups are cut into on devices; lanes are cut alike.
-        processes: how many have a part of each batch; the lanes' number is a multiple of it.
-        place: `(tree, k) -> tree` puts a batch's arrays on devices, e.g. sharded over the groups;
-            default: as they are.
-        constrain: lays out, while tracing, what stays on devices: {"state": DecodeState}, perhaps
-            with {"prompts": Prompts}.
-        fetch: brings arrays back to the host.
-        agree: a padded width -> the one that all processes take.
-        prepare: the parameters -> those to sample with, e.g. otherwise laid out.
+        slots: completions drawn at a time, see `gvpo_jax.parallel.layout.lanes`; None: all.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        stop_ids: Sequence[int],
-        *,
-        slots: int | None = None,
-        shards: int = 1,
-        processes: int = 1,
-        place: Callable[[Any, int], Any] = lambda tree, k: tree,
-        constrain: Callable[[Any], Any] = lambda tree: tree,
-        fetch: Callable[[Any], Any] = jax.device_get,
-        agree: Callable[[int], int] = int,
-        prepare: Callable[[Any], Any] = lambda params: params,
-    ):
-        self._slots, self._shards, self._processes = slots, shards, processes
-        self._stop_ids, self._prepare = tuple(stop_ids), prepare
-        self._place, self._fetch, self._agree = place, fetch, agree
-        self._prefill, self._decode = compiled(model, self._stop_ids, constrain)
+    def __init__(self, model: SamplingModel, stop_ids: Sequence[int], *, slots: int | None = None):
+        self._mesh, self._prepare = model.mesh, model.prepare
+        self._stop_ids, self._slots = tuple(stop_ids), slots
+        self._prefill, self._decode = compiled(model.functions, self._stop_ids, self._mesh)
 
     def generate(
         self,
@@ -107,89 +105,67 @@ class InProcessEngine:
         sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
-    ) -> Rollout:
+    ) -> Groups:
         """See `Engine.generate`."""
-        given, processes = len(prompts), self._processes
-        size, groups = lanes(given * processes, num_generations, self._slots, self._shards)
-        filling = groups // processes - given
-        prompts = [*prompts, *[prompts[0]] * filling]
-        prompt_ids = [*prompt_ids, *[prompt_ids[0]] * filling]
-        prompts_gp, lengths_g = pad_prompts(prompts, longest_prompt, self._agree)
-        batch = {
-            "prompts": prompts_gp,
-            "prompt_lengths": lengths_g,
-            "prompt_ids": np.asarray(prompt_ids, np.uint32),
-        }
-        batch, params = self._place(batch, num_generations), self._prepare(params)
+        given, k, processes = len(prompts), num_generations, jax.process_count()
+        wanted = fill_up(self._mesh, given, k) * processes
+        size, wanted = lanes(wanted, k, self._slots, group_shards(self._mesh))
+        filling = wanted // processes - given
+        prompts_gp, lengths_g = pad_prompts([*prompts, *[prompts[0]] * filling], longest_prompt)
+        ids = np.asarray([*prompt_ids, *[prompt_ids[0]] * filling], np.uint32)
+        batch = {"prompts": prompts_gp, "prompt_lengths": lengths_g, "prompt_ids": ids}
+        batch, params = place_batch(self._mesh, batch, k), self._prepare(params)
+        lengths_g = batch["prompt_lengths"]
         state, computed = self._prefill(
             params,
             batch["prompts"],
-            batch["prompt_lengths"],
-            k=num_generations,
+            lengths_g,
+            k=k,
             max_completion_length=max_completion_length,
             size=size,
         )
+        key = jax.random.key(seed)
         state = self._decode(
-            params,
-            batch["prompt_lengths"],
-            batch["prompt_ids"],
-            jax.random.key(seed),
-            computed,
-            state=state,
-            sampling=sampling,
+            params, lengths_g, batch["prompt_ids"], key, computed, state=state, sampling=sampling
         )
-        drawn = (state.completions_snt, state.lengths_sn, state.logps_snt)
+        drawn = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))
         completions, lengths, logps = (
-            np.asarray(x).reshape(len(prompts), num_generations, *x.shape[2:])[:given]
-            for x in self._fetch(drawn)
+            np.asarray(x).reshape(given + filling, k, *x.shape[2:])[:given] for x in drawn
         )
         last = np.take_along_axis(completions, lengths[..., None] - 1, axis=2)[..., 0]
-        finish = np.where(np.isin(last, self._stop_ids), FINISH_STOP, FINISH_LENGTH)
-        return Rollout(completions, lengths, finish.astype(np.int32), logps)
+        return make_groups(
+            prompts,
+            completions,
+            lengths,
+            source=Source.POLICY,
+            stopped=np.isin(last, self._stop_ids),
+            old_logps=logps,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing: the weights are the policy's own."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
-def lanes(groups: int, k: int, slots: int | None, shards: int = 1) -> tuple[tuple[int, int], int]:
-    """Lanes and rows in each, and the groups that these are filled up to.
-
-    At most `slots` completions are drawn at a time, but for a lane in every shard. A lane's rows
-    share the reading of its prompt; but they wait for each other where the lane moves on to its
-    next group: of equally many slots, two rows a lane are preferred. Where the groups are not cut
-    over the shards, because they don't divide, all completions are drawn at once.
-    """
-    if slots is None or slots >= groups * k or groups % shards:
-        return (groups, k), groups
-    sizes = [(n, min(slots // n, k)) for n in range(shards, groups + 1, shards) if n <= slots]
-
-    def used(size: tuple[int, int]) -> tuple[float, int]:
-        """Rows that do useful work; the waiting was simulated with lognormal lengths."""
-        n, r = size
-        waiting = 6 / (4 + r) if r > 2 and n < groups else 1
-        return n * r * waiting * groups / _filled(groups, n), -abs(r - 2)
-
-    size = max(sizes, key=used, default=(shards, 1))
-    return size, _filled(groups, size[0])
-
-
-def _filled(groups: int, count: int) -> int:
-    return -(-groups // count) * count
-
-
-def compiled(model: Any, stop_ids: Sequence[int], constrain: Callable[[Any], Any]):
+def compiled(model: Any, stop_ids: Sequence[int], mesh: Mesh):
     """`prefill` and `decode`, jitted."""
     return (
         jax.jit(
-            functools.partial(prefill, model, constrain=constrain),
+            functools.partial(prefill, model, mesh=mesh),
             static_argnames=("k", "max_completion_length", "size"),
         ),
         jax.jit(
-            functools.partial(decode, model, stop_ids=tuple(stop_ids), constrain=constrain),
+            functools.partial(decode, model, stop_ids=tuple(stop_ids), mesh=mesh),
             static_argnames=("sampling",),
             donate_argnames=("state",),
         ),
     )
 
 
-def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, size, constrain):
+def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, size, mesh):
     """Run every prompt once: the state before the first token, and the prompts' keys and values."""
     (s, r), t = size, max_completion_length
     m = prompts_gp.shape[0] // s
@@ -208,11 +184,12 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, s
         lengths_sn=jnp.zeros((s, m * k), jnp.int32),
         at=jnp.zeros((), jnp.int32),
     )
-    laid_out = constrain({"state": state, "prompts": Prompts(hidden_gd, prefix)})
+    laid_out = {"state": state, "prompts": Prompts(hidden_gd, prefix)}
+    laid_out = constrain_batch(mesh, laid_out, s, r)
     return laid_out["state"], laid_out["prompts"]
 
 
-def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, stop_ids, constrain):
+def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, stop_ids, mesh):
     """Draw tokens until every completion has stopped or is full."""
     (s, n, t), r = state.completions_snt.shape, state.item_sr.shape[1]
     k = n * s // len(ids_g)
@@ -242,8 +219,9 @@ def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, st
         hidden = jnp.where(goes_on_sr[..., None], hidden, first)
         return state._replace(hidden_srd=hidden, cache=cache, at=state.at + 1)
 
-    state = constrain({"state": state})["state"]
-    return constrain({"state": jax.lax.while_loop(unfinished, step, state)})["state"]
+    state = constrain_batch(mesh, {"state": state}, s, r)["state"]
+    state = jax.lax.while_loop(unfinished, step, state)
+    return constrain_batch(mesh, {"state": state}, s, r)["state"]
 
 
 def _draw_tokens(state: DecodeState, head_vd, key, ids_g, k, sampling):

@@ -1,7 +1,6 @@
 """What a run counts and tells: counters, metrics, samples and evaluations."""
 
 import dataclasses
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,21 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
+from gvpo_jax.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is shown and written while the run goes on."""
+
+    tensorboard: bool = setting(False, "Write TensorBoard files; needs the extra.", free=True)
+    completions_every: int = setting(
+        10, "Updates between samples written to disk.", least=1, free=True
+    )
+    samples: int = setting(3, "Completions shown on screen each time.", least=0, free=True)
 
 
 @dataclasses.dataclass
@@ -65,19 +75,26 @@ class RunLog:
     waits for them. Of several processes the first alone writes and shows.
     """
 
-    def __init__(self, run_dir: Path, counters: Counters, config: Config):
+    def __init__(
+        self,
+        run_dir: Path,
+        counters: Counters,
+        options: LogConfig,
+        total_steps: int,
+        per_round: int = 1,
+    ):
         fresh = counters.step == 0
         self.run_dir, self.counters = run_dir, counters
         self._writer = None
         if is_first():
             self._writer = MetricsWriter(
                 run_dir,
-                tensorboard=config.log.tensorboard,
+                tensorboard=options.tensorboard,
                 first_step=-1 if fresh else counters.step,
             )
         console = None if is_first() else Console(quiet=True)
-        self._progress = Progress(config.train.steps, counters.step, console=console)
-        self._every, self._samples = config.log.completions_every, config.log.samples
+        self._progress = Progress(total_steps, counters.step, per_round=per_round, console=console)
+        self._every, self._samples = options.completions_every, options.samples
         self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
         self._session_start = self._step_start = time.perf_counter()
         self._wall_before = counters.wall_seconds
@@ -185,6 +202,10 @@ def crossed(last: int, step: int, every: int) -> bool:
 
 
 def _peak_gib() -> float:
-    """The process's peak memory; the system counts it in KiB, macOS in bytes."""
+    """The process's peak memory; the system counts it in KiB, macOS in bytes. Windows: NaN."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -4,7 +4,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from rich.console import Console
@@ -80,14 +80,22 @@ class MetricsWriter:
 class Progress:
     """A run on the terminal: a live bar where there is one, else one plain line per step.
 
-    first_step: steps already done (0 for a new run). console: where to print, by default
-    standard output.
+    first_step: steps already done (0 for a new run). per_round: updates on each rollout, whose time
+    is counted in the first of them. console: where to print, by default standard output.
     """
 
-    def __init__(self, total_steps: int, first_step: int, *, console: Console | None = None):
-        self._total = total_steps
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        *,
+        per_round: int = 1,
+        console: Console | None = None,
+    ):
+        self._total, self._per_round = total_steps, per_round
         self._console = console or Console()
-        self._step_times: deque[float] = deque(maxlen=20)
+        self._round: list[float] = []
+        self._step_times: deque[float] = deque(maxlen=20)  # means of whole rounds
         self._bar: RichProgress | None = None
         if self._console.is_terminal:
             self._bar, self._task = _live_bar(self._console, total_steps, first_step)
@@ -95,9 +103,13 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a finished step: reward, gvpo_mse (or loss), tokens/s, step time and time left."""
         if "step_time" in metrics:
-            self._step_times.append(float(metrics["step_time"]))
-        left = (self._total - step) * median(self._step_times) if self._step_times else None
-        status = "  ".join(_status(metrics, left))
+            self._round.append(float(metrics["step_time"]))
+        if len(self._round) == self._per_round:
+            self._step_times.append(fmean(self._round))
+            self._round = []
+        latest = self._step_times[-1] if self._step_times else fmean(self._round or [0])
+        left = (self._total - step) * median(self._step_times or [latest])
+        status = "  ".join(_status(metrics, latest, left))
         if self._bar is None:
             width = len(str(self._total))
             self._print(f"step {step:{width}d}/{self._total}  {status}")
@@ -168,7 +180,7 @@ def _live_bar(console: Console, total: int, first_step: int) -> tuple[RichProgre
     return bar, bar.add_task("", total=total, completed=first_step, status=waiting)
 
 
-def _status(metrics: Mapping[str, Any], seconds_left: float | None) -> list[str]:
+def _status(metrics: Mapping[str, Any], per_step: float, seconds_left: float) -> list[str]:
     parts = []
     objective = "gvpo_mse" if "gvpo_mse" in metrics else "loss"
     for name in ("reward", objective):
@@ -176,8 +188,8 @@ def _status(metrics: Mapping[str, Any], seconds_left: float | None) -> list[str]
             parts.append(f"{name} {_fixed(float(metrics[name]))}")
     if "tokens_per_second" in metrics:
         parts.append(f"{compact(float(metrics['tokens_per_second']))} tokens/s")
-    if "step_time" in metrics:
-        parts.append(f"{duration(float(metrics['step_time']))}/step")
+    if per_step:
+        parts.append(f"{duration(per_step)}/step")
     if "eval/accuracy" in metrics:
         parts.append(f"held-out {percent(float(metrics['eval/accuracy']))}")
     if seconds_left:

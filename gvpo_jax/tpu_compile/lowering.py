@@ -10,21 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gvpo_jax.collect.collector import sampling_params
 from gvpo_jax.config import Config
 from gvpo_jax.data.batch import Batch, Sizes
-from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
-from gvpo_jax.parallel.mesh import (
-    batch_axes,
+from gvpo_jax.models.hf_config import check_length
+from gvpo_jax.parallel.layout import (
     batch_shardings,
-    check_hosts,
+    check_batch,
+    fill_up,
     group_shards,
+    lanes,
     replicated,
-    shardings,
+    shapes_on,
 )
-from gvpo_jax.rollout.inprocess import compiled, lanes, prefill
-from gvpo_jax.training.programs import SamplingModel, constrain, make_programs
+from gvpo_jax.parallel.mesh import check_hosts
+from gvpo_jax.rollout.inprocess import SamplingModel, compiled, prefill
+from gvpo_jax.rollout.make import sampling_model
 
 _STOP_IDS = (0, 1)  # which they are changes no size
 
@@ -76,13 +77,14 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     """
     sizes = batch_sizes(config)
     _check(config, model, mesh, sizes)
-    programs = make_programs(config, model, mesh)
-    state = _laid_out(shardings, mesh, jax.eval_shape(programs.init, param_shapes(model)))
-    reference = _laid_out(shardings, mesh, jax.eval_shape(programs.reference, state.params))
+    functions = config.model.functions(model, mesh, config.rollout.cache_dtype)
+    programs = config.programs(functions, model, mesh)
+    state = shapes_on(mesh, jax.eval_shape(programs.init, param_shapes(model)))
+    reference = shapes_on(mesh, jax.eval_shape(programs.reference, state.params))
     params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))
-    sampling, ahead = programs.sampling, config.rollout.lookahead
-    in_process = config.rollout.engine == "in_process"
-    weights = _laid_out(shardings, sampling.mesh, jax.eval_shape(sampling.params, state.params))
+    sampling = sampling_model(config.rollout, config.model, model, mesh, functions)
+    ahead, in_process = config.rollout.lookahead, config.servers.kind == "none"
+    weights = shapes_on(sampling.mesh, jax.eval_shape(sampling.prepare, state.params))
     copied = device_bytes(weights) if config.rollout.tensor else 0
     lower_prefill, lower_decode, kept, steps = _rollout(config, sampling, weights, sizes["rollout"])
     # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
@@ -141,34 +143,25 @@ def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:
 
 def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
     check_hosts(mesh, "mesh.tensor")
-    try:
-        batch_axes(mesh, sizes["score"].groups, sizes["score"].k)
-    except UserError as error:
-        name = "train.batch_size / train.micro_batches"
-        raise UserError(f"{name} = {sizes['score'].groups}: {error}") from None
-    total = config.data.max_prompt_length + config.rollout.max_completion_length
-    if total > model.max_position_embeddings:
-        raise UserError(
-            f"data.max_prompt_length + rollout.max_completion_length = {total} tokens, but the "
-            f"model was made for {model.max_position_embeddings}; lower one of them"
-        )
+    part = sizes["score"]
+    name = f"train.batch_size / train.micro_batches = {part.groups}"
+    check_batch(mesh, part.groups, part.k, name)
+    needed = config.data.max_prompt_length + config.rollout.max_completion_length
+    check_length(model, needed, "the model")
 
 
 def _rollout(config: Config, sampling: SamplingModel, params, sizes: Sizes):
     """What lowers prefill and decoding, what one leaves to the other, and the steps at most."""
-    mesh, model, groups = sampling.mesh, sampling.model, sizes.groups
-    try:
-        batch_axes(mesh, groups, sizes.k)
-    except UserError:  # filled up, as a policy does it
-        groups += -groups % group_shards(mesh)
+    mesh, model = sampling.mesh, sampling.functions
+    groups = fill_up(mesh, sizes.groups, sizes.k)
     size, groups = lanes(groups, sizes.k, config.rollout.slots, group_shards(mesh))
     sizes = dataclasses.replace(sizes, groups=groups)
     steps = groups // size[0] * -(-sizes.k // size[1]) * sizes.t
     options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
-    first, then = compiled(model, _STOP_IDS, functools.partial(constrain, mesh))
+    first, then = compiled(model, _STOP_IDS, mesh)
 
-    start = functools.partial(prefill, model, constrain=lambda tree: tree, **options)
+    start = functools.partial(prefill, model, mesh=mesh, **options)
     state, prompts = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
     kept = {"state": state, "prompts": prompts}
     kept = _with_shardings(kept, batch_shardings(mesh, kept, *size))
@@ -187,7 +180,7 @@ def _rollout(config: Config, sampling: SamplingModel, params, sizes: Sizes):
             key,
             kept["prompts"],
             state=kept["state"],
-            sampling=sampling_params(config),
+            sampling=config.rollout.params(),
         )
 
     return lower_prefill, lower_decode, kept, steps
@@ -210,10 +203,6 @@ def _arrays(mesh: Mesh, s: Sizes, names) -> dict[str, Any]:
     }
     tree = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in names}
     return _with_shardings(tree, batch_shardings(mesh, tree, s.groups, s.k))
-
-
-def _laid_out(layout, mesh: Mesh, tree: Any) -> Any:
-    return _with_shardings(tree, layout(mesh, tree))
 
 
 def _with_shardings(tree: Any, layout: Any) -> Any:

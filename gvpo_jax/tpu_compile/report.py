@@ -37,7 +37,6 @@ from gvpo_jax.tpu_compile.roofline import (
     score_work,
     train_work,
 )
-from gvpo_jax.training.programs import mesh_on
 
 # Nothing here may look for a TPU, or for the service that tells one its topology.
 _ENVIRONMENT = {
@@ -88,7 +87,7 @@ def compile_run(
         raise UserError(f"--slices must be at least 1, got {slices}")
     chip, devices = _devices(topology, slices)
     model = model_shape(config.model.name, model_config)
-    mesh, sizes, shape = mesh_on(config, devices), batch_sizes(config), _shape(model)
+    mesh, sizes, shape = config.mesh.mesh(devices), batch_sizes(config), _shape(model)
     rows = []
     for program in run_programs(config, model, mesh):
         if not only or program.name.startswith(tuple(only)):

@@ -17,18 +17,20 @@ import orbax.checkpoint as ocp
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import max_over_hosts
+from gvpo_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: its step, the state, and the values and arrays saved along.
+    """A checkpoint read back: its step, parameters, the rest of the state, and what came along.
 
     `samples` holds what each of the processes saved, in their order.
     """
 
     step: int
+    params: Any
     state: Any
     extra: dict[str, Any]
     samples: list[dict[str, np.ndarray]]
@@ -48,17 +50,27 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+    def steps(self) -> list[int]:
+        """The numbers of all that are there, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def save(
         self,
         step: int,
+        params: Any,
         state: Any,
         extra: dict[str, Any],
         samples: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Save a pytree of arrays and JSON values as one atomic step, written in the background.
+        """Save pytrees of arrays and JSON values as one atomic step, written in the background.
 
-        samples: this process's NumPy arrays, whose shapes a later session can't know, e.g. a
-            replay buffer.
+        Args:
+            step: its number.
+            params: the policy, an item of its own: it can be read without the rest.
+            state: what else an update needs.
+            extra: JSON values.
+            samples: this process's NumPy arrays, whose shapes a later session can't know, e.g. a
+                replay buffer.
 
         Raises:
             UserError: an earlier save failed, e.g. for a full disk.
@@ -69,8 +81,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         blob = _to_bytes(samples or {})
-        extra = extra | {"checksums": _checksums(state)}
+        extra = extra | {"checksums": _checksums({"params": params, "state": state})}
         args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
             state=ocp.args.StandardSave(state),
             extra=ocp.args.JsonSave(extra),
             samples=ocp.args.PyTreeSave(_rows_of_processes(blob)),
@@ -83,32 +96,39 @@ class Checkpoints:
                 f"could not write checkpoint {step} to {self._folder}: {_first_line(error)}"
             ) from None
 
-    def restore(self, like: Any) -> Restored | None:
-        """The newest whole checkpoint, or None where there is none at all.
+    def restore(
+        self, params: Any, state: Any, *, params_only: bool = False, start: int | None = None
+    ) -> Restored:
+        """The newest whole checkpoint.
 
         A step that can't be read or whose checksums differ is passed over with a warning. It stays
         on disk until the run saves that step again.
 
         Args:
-            like: tree of `jax.ShapeDtypeStruct` with shardings, the state as it shall come back.
+            params: tree of `jax.ShapeDtypeStruct` with shardings, as they shall come back.
+            state: the same for the rest.
+            params_only: the rest is not read.
+            start: what the run's start weights must have as `fingerprint`.
 
         Raises:
-            UserError: there are checkpoints, but none is whole.
+            UserError: none is whole, or it is of other start weights.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for step in self.steps():
             try:
-                restored = self._read(step, like)
+                restored = self._read(step, params, state, params_only)
             except Exception as error:  # Orbax wraps what it meets in bare exceptions
                 _log.warning(
                     "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
                 )
                 self._broken.add(step)
                 continue
+            if start not in (None, restored.extra.get("start_fingerprint")):
+                raise UserError(
+                    "model.name is not the model that this run started from; bring it back, or "
+                    "choose another run.dir"
+                )
             return restored
-        if steps:
-            raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
-        return None
+        raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
 
     def wait(self) -> None:
         """Until everything saved is on disk.
@@ -132,23 +152,42 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, step: int, like: Any) -> Restored:
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardRestore(like),
-            "extra": ocp.args.JsonRestore(),
-        }
-        if (self._folder / str(step) / "samples").exists():  # older versions saved none
+    def _read(self, step: int, params: Any, state: Any, params_only: bool) -> Restored:
+        has = {entry.name for entry in (self._folder / str(step)).iterdir()}
+        items: dict[str, Any] = {"extra": ocp.args.JsonRestore()}
+        like = {"params": params} if params_only else {"params": params, "state": state}
+        if "params" not in has:  # of version 0.1, which saved everything as one item
+            train = TrainState(params, state["opt_state"], state["step"])
+            like = {"state": {"train": train} | _without(state, *train._fields)}
+        items |= {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        if "samples" in has and not params_only:  # older versions saved none
             as_numpy = {"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
             items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        args = ocp.args.Composite(**items)
-        read = self._manager.restore(step, args=args)
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
         extra = dict(read["extra"])
-        expected, found = extra.pop("checksums"), _checksums(read["state"])
-        wrong = [name for name in found if expected.get(name) != found[name]]
-        if wrong or len(expected) != len(found):
-            raise ValueError(f"checksum of {', '.join(wrong[:3]) or 'the tree'} differs")
+        trees = {name: read[name] for name in like}
+        _verify(extra.pop("checksums"), trees if "params" in has else trees["state"])
+        if "params" not in has:
+            train = trees["state"].pop("train")
+            rest = {"opt_state": train.opt_state, "step": train.step}
+            trees = {"params": train.params, "state": rest | trees["state"]}
         rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
-        return Restored(step, read["state"], extra, [_from_bytes(row.tobytes()) for row in rows])
+        samples = [_from_bytes(row.tobytes()) for row in rows]
+        return Restored(step, trees["params"], trees.get("state"), extra, samples)
+
+
+def _without(tree: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name not in names}
+
+
+def _verify(expected: Mapping[str, int], trees: Any) -> None:
+    """That the trees are those that were saved, as far as they were read."""
+    found = _checksums(trees)
+    wrong = [name for name in found if expected.get(name) != found[name]]
+    roots = {name.partition("/")[0] for name in found}
+    missing = [name for name in expected if name.partition("/")[0] in roots and name not in found]
+    if wrong or missing:
+        raise ValueError(f"checksum of {', '.join([*wrong, *missing][:3])} differs")
 
 
 def sweep(folder: Path | str) -> None:

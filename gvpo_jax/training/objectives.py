@@ -1,6 +1,7 @@
 """The objective that a run's config names: GVPO, or one of those it is compared with."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,54 @@ import jax.numpy as jnp
 from gvpo_jax import baselines
 from gvpo_jax.baselines import Objective
 from gvpo_jax.loss import gvpo_loss
+from gvpo_jax.settings import setting
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What an update minimises."""
+
+    name: Literal[
+        "gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo"
+    ] = setting("gvpo", "GVPO, or a method that it is compared with, see gvpo_jax.baselines.")
+    beta: float = setting(
+        0.1,
+        "Pull towards the reference, in reward per nat. rebel: 1/eta.",
+        above=0,
+        hint="the paper uses 0.01 to 0.5",
+    )
+    huber_delta: float | None = setting(
+        None,
+        "gvpo: residuals are clipped here, in units of reward.",
+        above=0,
+        hint="null: no clipping",
+    )
+    epsilon: float | None = setting(
+        None, "The baselines' clipping of probability ratios; null: as published.", least=0
+    )
+    epsilon_high: float | None = setting(None, "Its upper side; null: as published.", least=0)
+    kl_coef: float = setting(0.0, "The baselines' KL penalty.", least=0)
+
+    def objective(self, max_completion_length: int) -> Objective:
+        """The objective of this name.
+
+        max_completion_length: dr_grpo divides by it.
+        """
+        if self.name == "gvpo":
+            return gvpo(beta=self.beta, huber_delta=self.huber_delta)
+        if self.name == "rebel":
+            return baselines.rebel(1 / self.beta)
+        if self.name == "dpo":
+            return baselines.dpo(self.beta)
+        given = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
+        clip: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        clip["kl_coef"] = self.kl_coef
+        if self.name == "dr_grpo":
+            return baselines.dr_grpo(max_completion_length, **clip)
+        method = getattr(baselines, self.name, None)
+        if method is None:
+            raise ValueError(f"there is no objective {self.name!r}")
+        return method(**clip)
 
 
 def gvpo(*, beta: float, huber_delta: float | None = None) -> Objective:
@@ -36,42 +85,6 @@ def gvpo(*, beta: float, huber_delta: float | None = None) -> Objective:
         total=total,
         count=lambda rewards_gk, mask_gkt, where_gk: _groups(where_gk),
     )
-
-
-def make_objective(
-    name: str,
-    *,
-    beta: float,
-    huber_delta: float | None,
-    epsilon: float | None,
-    epsilon_high: float | None,
-    kl_coef: float,
-    max_completion_length: int,
-) -> Objective:
-    """The objective of this name; a clipping range of None is the method's own default."""
-    given = {"epsilon": epsilon, "epsilon_high": epsilon_high}
-    clip: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    clip["kl_coef"] = kl_coef
-    match name:
-        case "gvpo":
-            return gvpo(beta=beta, huber_delta=huber_delta)
-        case "grpo":
-            return baselines.grpo(**clip)
-        case "dr_grpo":
-            return baselines.dr_grpo(max_completion_length, **clip)
-        case "rloo":
-            return baselines.rloo(**clip)
-        case "dapo":
-            return baselines.dapo(**clip)
-        case "gspo":
-            return baselines.gspo(**clip)
-        case "reinforce_pp":
-            return baselines.reinforce_pp(**clip)
-        case "rebel":
-            return baselines.rebel(1 / beta)
-        case "dpo":
-            return baselines.dpo(beta)
-    raise ValueError(f"there is no objective {name!r}")
 
 
 def _groups(where_gk):

@@ -1,7 +1,8 @@
 """One update of the policy: score the groups, weigh them, step. Pure functions; callers jit."""
 
 import functools
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -9,20 +10,58 @@ import jax.numpy as jnp
 import optax
 
 from gvpo_jax.baselines import Objective
-from gvpo_jax.data.batch import (
-    Batch,
-    fill_up,
-    join_completions,
-    join_groups,
-    split_completions,
-    split_groups,
-)
+from gvpo_jax.data.batch import Batch, fill_up, join_completions, split_completions
 from gvpo_jax.data.groups import UNKNOWN, Source
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
 from gvpo_jax.ops.packing import pack_tokens
+from gvpo_jax.settings import setting
 
 Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How many updates there are, and how each is computed."""
+
+    steps: int = setting(100, "Updates in all.", least=1)
+    batch_size: int = setting(8, "Prompts per update.", least=1)
+    steps_per_generation: int = setting(
+        1,
+        "Updates' worth of prompts that one rollout samples, all at once; rollout.slots bounds the "
+        "memory of their completions.",
+        least=1,
+    )
+    num_iterations: int = setting(1, "Passes over each rollout.", least=1)
+    micro_batches: int = setting(
+        1, "Parts of whole groups per update, to save memory; same gradient.", least=1, free=True
+    )
+    completion_parts: int = setting(
+        1,
+        "Parts that each group's completions are cut into, where a group is too large for memory: "
+        "one more forward pass, same gradient.",
+        least=1,
+        free=True,
+    )
+    packing: bool = setting(
+        True, "Leave out, but for attention, what pads prompts and completions.", free=True
+    )
+    stop_at: int | None = setting(
+        None, "End this session after so many updates; the next start goes on.", least=1, free=True
+    )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The policy that beta pulls towards."""
+
+    name: Literal["initial", "previous", "ema"] = setting(
+        "initial", "The start weights, the policy that sampled, or an average of policies."
+    )
+    refresh_every: int = setting(
+        1, "previous: updates between refreshes, rounded up to a rollout.", least=1
+    )
+    decay: float = setting(0.99, "ema: per update.", least=0, most=1)
 
 
 class TrainState(NamedTuple):
@@ -109,6 +148,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     beta: float,
+    rates: optax.Schedule | None = None,
     micro_batches: int = 1,
     completion_parts: int = 1,
     packed_size: int | None = None,
@@ -127,6 +167,7 @@ def train_step(
         optimizer: an Optax transformation.
         objective: what to minimise, e.g. `gvpo_jax.training.objectives.gvpo(beta=0.1)`.
         beta: of the metrics `gvpo_mse` and `weight_abs`, see `gvpo_weights`.
+        rates: the learning rate over updates, for the metrics.
         micro_batches: parts of whole groups that the batch is cut into; where they do not divide,
             the last one is filled up.
         completion_parts: parts that the completions of each group are cut into, likewise.
@@ -145,21 +186,40 @@ def train_step(
     batch = batch._replace(old_logps=jnp.where(own, jnp.nan, batch.old_logps))
     advantages_gk = objective.advantages(batch.rewards, batch.valid)
     count = objective.count(advantages_gk, _mask(batch), batch.valid)
-    logps_of = functools.partial(token_logps, model, packed_size=packed_size)
-    if completion_parts > 1:
-        loss = functools.partial(_share_of, objective, batch, advantages_gk, count)
-        grads, logps = _two_passes(
-            logps_of, state.params, batch, loss, micro_batches, completion_parts
+
+    def loss_of(logps_gkt, batch: Batch, advantages_gk):
+        """What these groups add to the batch's loss."""
+        here = jax.lax.stop_gradient(logps_gkt)
+        old_gkt = jnp.where(jnp.isnan(batch.old_logps), here, batch.old_logps)
+        mask = _mask(batch)
+        total = objective.total(
+            logps_gkt, old_gkt, batch.ref_logps, advantages_gk, mask, batch.valid
         )
-    else:
-        gradient = jax.grad(functools.partial(_share, logps_of, objective), has_aux=True)
-        parts = split_groups((batch, advantages_gk), micro_batches)
-        grads, logps = _accumulate(gradient, state.params, parts, count)
+        return total / count
+
+    logps_of = functools.partial(token_logps, model, packed_size=packed_size)
+
+    def part_loss(params, batch: Batch, advantages_gk):
+        logps_gkt = logps_of(params, *_tokens(batch))
+        loss = loss_of(logps_gkt, batch, advantages_gk)
+        return loss, jax.lax.stop_gradient(logps_gkt)
+
+    gradient = jax.grad(part_loss, has_aux=True)
+    if completion_parts > 1:
+        gradient = functools.partial(_in_two_passes, logps_of, loss_of, completion_parts)
+    if micro_batches > 1:
+        size = len(batch.prompts) // micro_batches
+        add_up = optax.microbatching.AccumulationType
+        gradient = optax.microbatching.microbatch(
+            gradient, (1, 2), size, accumulator=(add_up.SUM, add_up.CONCAT)
+        )
+    grads, logps = gradient(state.params, batch, advantages_gk)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    loss = _share_of(objective, batch, advantages_gk, count, logps)
     metrics = _metrics(logps, batch, beta) | _by_source(logps, batch, beta, state.step)
-    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics |= {"loss": loss_of(logps, batch, advantages_gk), "grad_norm": optax.tree.norm(grads)}
+    if rates is not None:
+        metrics["learning_rate"] = jnp.asarray(rates(state.step))
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
@@ -173,73 +233,37 @@ def _check_shapes(batch: Batch) -> None:
     chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
-def _share(logps_of, objective, params, batch: Batch, advantages_gk, count):
-    """This part's share of the batch's loss, and its token log-probs."""
-    logps_gkt = logps_of(
-        params, batch.prompts, batch.prompt_lengths, batch.completions, batch.lengths
-    )
-    share = _share_of(objective, batch, advantages_gk, count, logps_gkt)
-    return share, jax.lax.stop_gradient(logps_gkt)
+def _tokens(batch: Batch) -> tuple[Any, ...]:
+    return batch.prompts, batch.prompt_lengths, batch.completions, batch.lengths
 
 
-def _share_of(objective, batch: Batch, advantages_gk, count, logps_gkt):
-    here = jax.lax.stop_gradient(logps_gkt)
-    old_gkt = jnp.where(jnp.isnan(batch.old_logps), here, batch.old_logps)
-    total = objective.total(
-        logps_gkt, old_gkt, batch.ref_logps, advantages_gk, _mask(batch), batch.valid
-    )
-    return total / count
-
-
-def _accumulate(gradient, params, parts, count):
-    """The parts' gradients added up, and all token log-probs."""
-    if len(jax.tree.leaves(parts)[0]) == 1:
-        grads, logps = gradient(params, *jax.tree.map(lambda x: x[0], parts), count)
-        return grads, logps
-
-    def add(total, part):
-        grads, logps = gradient(params, *part, count)
-        return jax.tree.map(jnp.add, total, grads), logps
-
-    grads, logps = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-    return grads, join_groups(logps)
-
-
-def _two_passes(logps_of, params, batch: Batch, loss, micro_batches, completion_parts):
-    """As `_accumulate`, over parts of groups: scores first, then backward with known weights."""
-
-    def cut(x_gk):
-        x = split_completions(split_groups(x_gk, micro_batches), completion_parts)
-        return x.reshape(-1, *x.shape[2:])
-
-    def repeat(x):
-        return jnp.repeat(split_groups(x, micro_batches), completion_parts, axis=0)
-
-    parts = (
-        repeat(batch.prompts),
-        repeat(batch.prompt_lengths),
-        cut(batch.completions),
-        cut(batch.lengths),
-    )
-    _, scored = jax.lax.scan(lambda _, part: (None, logps_of(params, *part)), None, parts)
-    scored = scored.reshape(micro_batches, completion_parts, *scored.shape[1:])
-    logps_gkt = join_groups(join_completions(scored))
-    weights = cut(jax.grad(loss)(logps_gkt))
+def _in_two_passes(logps_of, loss_of, parts, params, batch: Batch, advantages_gk):
+    """The gradient, over parts of groups: log-probs first, then backward with known weights."""
+    prompts, prompt_lengths, completions, lengths = _tokens(batch)
+    cut = functools.partial(split_completions, parts=parts)
+    pieces = cut(completions), cut(lengths)
+    logps_of_part = functools.partial(_of_part, logps_of, prompts, prompt_lengths)
+    _, logps = jax.lax.scan(lambda _, part: (None, logps_of_part(params, part)), None, pieces)
+    logps_gkt = join_completions(logps)
+    weights = cut(jax.grad(loss_of)(logps_gkt, batch, advantages_gk))
 
     def add(total, part_and_weights):
         part, part_weights = part_and_weights
-        _, backward = jax.vjp(lambda p: logps_of(p, *part), params)
+        _, backward = jax.vjp(lambda p: logps_of_part(p, part), params)
         return jax.tree.map(jnp.add, total, backward(part_weights)[0]), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, _ = jax.lax.scan(add, zeros, (parts, weights))
+    grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (pieces, weights))
     return grads, logps_gkt
+
+
+def _of_part(logps_of, prompts, prompt_lengths, params, part):
+    return logps_of(params, prompts, prompt_lengths, *part)
 
 
 def _metrics(logps_gkt, batch: Batch, beta) -> Metrics:
     """Scalars that say how the batch looks under the policy that produced the gradient.
 
-    `kl` is the mean over tokens of exp(r) - r - 1 with r = ref - policy: non-negative, an unbiased
+    `kl` is the mean over tokens of expm1(r) - r with r = ref - policy: non-negative, an unbiased
     estimate of KL(policy || reference) per token for samples of the policy.
     """
     mask = _mask(batch)
@@ -250,7 +274,7 @@ def _metrics(logps_gkt, batch: Batch, beta) -> Metrics:
     completions = jnp.maximum(jnp.sum(batch.valid), 1)
     return {
         "gvpo_mse": gvpo_mse(log_ratio, zeros, batch.rewards, beta=beta, where=batch.valid),
-        "kl": jnp.sum(jnp.where(mask, jnp.exp(-diff) + diff - 1, 0)) / tokens,
+        "kl": jnp.sum(jnp.where(mask, jnp.expm1(-diff) + diff, 0)) / tokens,
         "log_ratio": jnp.sum(log_ratio) / completions,
         "weight_abs": jnp.sum(jnp.abs(_weights(diff, batch, beta))) / completions,
         "entropy_sampled": -jnp.sum(jnp.where(mask, logps_gkt, 0)) / tokens,

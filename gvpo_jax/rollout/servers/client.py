@@ -236,7 +236,7 @@ class Fleet:
 def _parts(url: str) -> tuple[str, str, int | None, str]:
     """Scheme, host, port and path of an address."""
     if "@" in url:  # not shown: it may hold a password
-        raise UserError("a server's address holds no name or key: use rollout.api_key_env")
+        raise UserError("a server's address holds no name or key: use servers.api_key_env")
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""

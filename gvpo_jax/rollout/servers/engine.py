@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_jax.rollout.engine import FINISH_LENGTH, FINISH_STOP, Rollout, SamplingParams
+from gvpo_jax.data.groups import Groups, Source, make_groups
+from gvpo_jax.parallel.distributed import raise_together
+from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
 from gvpo_jax.rollout.servers.dialects import (
     DIALECTS,
@@ -72,7 +74,7 @@ class HttpEngine:
         sampling: SamplingParams,
         seed: int,
         longest_prompt: int | None = None,
-    ) -> Rollout:
+    ) -> Groups:
         """See `Engine.generate`.
 
         Raises:
@@ -80,19 +82,19 @@ class HttpEngine:
                 not have these `params`.
         """
         del longest_prompt  # nothing is padded
+        limits = num_generations, max_completion_length, sampling, self._stop_ids, self._vocab_size
         asks = [
-            Ask(
-                prompt=[int(token) for token in prompt],
-                k=num_generations,
-                max_completion_length=max_completion_length,
-                sampling=sampling,
-                stop_ids=self._stop_ids,
-                vocab_size=self._vocab_size,
-                key=(seed, int(prompt_id)),
-            )
+            Ask([int(token) for token in prompt], *limits, key=(seed, int(prompt_id)))
             for prompt, prompt_id in zip(prompts, prompt_ids, strict=True)
         ]
-        homes = [int(prompt_id) % len(self._fleet.clients) for prompt_id in prompt_ids]
+        samples, known = raise_together(lambda: self._ask(params, prompts, asks))
+        return _as_groups(prompts, samples, known, max_completion_length)
+
+    def _ask(
+        self, params: Any, prompts: Sequence[Sequence[int]], asks: Sequence[Ask]
+    ) -> tuple[list[list[Sampled]], list[bool]]:
+        """What the servers sampled, and whether its log-probs are those of `Groups`."""
+        homes = [ask.key[1] % len(self._fleet.clients) for ask in asks]
         with self._one_at_a_time:
             if self._weights:
                 self._sync = self._weights.bring(params, prompts) or self._sync
@@ -106,11 +108,23 @@ class HttpEngine:
             for home, ask, group in zip(homes, asks, groups, strict=True):
                 if home not in known:
                     known[home] = self._logps_known(home, ask, group)
-        return _as_rollout(groups, [known[home] for home in homes], max_completion_length)
+        return groups, [known[home] for home in homes]
+
+    def metrics(self) -> dict[str, float]:
+        """How the weights came that this thread sampled from last; nothing before that."""
+        sync = self.last_sync
+        if sync is None:
+            return {}
+        return {
+            "sync/logp_difference/mean": sync.difference,
+            "sync/logp_difference/max": sync.largest,
+            "sync/write_seconds": sync.write_seconds,
+            "sync/load_seconds": sync.load_seconds,
+        }
 
     @property
     def last_sync(self) -> SyncReport | None:
-        """How the weights came that this thread sampled from last; None before that."""
+        """The report of those weights; None before that."""
         return getattr(self._of_thread, "sync", None)
 
     def close(self) -> None:
@@ -118,7 +132,7 @@ class HttpEngine:
         self._fleet.close()
 
     def _logps_known(self, home: int, ask: Ask, samples: list[Sampled]) -> bool:
-        """Whether a server's log-probs are those that a `Rollout` holds."""
+        """Whether a server's log-probs are those that `Groups` hold."""
         if ask.sampling == SamplingParams():
             return True
         known = self._gives_logps.get((home, ask.sampling))
@@ -166,16 +180,21 @@ def _same_as_prompt(
     return bool(abs(difference.mean()) < 0.01 and abs(difference).mean() < 0.05)
 
 
-def _as_rollout(
-    groups: Sequence[Sequence[Sampled]], known: Sequence[bool], max_completion_length: int
-) -> Rollout:
+def _as_groups(
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sampled]],
+    known: Sequence[bool],
+    max_completion_length: int,
+) -> Groups:
     shape = (len(groups), len(groups[0]), max_completion_length)
     completions, logps = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    lengths, finish = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.int32)
+    lengths, stopped = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], bool)
     for g, group in enumerate(groups):
         for i, sample in enumerate(group):
             n = lengths[g, i] = len(sample.tokens)
             completions[g, i, :n] = sample.tokens
             logps[g, i, :n] = np.minimum(sample.logps, 0) if known[g] else np.nan
-            finish[g, i] = FINISH_STOP if sample.stopped else FINISH_LENGTH
-    return Rollout(completions, lengths, finish, logps)
+            stopped[g, i] = sample.stopped
+    return make_groups(
+        prompts, completions, lengths, source=Source.POLICY, stopped=stopped, old_logps=logps
+    )

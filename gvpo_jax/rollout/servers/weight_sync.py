@@ -20,6 +20,7 @@ from gvpo_jax.data.batch import bucket
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.parallel.distributed import from_first_host, to_first_host
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
 from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, Dialect, NoPromptLogps, ServerKind
@@ -80,8 +81,6 @@ class WeightSync:
         tolerance: mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
         keep: versions that stay on disk.
         probes: the fixed sequences; default: the first prompts that are sampled.
-        gather: makes parameters readable where they are written.
-        lead: runs a function in one process, and gives its result or UserError to all.
     """
 
     def __init__(
@@ -96,13 +95,10 @@ class WeightSync:
         tolerance: float = 0.05,
         keep: int = 2,
         probes: Sequence[Sequence[int]] = (),
-        gather: Callable[[Any], Any] = lambda params: params,
-        lead: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ):
         self._fleet, self._dialect = fleet, DIALECTS[kind]
         self._model, self._folder = model, Path(folder).absolute()
         self._logps, self._dtype, self._tolerance, self._keep = logps, dtype, tolerance, keep
-        self._gather, self._lead = gather, lead
         self._on_servers: list[weakref.ref[Any]] = []
         self._blind: set[str] = set()
         self._probes = [list(probe) for probe in probes]
@@ -120,7 +116,7 @@ class WeightSync:
             return None
         if not self._probes:
             first = [list(map(int, prompt[:_LONGEST_PROBE])) for prompt in prompts[:_PROBES]]
-            self._probes = self._lead(lambda: first)
+            self._probes = from_first_host(lambda: first)
         return self.sync(params)
 
     def sync(self, params: Any, version: int | None = None) -> SyncReport:
@@ -136,10 +132,10 @@ class WeightSync:
         if not self._probes:
             raise ValueError("sync needs probes: sequences of tokens to compare log-probs of")
         self._on_servers = []
-        whole = self._gather(params)
-        number, seconds, answers = self._lead(lambda: self._deliver(whole, version))
+        whole = to_first_host(params)
+        number, seconds, answers = from_first_host(lambda: self._deliver(whole, version))
         report = self._compare(params, number, seconds, answers)
-        self._lead(self._remove_old)
+        from_first_host(self._remove_old)
         self._on_servers = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
         return report
 
@@ -178,7 +174,7 @@ class WeightSync:
                 self._blind.add(client.url)
                 _log.warning(
                     "%s gives no log-probs of prompts: if it keeps old weights, that shows only "
-                    "once they differ by rollout.logp_tolerance",
+                    "once they differ by servers.logp_tolerance",
                     client.url,
                 )
             differences.append(np.abs(theirs - expected))
@@ -198,7 +194,7 @@ class WeightSync:
             raise UserError(
                 f"{url} does not sample from version {version} of the weights: its log-probs "
                 f"differ from the trainer's by {differences.mean():.3g} nats a token, at most by "
-                f"{differences.max():.3g} (rollout.logp_tolerance={self._tolerance:g})"
+                f"{differences.max():.3g} (servers.logp_tolerance={self._tolerance:g})"
             )
 
     def _check_moved(self, url: str, version: int, ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -1,0 +1,83 @@
+"""The config section `model`: what is loaded, and how it is computed."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from gvpo_jax.settings import setting
+
+if TYPE_CHECKING:  # loading brings in transformers, which a misspelt config should not wait for
+    from jax.sharding import Mesh
+
+    from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
+    from gvpo_jax.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model, and how it is computed."""
+
+    name: str = setting(
+        "debug",
+        "A hub name, a folder of safetensors, a .gguf file, package://PACKAGE/FILE.gguf, or debug.",
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "Of the computation; parameters stay float32."
+    )
+    remat: Literal["none", "dots", "layer"] = setting(
+        "none",
+        "What the backward pass computes again to save memory: nothing, all but products with "
+        "weights, or whole layers.",
+        free=True,
+    )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = setting(
+        "auto",
+        "Of prompts, scoring and training. auto: in bfloat16 splash on TPU and cuDNN on GPU, else "
+        "XLA.",
+        free=True,
+    )
+
+    def load(self, place: Callable[..., Any], length: int) -> "LoadedModel":
+        """The model.
+
+        Args:
+            place: what becomes of each tensor, see `load_model`.
+            length: tokens that a sequence may have; checked before weights are read.
+
+        Raises:
+            UserError: it can't be loaded, or was made for shorter sequences.
+        """
+        from gvpo_jax.models.load import load_model
+
+        return load_model(self.name, place=place, length=length)
+
+    def functions(self, shape: "DecoderConfig", mesh: "Mesh", cache_dtype: str) -> "DecoderFns":
+        """The decoder of this shape as functions for arrays on this mesh.
+
+        cache_dtype: of the keys and values that decoding keeps; "model": as computed.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from gvpo_jax.models.decoder import Placement, decoder_fns
+        from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
+        from gvpo_jax.ops.kernels import attention_on
+        from gvpo_jax.parallel.layout import constrain_activation, group_shards, shardings
+
+        dtype = jnp.dtype(self.dtype)
+        options = Placement(
+            constrain=functools.partial(constrain_activation, mesh),
+            params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
+            attention=attention_on(mesh, self.attention, dtype, shape.head_dim),
+            product=product_on(mesh),
+            chunk_bytes=chunk_bytes_on(mesh),
+            shards=group_shards(mesh),
+        )
+        return decoder_fns(
+            shape,
+            dtype=dtype,
+            remat=self.remat,
+            options=options,
+            cache_dtype=None if cache_dtype == "model" else jnp.dtype(cache_dtype),
+        )
