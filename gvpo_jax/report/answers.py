@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from gvpo_jax.report.scores import Comparison, column, question_key
+from gvpo_jax.report.scores import Comparison, Rows, column, question_key
 from gvpo_jax.rundir.formats import compact
 
 _QUESTIONS, _ANSWERS, _GROUPS, _GROUP_ROWS = 6, 4, 3, 16
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

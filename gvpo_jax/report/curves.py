@@ -7,14 +7,12 @@ from typing import Any, Literal
 
 from gvpo_jax.report.charts import Chart, Line, chart
 from gvpo_jax.report.intervals import Interval, mean_interval
-from gvpo_jax.report.scores import finite, scores_by_question, span
+from gvpo_jax.report.scores import Rows, finite, scores_by_question, span
 from gvpo_jax.rundir.files import Evaluation
 from gvpo_jax.rundir.formats import compact, duration, percent, percent_tick
 
 _MOST_POINTS = 160  # more than a chart has pixels to tell apart under the pointer
 _LARGE = (520, 260)
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

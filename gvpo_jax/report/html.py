@@ -5,8 +5,7 @@ is in templates/, where jinja2 escapes whatever a run's files hold.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import jinja2
 
 from gvpo_jax.report.answers import held_out_answers, latest_groups
-from gvpo_jax.report.curves import is_number, main_figures, metric_figures, other_figures
+from gvpo_jax.report.curves import Rows, is_number, main_figures, metric_figures, other_figures
 from gvpo_jax.report.scores import Tile, compare, score_tiles, task_ranges
 from gvpo_jax.rundir.files import (
-    Evaluation,
     check_run,
     read_evaluations,
     read_latest_completions,
@@ -32,17 +30,6 @@ from gvpo_jax.rundir.formats import compact, duration
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-@dataclass(frozen=True)
-class _Run:
-    name: str
-    settings: dict[str, Any]
-    summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    last_step: int
-    evaluations: list[Evaluation]
-    completions: tuple[int, list[dict[str, Any]]]
-
-
 def write_report(run_dir: Path | str) -> Path:
     """Write `report.html` into a run's folder, finished or not, and give its path.
 
@@ -51,62 +38,58 @@ def write_report(run_dir: Path | str) -> Path:
     run_dir = Path(run_dir)
     check_run(run_dir)
     path = run_dir / "report.html"
-    write_text(path, _page(_read(run_dir)))
+    page = _templates().get_template("page.html").render(_contents(run_dir))
+    write_text(path, _NOT_XML.sub("\ufffd", page))
     return path
 
 
-def _read(run_dir: Path) -> _Run:
-    metrics, summary = read_metrics(run_dir), read_summary(run_dir)
-    last_step = metrics[-1]["step"] if metrics else 0
-    return _Run(
-        name=run_dir.resolve().name,
-        settings=read_settings(run_dir),
-        summary=summary,
-        metrics=metrics,
-        last_step=last_step,
-        evaluations=read_evaluations(run_dir, summary.get("steps", last_step)),
-        completions=read_latest_completions(run_dir),
-    )
-
-
-def _page(run: _Run) -> str:
-    templates = jinja2.Environment(
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("gvpo_jax.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    compared, total = compare(run.evaluations), _total_steps(run)
-    finished = run.summary and run.summary.get("steps", run.last_step) >= run.last_step
-    step = f"step {run.last_step}" + (f" of {total}" if total else "")
-    page = templates.get_template("page.html").render(
-        name=run.name,
-        finished=finished,
-        state="finished" if finished else step,
-        model=_model(run),
-        tiles=[*score_tiles(compared), *_training_tiles(run)],
-        scores=task_ranges(compared),
-        large=main_figures(run.metrics, run.evaluations),
-        small=metric_figures(run.metrics),
-        more=other_figures(run.metrics),
-        samples=held_out_answers(compared),
-        groups=latest_groups(*run.completions),
-        settings=_settings(run),
-    )
-    return _NOT_XML.sub("\ufffd", page)
 
 
-def _training_tiles(run: _Run) -> list[Tile]:
-    total, tokens = _total_steps(run), _numbers(run.metrics, "num_tokens")
+def _contents(run_dir: Path) -> dict[str, Any]:
+    """What page.html shows."""
+    rows, summary, settings = read_metrics(run_dir), read_summary(run_dir), read_settings(run_dir)
+    last, total = rows[-1]["step"] if rows else 0, _total_steps(settings)
+    end = summary.get("steps", last)
+    finished = bool(summary) and end >= last
+    evaluations = read_evaluations(run_dir, end)
+    compared = compare(evaluations)
+    return {
+        "name": run_dir.resolve().name,
+        "finished": finished,
+        "state": "finished" if finished else f"step {last}" + (f" of {total}" if total else ""),
+        "model": _model(summary.get("model", settings.get("model", ""))),
+        "tiles": [*score_tiles(compared), _steps_tile(rows, last, total), *_tiles(rows, summary)],
+        "scores": task_ranges(compared),
+        "large": main_figures(rows, evaluations),
+        "small": metric_figures(rows),
+        "more": other_figures(rows),
+        "samples": held_out_answers(compared),
+        "groups": latest_groups(*read_latest_completions(run_dir)),
+        "settings": _tables(settings, summary),
+    }
+
+
+def _steps_tile(rows: Rows, last: int, total: int | None) -> Tile:
+    tokens = _numbers(rows, "num_tokens")
     note = f"{compact(tokens[-1])} tokens" if tokens else ""
-    tiles = [Tile("Steps", f"{run.last_step}", note, unit=f"of {total}" if total else "")]
-    times = _numbers(run.metrics, "step_time")
-    seconds = run.summary.get("wall_seconds", sum(times) if times else None)
+    return Tile("Steps", f"{last}", note, unit=f"of {total}" if total else "")
+
+
+def _tiles(rows: Rows, summary: Mapping[str, Any]) -> list[Tile]:
+    tiles, times = [], _numbers(rows, "step_time")
+    seconds = summary.get("wall_seconds", sum(times) if times else None)
     if is_number(seconds):
         note = f"{duration(median(times))} a step (median)" if times else ""
         tiles.append(Tile("Wall time", duration(seconds), note))
-    if rewards := _numbers(run.metrics, "reward"):
+    if rewards := _numbers(rows, "reward"):
         part = -(-len(rewards) // 10)
         first, last = compact(fmean(rewards[:part])), compact(fmean(rewards[-part:]))
         note = f"means of the first and last {part} steps" if part > 1 else "first and last step"
@@ -114,12 +97,12 @@ def _training_tiles(run: _Run) -> list[Tile]:
     return tiles
 
 
-def _settings(run: _Run) -> dict[str, dict[str, str]]:
+def _tables(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The tables of settings: caption -> name -> value."""
-    general = {key: value for key, value in run.settings.items() if not isinstance(value, dict)}
+    general = {key: value for key, value in settings.items() if not isinstance(value, dict)}
     groups = {"General": _flat(general)}
-    groups |= {key: _flat(value) for key, value in run.settings.items() if isinstance(value, dict)}
-    groups["Summary of the run"] = _flat(run.summary)
+    groups |= {key: _flat(value) for key, value in settings.items() if isinstance(value, dict)}
+    groups["Summary of the run"] = _flat(summary)
     return {caption: rows for caption, rows in groups.items() if rows}
 
 
@@ -144,16 +127,15 @@ def _setting(value: Any) -> str:
     return to_json(value) if isinstance(value, list | dict) else str(value)
 
 
-def _model(run: _Run) -> str:
-    model = run.summary.get("model", run.settings.get("model", ""))
+def _model(model: Any) -> str:
     return str(model.get("name", "") if isinstance(model, dict) else model)
 
 
-def _total_steps(run: _Run) -> int | None:
-    train = run.settings.get("train")
+def _total_steps(settings: Mapping[str, Any]) -> int | None:
+    train = settings.get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
     return steps if isinstance(steps, int) else None
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+def _numbers(rows: Rows, name: str) -> list[float]:
     return [row[name] for row in rows if is_number(row.get(name))]

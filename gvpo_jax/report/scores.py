@@ -9,6 +9,7 @@ from gvpo_jax.report.intervals import Interval, difference_interval, mean_interv
 from gvpo_jax.rundir.files import Evaluation, to_json
 from gvpo_jax.rundir.formats import compact, percent, percent_tick, points
 
+Rows = Sequence[Mapping[str, Any]]
 Scores = dict[str, list[float]]
 
 
@@ -80,7 +81,7 @@ class Comparison:
         return "Held-out accuracy" if self.is_share else "Held-out reward"
 
 
-def scores_by_question(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def scores_by_question(rows: Rows) -> dict[str, list[float]]:
     """Scores of answers by question: `correct` as 1 or 0 where rows tell it, else their reward.
 
     Answers with neither are left out.
@@ -143,8 +144,9 @@ def task_ranges(compared: Comparison | None) -> Ranges | None:
     if compared is None:
         return None
     found = []
-    for task in ["", *_tasks(compared.evaluations[-1].rows)]:
-        scores = [_of_task(evaluation.rows, task) for evaluation in compared.evaluations]
+    tasks = (column(row, "task") for row in compared.evaluations[-1].rows)
+    for task in ["", *dict.fromkeys(str(task) for task in tasks if task)]:
+        scores = [scores_by_question(_of_task(e.rows, task)) for e in compared.evaluations]
         if all(scores):
             intervals = [mean_interval(list(of_one.values())) for of_one in scores]
             found.append((task or "all", intervals, len(scores[-1])))
@@ -189,12 +191,8 @@ def _size(scores: Scores) -> str:
     return _questions(len(scores)) + (f" \u00d7 {samples} samples" if samples > 1 else "")
 
 
-def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(str(task) for row in rows if (task := column(row, "task"))))
-
-
-def _of_task(rows: Sequence[Mapping[str, Any]], task: str) -> Scores:
-    return scores_by_question([row for row in rows if not task or str(column(row, "task")) == task])
+def _of_task(rows: Rows, task: str) -> Rows:
+    return [row for row in rows if not task or str(column(row, "task")) == task]
 
 
 def _ends(intervals: Sequence[Interval]) -> tuple[float, float]:
