@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -29,7 +30,7 @@ matplotlib.rcParams |= {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.labelcolor": _TEXT,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlecolor": _TEXT,
@@ -131,8 +132,8 @@ def _draw_held_out(panel: Axes, runs: Sequence[HeldOut]) -> None:
 def _draw_mean(panel: Axes, runs: Sequence[Curve], color: str, marker: str = "") -> None:
     for n, run in enumerate(runs):
         _plot(panel, run, color, label="each run" if n == 0 else None, **THIN)
-    found = {step: [run.get(step) for run in runs] for step in runs[0]}
-    means = {step: fmean(values) for step, values in found.items() if None not in values}
+    found = {step: [y for run in runs if (y := run.get(step)) is not None] for step in runs[0]}
+    means = {step: fmean(ys) for step, ys in found.items() if len(ys) == len(runs)}
     _plot(panel, means, color, marker=marker, label=f"mean of {len(runs)} runs", **BOLD)
 
 

@@ -10,7 +10,6 @@ tables.
 
 import argparse
 import functools
-import itertools
 import json
 import platform
 import statistics
@@ -153,14 +152,15 @@ def draw(report: dict, path: Path) -> None:
     tables = {TITLES[axis]: rows for axis, rows in report["updates"].items()}
     tables[f"completions of 2 tokens, prompt of {LONG_PROMPT}"] = report["prompts"]
     figure, places = panels(-(-len(tables) // 3), 3, width=3, height=2)
-    for panel, (title, rows) in itertools.zip_longest(places, tables.items(), fillvalue=("", [])):
+    for panel in places[len(tables) :]:
+        panel.set_visible(False)
+    for panel, (title, rows) in zip(places, tables.items(), strict=False):
         sizes, seconds = [row["size"] for row in rows], [row["seconds"] for row in rows]
         below = [row["seconds"] - row["fastest"] for row in rows]
         above = [row["slowest"] - row["seconds"] for row in rows]
         panel.errorbar(sizes, seconds, yerr=[below, above], marker="o", markersize=4)
         panel.set(xlabel=title, ylabel="seconds", ylim=(0, None))
         panel.locator_params(axis="x", nbins=4)
-        panel.set_visible(bool(rows))
     save(figure, path, "Seconds of an update over each size")
 
 
