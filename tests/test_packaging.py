@@ -37,16 +37,18 @@ def files_below(folder: Path, *patterns: str) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in found}
 
 
-def test_every_module_and_config_is_in_the_wheel(wheel):
+def test_every_module_template_and_config_is_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"gvpo_jax/{name}" for name in files_below(ROOT / "gvpo_jax", "*.py")}
+    package = files_below(ROOT / "gvpo_jax", "*.py", "*.html", "*.css")
+    package = {f"gvpo_jax/{name}" for name in package}
     configs = {
         f"gvpo_jax/configs/{name}" for name in files_below(ROOT / "configs", "*.yaml", "*.jsonl")
     }
-    assert len(modules) > 40
+    assert len(package) > 40
+    assert {f"gvpo_jax/report/templates/{name}" for name in ("page.html", "style.css")} <= package
     assert {"gvpo_jax/configs/debug.jsonl", "gvpo_jax/configs/quickstart.yaml"} <= configs
-    assert modules | configs <= names
-    others = {name for name in names - modules - configs if ".dist-info/" not in name}
+    assert package | configs <= names
+    others = {name for name in names - package - configs if ".dist-info/" not in name}
     assert not others
 
 

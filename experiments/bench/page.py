@@ -1,18 +1,14 @@
 """The README's tables and the picture, from results.json."""
 
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
-from gvpo_jax.report.charts import escape
+sys.path.append(str(Path(__file__).parents[1]))
+from pictures import GREEN, GREY, panels, save
 
 TITLES = {"train": "training step", "rollout": "rollout"}
-STYLE = """
-text { fill: #7a818a; font: 12px system-ui, sans-serif; }
-.one { stroke: #868d96; stroke-dasharray: 3 3; }
-.ours { fill: #14998c; }
-.peer { fill: #868d96; opacity: .5; }
-"""
-BAR, GAP, LEFT, SCALE, WIDTH = 13, 14, 130, 60, 400  # pixels; SCALE: of the best peer's bar
 
 
 def with_tables(page: str, results: dict) -> str:
@@ -28,38 +24,29 @@ def with_tables(page: str, results: dict) -> str:
     return page
 
 
-def picture(results: dict) -> str:
+def draw(results: dict, path: Path) -> None:
     """Bars: tokens a second of each contestant, as a multiple of the best peer's."""
-    parts, height = [], 0
-    for column, task in enumerate(TITLES):
-        left, y = column * (LEFT + WIDTH), 34
-        parts.append(
-            f'<text x="{left + LEFT}" y="16">{TITLES[task]}, tokens/s: best peer = 1</text>'
-        )
+    bars = sum(len(_rates(row)) + 1 for row in results.values())
+    figure, places = panels(1, len(TITLES), width=5.3, height=0.6 + 0.17 * bars / len(TITLES))
+    for panel, (task, title) in zip(places, TITLES.items(), strict=True):
+        y, names = 0, {}
         for workload, row in _rows(task, results):
             rates = _rates(row)
             best = max((rate for who, rate in rates.items() if who != "ours"), default=0) or 1
-            parts.append(f'<text x="{left}" y="{y + BAR - 2}">{escape(workload)}</text>')
+            names[y + (len(rates) - 1) / 2] = workload
             for who, rate in rates.items():
-                times, bottom = rate / best, y + BAR - 3
-                end = left + LEFT + SCALE * times
-                kind = "ours" if who == "ours" else "peer"
-                parts.append(
-                    f'<rect class="{kind}" x="{left + LEFT}" y="{y}" width="{SCALE * times:.1f}" '
-                    f'height="{BAR - 2}"/><text x="{end + 5:.1f}" y="{bottom}">{times:.2f} '
-                    f"{who.replace('_', ' ')}</text>"
-                )
-                y += BAR
-            y += GAP
-        x = left + LEFT + SCALE
-        parts.append(f'<line class="one" x1="{x}" x2="{x}" y1="26" y2="{y}"/>')
-        height = max(height, y)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (LEFT + WIDTH)} {height + 8}" '
-        f'role="img" aria-label="tokens a second, best peer = 1"><style>{STYLE}</style>'
-        + "".join(parts)
-        + "</svg>\n"
-    )
+                look = {"color": GREEN} if who == "ours" else {"color": GREY, "alpha": 0.5}
+                bar = panel.barh(y, rate / best, height=0.85, **look)
+                panel.bar_label(bar, [f"{rate / best:.2f} {who.replace('_', ' ')}"], padding=4)
+                y += 1
+            y += 1
+        panel.axvline(1, color=GREY, linestyle=":", linewidth=0.8, zorder=0)
+        panel.set(title=f"{title}, tokens/s: best peer = 1", yticks=list(names))
+        panel.set_yticklabels(list(names.values()))
+        panel.invert_yaxis()
+        panel.margins(x=0.35)
+        panel.grid(visible=False)
+    save(figure, path, "Tokens a second, best peer = 1")
 
 
 def _rows(task: str, results: dict) -> Iterable[tuple[str, dict]]:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from page import picture, with_tables
+from page import draw, with_tables
 from workloads import ON_CPU, ON_GPU, WORKLOADS, Workload, workload, write_model
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +55,7 @@ def main() -> None:
                 print(as_text(name, task, row), flush=True)
                 results[f"{name}/{task}/{options.device}"] = row
                 options.out.write_text(json.dumps(results, indent=2) + "\n")
-    options.out.with_suffix(".svg").write_text(picture(results))
+    draw(results, options.out.with_suffix(".svg"))
     if options.out.resolve().parent == HERE:
         page = HERE / "README.md"
         page.write_text(with_tables(page.read_text(), results))

@@ -13,6 +13,7 @@ import functools
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_
 from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
 from gvpo_jax.ops.kernels import attention_on
 from gvpo_jax.parallel.mesh import MeshConfig
-from gvpo_jax.report.charts import Chart, Line, chart_content
 from gvpo_jax.training.objectives import gvpo
 from gvpo_jax.training.step import init_state, train_step
+
+sys.path.append(str(Path(__file__).parents[1]))
+from pictures import panels, save
 
 BASE = {"k": 8, "t": 64, "p": 64, "v": 8192, "layers": 4}
 SIZES = {
@@ -140,40 +143,25 @@ def as_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-STYLE = """
-text { fill: #7a818a; font: 11px system-ui, sans-serif; }
-.grid { stroke: #868d96; opacity: .25; }
-.line { fill: none; stroke: #14998c; stroke-width: 2; }
-.dot { fill: #14998c; }
-.whisker { stroke: #14998c; }
-"""
 TITLES = {"k": "completions of a prompt", "t": "tokens of a completion", "p": "tokens of a prompt"}
 TITLES |= {"v": "vocabulary", "layers": "layers"}
 
 
 def draw(report: dict, path: Path) -> None:
     """Seconds of an update over each size, and over k for the prompts alone, in six panels."""
-    panels = [(TITLES[axis], rows) for axis, rows in report["updates"].items()]
-    panels.append((f"completions, of 2 tokens, of a prompt of {LONG_PROMPT}", report["prompts"]))
-    size = (300, 180)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * size[0]} {2 * size[1] + 40}"'
-        f' role="img" aria-label="seconds of an update"><style>{STYLE}</style>'
-    ]
-    for n, (title, rows) in enumerate(panels):
-        line = Line(
-            [row["size"] for row in rows],
-            [row["seconds"] for row in rows],
-            look="dots",
-            spans=[(row["fastest"], row["slowest"]) for row in rows],
-        )
-        spec = Chart([line], title, include_y=(0.0,), x_title="", size=size)
-        x, y = n % 3 * size[0], n // 3 * (size[1] + 20)
-        parts.append(
-            f'<g transform="translate({x} {y})"><text x="44" y="14">seconds over {title}</text>'
-            f'<g transform="translate(0 6)">{chart_content(spec)}</g></g>'
-        )
-    path.write_text("".join([*parts, "</svg>\n"]))
+    tables = {TITLES[axis]: rows for axis, rows in report["updates"].items()}
+    tables[f"completions of 2 tokens, prompt of {LONG_PROMPT}"] = report["prompts"]
+    figure, places = panels(-(-len(tables) // 3), 3, width=3, height=2)
+    for panel in places[len(tables) :]:
+        panel.set_visible(False)
+    for panel, (title, rows) in zip(places, tables.items(), strict=False):
+        sizes, seconds = [row["size"] for row in rows], [row["seconds"] for row in rows]
+        below = [row["seconds"] - row["fastest"] for row in rows]
+        above = [row["slowest"] - row["seconds"] for row in rows]
+        panel.errorbar(sizes, seconds, yerr=[below, above], marker="o", markersize=4)
+        panel.set(xlabel=title, ylabel="seconds", ylim=(0, None))
+        panel.locator_params(axis="x", nbins=4)
+    save(figure, path, "Seconds of an update over each size")
 
 
 if __name__ == "__main__":

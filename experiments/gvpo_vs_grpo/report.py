@@ -8,17 +8,16 @@ are several (Student's), else over questions (Wilson's, by the effective number 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
 import run as sweep
 
 from gvpo_jax.report.intervals import Interval, difference_interval, mean_interval
 
-matplotlib.use("Agg")
-matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gvpo", "font.size": 9}
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+sys.path.append(str(Path(__file__).parents[1]))
+import pictures
 
 HERE = Path(__file__).parent
 TITLES = {"gvpo": "GVPO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "rloo": "RLOO"}
@@ -199,7 +198,7 @@ def between_marks(readme: str, text: str) -> str:
 
 def draw(runs: dict, raw: Path, path: Path) -> None:
     """Five panels: reward over updates, frontier, beta, k, fresh : replayed."""
-    figure, panels = plt.subplots(1, 5, figsize=(17, 3.3), layout="constrained")
+    figure, panels = pictures.panels(1, 5, width=3.4, height=3.3)
     draw_rewards(panels[0], raw)
     draw_frontier(panels[1], runs)
     one = {f"{b:g}": [f"beta_{b:g}_seed{s}" for s in (0, 1)] for b in (0.01, 0.03, 0.2, 0.5)}
@@ -213,13 +212,10 @@ def draw(runs: dict, raw: Path, path: Path) -> None:
         }
         draw_line(panels[3], runs, names, TITLES[method])
     panels[3].set(title="k, 64 completions an update", xlabel="k")
-    panels[3].legend(frameon=False)
+    panels[3].legend()
     draw_line(panels[4], runs, {f"{8 - n}:{n}": [f"mix_{8 - n}_{n}"] for n in range(5)}, "GVPO")
     panels[4].set(title="fresh : replayed", xlabel="of 8 completions")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    pictures.save(figure, path, "Rewards, distance, beta, k, replay")
 
 
 def draw_rewards(panel, raw: Path) -> None:
@@ -230,7 +226,7 @@ def draw_rewards(panel, raw: Path) -> None:
             mean = [fmean(values) for values in zip(*curves, strict=True)]
             panel.plot(range(1, len(mean) + 1), mean, label=TITLES[method])
     panel.set(title="reward in training, mean of seeds", xlabel="update")
-    panel.legend(frameon=False)
+    panel.legend()
 
 
 def draw_frontier(panel, runs: dict) -> None:

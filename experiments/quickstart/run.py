@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gvpo_jax.report.picture import write_curves_svg
+sys.path.append(str(Path(__file__).parents[1]))
+from pictures import curves, save
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_curves_svg(runs, options.out / "curves.svg")
+    save(curves(runs), options.out / "curves.svg", "Reward in training and held-out accuracy")
     for seed, s in report["seeds"].items():
         print(
             f"seed {seed}: {s['eval/accuracy_before']:.1%} -> {s['eval/accuracy_after']:.1%}, "

@@ -1,17 +1,15 @@
 """Small line charts as SVG text: axes, lines with gaps, bands, intervals, values to point at.
 
-Colours and line widths come from the style sheet around the chart, by class.
+By hand, since a chart library would bring scripts into a page that shows a model's text. Colours
+and line widths come from the style sheet around the chart, by class.
 """
 
-import html
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby, pairwise
 from typing import Literal
-
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -40,33 +38,36 @@ class Chart:
     y_format: Callable[[float], str] = "{:g}".format
     include_y: Sequence[float] = ()
     x_range: tuple[float, float] | None = None
-    x_title: str = "step"
     size: tuple[int, int] = (340, 190)
 
 
 @dataclass(frozen=True)
 class _Frame:
+    """Where values lie in pixels; left, right, top and bottom are the edges of the axes."""
+
     x_low: float
     x_high: float
     y_ticks: list[float]
-    size: tuple[int, int]
-    margins: tuple[int, int, int, int] = field(default=(20, 10, 26, 44))  # top, right, bottom, left
+    width: int
+    height: int
+    left: int = 44
+    top: int = 20
+
+    @property
+    def right(self) -> int:
+        return self.width - 10
+
+    @property
+    def bottom(self) -> int:
+        return self.height - 26
 
     def x(self, value: float) -> float:
-        _, right, _, left = self.margins
-        width = self.size[0] - left - right
-        return round(left + width * (value - self.x_low) / (self.x_high - self.x_low), 2)
+        share = (value - self.x_low) / (self.x_high - self.x_low)
+        return round(self.left + (self.right - self.left) * share, 2)
 
     def y(self, value: float) -> float:
-        top, _, bottom, _ = self.margins
         low, high = self.y_ticks[0], self.y_ticks[-1]
-        share = (value - low) / (high - low)
-        return round(self.size[1] - bottom - (self.size[1] - top - bottom) * share, 2)
-
-
-def escape(value: object) -> str:
-    """Text that is safe in HTML and XML, between tags and in quoted attributes."""
-    return html.escape(_NOT_XML.sub("\ufffd", str(value)), quote=True)
+        return round(self.bottom - (self.bottom - self.top) * (value - low) / (high - low), 2)
 
 
 def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
@@ -83,23 +84,18 @@ def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
 
 def chart(spec: Chart) -> str:
     """The chart as an <svg> element for an HTML page."""
-    width, height = spec.size
-    return (
-        f'<svg class="chart {spec.color}" viewBox="0 0 {width} {height}" role="img"'
-        f' aria-label="{escape(spec.label)}">{chart_content(spec)}</svg>'
-    )
-
-
-def chart_content(spec: Chart) -> str:
-    """What is inside the <svg> of a chart, to be placed in a larger drawing."""
     frame = _frame(spec)
-    parts = [_axes(frame, spec)]
+    parts = [
+        f'<svg class="chart {spec.color}" viewBox="0 0 {frame.width} {frame.height}" role="img"'
+        f' aria-label="{escape(spec.label)}">',
+        _axes(frame, spec),
+    ]
     for line in spec.lines:
         if line.spans:
             parts.append(_whiskers(frame, line) if line.look == "dots" else _band(frame, line))
         parts.append(_path(frame, line))
     parts += [_hover(frame, line) for line in spec.lines if line.titles]
-    return "".join(parts)
+    return "".join([*parts, "</svg>"])
 
 
 def _frame(spec: Chart) -> _Frame:
@@ -110,50 +106,37 @@ def _frame(spec: Chart) -> _Frame:
     x_low, x_high = spec.x_range or (min(xs, default=0), max(xs, default=1))
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    return _Frame(x_low, x_high, ticks(min(ys, default=0), max(ys, default=1)), spec.size)
+    return _Frame(x_low, x_high, ticks(min(ys, default=0), max(ys, default=1)), *spec.size)
 
 
 def _axes(frame: _Frame, spec: Chart) -> str:
-    _, right, _, left = frame.margins
-    width, height = frame.size
+    left, right, below = frame.left, frame.right, frame.height - 9
     parts = []
     for value in frame.y_ticks:
         y = frame.y(value)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
-        label = escape(spec.y_format(value))
-        parts.append(
-            f'<text class="tick" x="{left - 7}" y="{y + 4}" text-anchor="end">{label}</text>'
-        )
-    for value in _step_ticks(frame.x_low, frame.x_high):
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(_text("tick", left - 7, y + 4, spec.y_format(value)))
+    for value in ticks(frame.x_low, frame.x_high, count=5):
+        if not (frame.x_low <= value <= frame.x_high and value.is_integer()):
+            continue
         x = frame.x(value)
-        anchor = "end" if x > width - right - 12 else "middle"
-        parts.append(
-            f'<text class="tick" x="{x}" y="{height - 9}" text-anchor="{anchor}">{value:g}</text>'
-        )
-    parts.append(f'<text class="tick axis" x="{left - 7}" y="{height - 9}" text-anchor="end">')
-    parts.append(f"{escape(spec.x_title)}</text>")
+        anchor = "end" if x > right - 12 else "middle"
+        parts.append(_text("tick", x, below, f"{value:g}", anchor))
+    parts.append(_text("tick axis", left - 7, below, "step"))
     return "".join(parts)
 
 
-def _step_ticks(low: float, high: float) -> list[float]:
-    return [x for x in ticks(low, high, count=5) if low <= x <= high and x == int(x)]
-
-
-def _runs(line: Line) -> list[list[int]]:
-    """Indices of the unbroken stretches of a line."""
-    runs: list[list[int]] = [[]]
-    for i, y in enumerate(line.ys):
-        if y is not None:
-            runs[-1].append(i)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+def _text(look: str, x: float, y: float, text: str, anchor: str = "end") -> str:
+    return f'<text class="{look}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _path(frame: _Frame, line: Line) -> str:
     parts = []
-    for run in _runs(line):
-        points = [(frame.x(line.xs[i]), frame.y(line.ys[i] or 0.0)) for i in run]
+    values = zip(line.xs, line.ys, strict=True)
+    for _, stretch in groupby(values, key=lambda value: value[1] is not None):
+        points = [(frame.x(x), frame.y(y)) for x, y in stretch if y is not None]
+        if not points:
+            continue
         path = "M" + "L".join(f"{x} {y}" for x, y in points)
         # A stretch of one point has no length; with round caps a line to itself shows as a dot.
         path += f"L{points[0][0]} {points[0][1]}" if len(points) == 1 else ""
@@ -183,19 +166,17 @@ def _band(frame: _Frame, line: Line) -> str:
 
 def _hover(frame: _Frame, line: Line) -> str:
     """A strip around each value, of full height, which shows dot and text under the pointer."""
-    top, right, bottom, left = frame.margins
-    width, height = frame.size
     at = [i for i, y in enumerate(line.ys) if y is not None]
     xs = [frame.x(line.xs[i]) for i in at]
-    edges = [left, *((a + b) / 2 for a, b in pairwise(xs)), width - right]
+    edges = [frame.left, *((a + b) / 2 for a, b in pairwise(xs)), frame.right]
     parts = []
     for n, i in enumerate(at):
         x, y, title = xs[n], frame.y(line.ys[i] or 0.0), escape(line.titles[i])
+        strip = f'x="{edges[n]:.1f}" width="{edges[n + 1] - edges[n]:.1f}"'
         parts.append(
-            f'<g class="hit"><title>{title}</title>'
-            f'<rect x="{edges[n]:.1f}" width="{edges[n + 1] - edges[n]:.1f}" height="{height}"/>'
-            f'<line class="guide" x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}"/>'
+            f'<g class="hit"><title>{title}</title><rect {strip} height="{frame.height}"/>'
+            f'<line class="guide" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.bottom}"/>'
             f'<circle cx="{x}" cy="{y}" r="4"/>'
-            f'<text x="{width - right}" y="11" text-anchor="end">{title}</text></g>'
+            f'<text x="{frame.right}" y="11" text-anchor="end">{title}</text></g>'
         )
     return "".join(parts)

@@ -1,19 +1,18 @@
-"""Curves of a run: which metrics are drawn and how, in the report and in a picture of runs."""
+"""Curves of a run: which metrics are drawn, and how."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from gvpo_jax.report.charts import Line
+from gvpo_jax.report.charts import Chart, Line, chart
 from gvpo_jax.report.intervals import Interval, mean_interval
-from gvpo_jax.rundir.files import (
-    Evaluation,
-    to_json,
-)
+from gvpo_jax.report.scores import Rows, finite, scores_by_question, span
+from gvpo_jax.rundir.files import Evaluation
 from gvpo_jax.rundir.formats import compact, duration, percent, percent_tick
 
 _MOST_POINTS = 160  # more than a chart has pixels to tell apart under the pointer
+_LARGE = (520, 260)
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,17 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A chart, which is SVG text, with its title, its newest value and what to know about it."""
+
+    title: str
+    last: str
+    note: str
+    chart: str
+    warning: str = ""
+
+
+@dataclass(frozen=True)
 class Points:
     """A metric over steps, None where it was not finite; spans: the extremes of joined steps."""
 
@@ -39,6 +49,12 @@ class Points:
     titles: list[str]
 
 
+_QUIET = (
+    "rewards/failed",
+    "rewards/abstained",
+    "skipped_groups",
+    "source/policy/staleness",
+)  # drawn only where they ever happened
 _SHARE: Mapping[str, Any] = {"show": percent, "tick": percent_tick, "include": (0.0,)}
 REWARD = Metric("reward", "Training reward", "Mean reward of the completions sampled at each step.")
 METRICS = (
@@ -92,9 +108,31 @@ METRICS = (
 )
 
 
-def series(rows: Sequence[Mapping[str, Any]], name: str) -> Points:
+def main_figures(rows: Rows, evaluations: Sequence[Evaluation]) -> list[Figure]:
+    """Training reward and held-out score, as far as there are any."""
+    return [*_figures(rows, [REWARD], _LARGE), *_held_out_figure(rows, evaluations)]
+
+
+def metric_figures(rows: Rows) -> list[Figure]:
+    """The metrics that are known."""
+    told = [m for m in METRICS if m.name not in _QUIET or any(row.get(m.name) for row in rows)]
+    return _figures(rows, told)
+
+
+def other_figures(rows: Rows) -> list[Figure]:
+    """Whatever else the rows have numbers of."""
+    known = {metric.name for metric in METRICS} | {"step", "reward", "num_tokens", "eval/accuracy"}
+    names = dict.fromkeys(name for row in rows for name, v in row.items() if is_number(v))
+    others = [name for name in names if name not in known]
+    functions = [name for name in others if name.startswith("rewards/")]
+    if len(functions) == 1:  # it is the reward itself
+        others.remove(functions[0])
+    return _figures(rows, [Metric(name, name, "") for name in others])
+
+
+def series(rows: Rows, name: str) -> Points:
     """A metric over steps, neighbouring steps joined to their mean where there are many."""
-    found = [(row["step"], _number(row[name])) for row in rows if name in row]
+    found = [(row["step"], finite(row[name])) for row in rows if name in row]
     size = -(-len(found) // _MOST_POINTS) or 1
     points = Points([], [], [], [])
     for start in range(0, len(found), size):
@@ -128,7 +166,71 @@ def window_of(count: int) -> int:
     return count // 10 // 2 * 2 + 1 if count >= 30 else 3 if count >= 12 else 1
 
 
-def metric_lines(points: Points, metric: Metric) -> list[Line]:
+def held_out_curve(
+    rows: Rows, evaluations: Sequence[Evaluation]
+) -> dict[int, tuple[float, Interval | None]]:
+    """Held-out score by step, with its interval where the answers themselves are there."""
+    curve: dict[int, tuple[float, Interval | None]] = {}
+    for row in rows:
+        value = finite(row.get("eval/accuracy"))
+        if value is not None:
+            curve[row["step"]] = (value, None)
+    for evaluation in evaluations:
+        scores = scores_by_question(evaluation.rows)
+        if scores:
+            interval = mean_interval(list(scores.values()))
+            curve[evaluation.step] = (interval.mean, interval)
+    return dict(sorted(curve.items()))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, finite or not; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _figures(
+    rows: Rows, metrics: Sequence[Metric], size: tuple[int, int] = (340, 190)
+) -> list[Figure]:
+    """Metrics that some row holds."""
+    figures = []
+    for metric in metrics:
+        found = series(rows, metric.name)
+        if not found.steps:
+            continue
+        shown = [metric.show(value) for value in found.values if value is not None]
+        label = f"{metric.title} over steps {found.steps[0]} to {found.steps[-1]}"
+        label += f", from {shown[0]} to {shown[-1]}" if shown else ""
+        lines, include = _metric_lines(found, metric), metric.include
+        picture = chart(Chart(lines, label, "train", metric.tick, include, size=size))
+        missing = sum(1 for row in rows if metric.name in row and not is_number(row[metric.name]))
+        warning = f"Not finite at {missing} of {len(found.steps)} points." if missing else ""
+        last = shown[-1] if shown else ""
+        figures.append(Figure(metric.title, last, metric.note, picture, warning))
+    return figures
+
+
+def _held_out_figure(rows: Rows, evaluations: Sequence[Evaluation]) -> list[Figure]:
+    curve = held_out_curve(rows, evaluations)
+    if not curve:
+        return []
+    share = all(0 <= value <= 1 for value, _ in curve.values())
+    show, tick = (percent, percent_tick) if share else (compact, compact)
+    titles = [
+        f"step {step}: {show(value)}" + (f" {span(interval, show)}" if interval else "")
+        for step, (value, interval) in curve.items()
+    ]
+    values = [show(value) for value, _ in curve.values()]
+    title = "Held-out accuracy" if share else "Held-out reward"
+    label = f"{title} from {values[0]} to {values[-1]}"
+    spans = [(i.low, i.high) if i and i.known else None for _, i in curve.values()]
+    line = Line(list(curve), [value for value, _ in curve.values()], "dots", spans, titles)
+    ends = (0, max(1, *curve, *(row["step"] for row in rows[-1:])))
+    picture = chart(Chart([line], label, "eval", tick, x_range=ends, size=_LARGE))
+    note = "Questions never trained on. Pale bars: 95% intervals over the questions."
+    return [Figure(title, values[-1], note, picture)]
+
+
+def _metric_lines(points: Points, metric: Metric) -> list[Line]:
     """The lines of a metric's chart, the last of them with titles for the pointer."""
     titles = [
         title.format(metric.show(value)) if value is not None else title
@@ -143,57 +245,3 @@ def metric_lines(points: Points, metric: Metric) -> list[Line]:
         Line(points.steps, smooth, "bold"),
         Line(points.steps, points.values, "faint", spans, titles),
     ]
-
-
-def scores_by_question(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Scores of answers by question: `correct` as 1 or 0 where rows tell it, else their reward.
-
-    Answers with neither are left out.
-    """
-    scores: dict[str, list[float]] = {}
-    for row in rows:
-        score = _number(row.get("correct", row.get("reward")))
-        if score is not None:
-            scores.setdefault(question_key(row), []).append(score)
-    return scores
-
-
-def question_key(row: Mapping[str, Any]) -> str:
-    """What makes two rows answers to the same question; `group` may number them."""
-    names = ("task", "answer_prefix", "group")
-    return to_json([row.get("prompt"), *(column(row, name) for name in names)])
-
-
-def column(row: Mapping[str, Any], name: str) -> Any:
-    """A data set's column of a row, beside the prompt or under "columns"; None without it."""
-    nested = row.get("columns")
-    return row.get(name, nested.get(name) if isinstance(nested, Mapping) else None)
-
-
-def held_out_curve(
-    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]
-) -> dict[int, tuple[float, Interval | None]]:
-    """Held-out score by step, with its interval where the answers themselves are there."""
-    curve: dict[int, tuple[float, Interval | None]] = {}
-    for row in rows:
-        value = _number(row.get("eval/accuracy"))
-        if value is not None:
-            curve[row["step"]] = (value, None)
-    for evaluation in evaluations:
-        scores = scores_by_question(evaluation.rows)
-        if scores:
-            interval = mean_interval(list(scores.values()))
-            curve[evaluation.step] = (interval.mean, interval)
-    return dict(sorted(curve.items()))
-
-
-def held_out_line(
-    curve: Mapping[int, tuple[float, Interval | None]], *, titles: Sequence[str] = ()
-) -> Line:
-    """A held-out curve as dots with whiskers where there are intervals."""
-    spans = [(i.low, i.high) if i and i.low == i.low else None for _, i in curve.values()]
-    return Line(list(curve), [value for value, _ in curve.values()], "dots", spans, titles)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
 _Z = 1.959963984540054  # the 97.5% point of the normal distribution
 
 
@@ -16,6 +14,11 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
 
 
 def mean_interval(scores_by_question: Sequence[Sequence[float]]) -> Interval:
@@ -64,12 +67,12 @@ def _wilson(mean: float, samples: float) -> Interval:
 
 
 def _student(values: list[float]) -> Interval:
-    count = len(values)
-    if not count:
+    from scipy import stats  # here, since it takes a second to load
+
+    if not values:
         raise ValueError("an interval needs at least one score")
-    mean = sum(values) / count
-    if count == 1:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance / count)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return Interval(mean, mean - half, mean + half)

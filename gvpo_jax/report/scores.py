@@ -1,0 +1,223 @@
+"""Held-out scores before and after training: headline numbers, and ranges task by task."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from gvpo_jax.report.intervals import Interval, difference_interval, mean_interval
+from gvpo_jax.rundir.files import Evaluation, to_json
+from gvpo_jax.rundir.formats import compact, percent, percent_tick, points
+
+Rows = Sequence[Mapping[str, Any]]
+Scores = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number: `before` → `value` `unit`; look: "main" for the one that matters most."""
+
+    name: str
+    value: str
+    note: str
+    before: str = ""
+    unit: str = ""
+    look: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mean and, where there is one, its interval; x and span: per cent of the lane."""
+
+    look: str
+    y: int
+    x: str
+    span: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One task; label: all of it in words, for screen readers."""
+
+    name: str
+    size: str
+    label: str
+    marks: list[Mark]
+    before: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Lanes over one axis with these ends; keys: (look, label) of each evaluation."""
+
+    title: str
+    keys: list[tuple[str, str]]
+    lanes: list[Lane]
+    ends: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first and the last evaluation of a run, or only one; scores: of each, by question."""
+
+    evaluations: list[Evaluation]
+    scores: list[Scores]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether every score lies in [0, 1], so that their mean reads as an accuracy."""
+        groups = [group for scores in self.scores for group in scores.values()]
+        return all(0 <= score <= 1 for group in groups for score in group)
+
+    @property
+    def show(self) -> Callable[[float], str]:
+        """How a mean score is written."""
+        return percent if self.is_share else compact
+
+    @property
+    def title(self) -> str:
+        """What a mean score is called."""
+        return "Held-out accuracy" if self.is_share else "Held-out reward"
+
+
+def scores_by_question(rows: Rows) -> dict[str, list[float]]:
+    """Scores of answers by question: `correct` as 1 or 0 where rows tell it, else their reward.
+
+    Answers with neither are left out.
+    """
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        score = finite(row.get("correct", row.get("reward")))
+        if score is not None:
+            scores.setdefault(question_key(row), []).append(score)
+    return scores
+
+
+def question_key(row: Mapping[str, Any]) -> str:
+    """What makes two rows answers to the same question; `group` may number them."""
+    names = ("task", "answer_prefix", "group")
+    return to_json([row.get("prompt"), *(column(row, name) for name in names)])
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """A data set's column of a row, beside the prompt or under "columns"; None without it."""
+    nested = row.get("columns")
+    return row.get(name, nested.get(name) if isinstance(nested, Mapping) else None)
+
+
+def finite(value: Any) -> float | None:
+    """A finite number as a float; None for everything else."""
+    return float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None
+
+
+def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
+    """First against last evaluation with any scored answer; None where there is none."""
+    scored = [(e, scores) for e in evaluations if (scores := scores_by_question(e.rows))]
+    ends = [*scored[:1], *scored[1:][-1:]]
+    return Comparison([e for e, _ in ends], [scores for _, scores in ends]) if ends else None
+
+
+def span(interval: Interval, show: Callable[[float], str]) -> str:
+    """An interval as [low, high]; empty where it has none."""
+    return f"[{show(interval.low)}, {show(interval.high)}]" if interval.known else ""
+
+
+def score_tiles(compared: Comparison | None) -> list[Tile]:
+    """Headline numbers of the held-out answers: before, after and the paired change."""
+    if compared is None:
+        return []
+    show, scores, label = compared.show, compared.scores, compared.evaluations[-1].label
+    intervals = [mean_interval(list(of_one.values())) for of_one in scores]
+    spans = " and ".join(span(interval, show) for interval in intervals)
+    means = [show(interval.mean) for interval in intervals]
+    if len(means) == 1:
+        note = f"{label}; 95% interval {spans}; {_size(scores[0])}"
+        return [Tile(compared.title, means[0], note, look="main")]
+    title = compared.title + ("" if label == "after" else f", {label}")
+    note = f"95% intervals {spans}; {_size(scores[1])}"
+    return [Tile(title, means[1], note, means[0], look="main"), *_change(compared)]
+
+
+def task_ranges(compared: Comparison | None) -> Ranges | None:
+    """Means and intervals before and after, over all questions and for each task."""
+    if compared is None:
+        return None
+    found = []
+    tasks = (column(row, "task") for row in compared.evaluations[-1].rows)
+    for task in ["", *dict.fromkeys(str(task) for task in tasks if task)]:
+        scores = [scores_by_question(_of_task(e.rows, task)) for e in compared.evaluations]
+        if all(scores):
+            intervals = [mean_interval(list(of_one.values())) for of_one in scores]
+            found.append((task or "all", intervals, len(scores[-1])))
+    if len(found) == 2:  # a single task is all there is
+        found = found[:1]
+    low, high = (
+        (0.0, 1.0) if compared.is_share else _ends([i for _, pair, _ in found for i in pair])
+    )
+    tick = percent_tick if compared.is_share else compact
+    return Ranges(
+        title=compared.title + (" by task" if len(found) > 1 else ""),
+        keys=list(zip("ba", (e.label for e in compared.evaluations), strict=False)),
+        lanes=[_lane(*each, show=compared.show, low=low, high=high) for each in found],
+        ends=[tick(value) for value in (low, (low + high) / 2, high)],
+    )
+
+
+def _change(compared: Comparison) -> list[Tile]:
+    before, after = compared.scores
+    shared = [key for key in before if key in after]
+    if len(shared) < 2:
+        return []
+    gain = difference_interval(
+        [fmean(before[key]) for key in shared], [fmean(after[key]) for key in shared]
+    )
+    show, unit, low, high = compact, "", gain.low, gain.high
+    if compared.is_share:  # Student's interval does not know that shares end at 0 and 1
+        show, unit, low, high = points, "points", max(low, -1.0), min(high, 1.0)
+    note = f"95% interval {show(low)} to {show(high)}, paired by question"
+    return [Tile("Change", show(gain.mean), note, unit=unit)]
+
+
+def _questions(count: int) -> str:
+    return f"{count} question" + ("s" if count > 1 else "")
+
+
+def _size(scores: Scores) -> str:
+    counts = {len(group) for group in scores.values()}
+    if len(counts) > 1:
+        return f"{_questions(len(scores))}, {sum(map(len, scores.values()))} samples"
+    samples = counts.pop()
+    return _questions(len(scores)) + (f" \u00d7 {samples} samples" if samples > 1 else "")
+
+
+def _of_task(rows: Rows, task: str) -> Rows:
+    return [row for row in rows if not task or str(column(row, "task")) == task]
+
+
+def _ends(intervals: Sequence[Interval]) -> tuple[float, float]:
+    ends = [v for i in intervals for v in ((i.low, i.mean, i.high) if i.known else (i.mean,))]
+    low, high = min(ends), max(ends)
+    return (low, high) if low < high else (low - 1, high + 1)
+
+
+def _lane(
+    name: str,
+    intervals: Sequence[Interval],
+    count: int,
+    *,
+    show: Callable[[float], str],
+    low: float,
+    high: float,
+) -> Lane:
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.2f}%"
+
+    heights = (10, 20) if len(intervals) > 1 else (15,)
+    marks = [
+        Mark(look, y, place(i.mean), (place(i.low), place(i.high)) if i.known else None)
+        for look, y, i in zip("ba", heights, intervals, strict=False)
+    ]
+    label = f"{name}: " + " to ".join(f"{show(i.mean)} {span(i, show)}" for i in intervals)
+    *before, value = (show(interval.mean) for interval in intervals)
+    return Lane(name, _questions(count), label, marks, "".join(before), value)
