@@ -45,8 +45,9 @@ def test_every_module_and_config_is_in_the_wheel(wheel):
     }
     assert len(modules) > 40
     assert {"gvpo_jax/configs/debug.jsonl", "gvpo_jax/configs/quickstart.yaml"} <= configs
-    assert modules | configs <= names
-    others = {name for name in names - modules - configs if ".dist-info/" not in name}
+    typed = {"gvpo_jax/py.typed"}  # tells type checkers that the annotations may be relied on
+    assert modules | configs | typed <= names
+    others = {name for name in names - modules - configs - typed if ".dist-info/" not in name}
     assert not others
 
 
@@ -68,6 +69,7 @@ def test_the_source_distribution_can_be_tested(built):
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"} <= names
+    assert {f"docs/{name}" for name in files_below(ROOT / "docs", "*.md")} <= names
     assert {f"tests/{Path(__file__).name}", "configs/debug.yaml", "gvpo_jax/loss.py"} <= names
 
 
