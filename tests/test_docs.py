@@ -35,7 +35,7 @@ REPLACED = {
     "configs/quickstart.yaml": "configs/debug.yaml",
     "configs/qwen2.5-math-7b.yaml": "configs/debug.yaml",
     "v5e:8x8": "v5e:2x2 --only reference",
-    "train__steps=20": "train__steps=2, rollout__max_completion_length=8",
+    "train__steps=20": "train__steps=2",
     "max_completion_length=32": "max_completion_length=8",
     "max_completion_length: 32": "max_completion_length: 8",
 }
@@ -249,9 +249,9 @@ def words(sentence: str) -> int:
 
 def test_sentences_are_counted_fairly():
     text = (
-        "# A heading\n\nOne two `a b c` four. Five (see [six seven](x.md)).\n\n```sh\ncode\n```\n\n"
-        "It has\n\n- this,\n- and that.\n\nIt has\n\n| a | table |\n\n- **Bold.** Is version 0.1.7, e.g.\n"
-        "  on two lines: yes.\n"
+        "# A heading\n\nOne two `a b c` four. Five (see [six seven](x.md)).\n\n"
+        "```sh\ncode\n```\n\nIt has\n\n- this,\n- and that.\n\nIt has\n\n| a | table |\n\n"
+        "- **Bold.** Is version 0.1.7, e.g.\n  on two lines: yes.\n"
     )
     assert [words(sentence) for sentence in sentences(text)] == [4, 4, 5, 2, 1, 8]
 
