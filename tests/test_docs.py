@@ -35,11 +35,12 @@ REPLACED = {
     "configs/quickstart.yaml": "configs/debug.yaml",
     "configs/qwen2.5-math-7b.yaml": "configs/debug.yaml",
     "v5e:8x8": "v5e:2x2 --only reference",
-    "train__steps=20": "train__steps=2",
+    "train__steps=20": "train__steps=2, mesh__fsdp=1",
     "max_completion_length=32": "max_completion_length=8",
     "max_completion_length: 32": "max_completion_length: 8",
 }
-SHORTER = ["train.steps=2", "train.batch_size=4", "eval.every=0", "mesh.fsdp=1"]  # gvpo-jax train
+# What is added to each `gvpo-jax train`.
+SHORTER = ["train.steps=2", "train.batch_size=4", "data.eval_size=2", "mesh.fsdp=1"]
 
 # Beginnings of commands that do not run here, and why.
 CANNOT_RUN = {
