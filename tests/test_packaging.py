@@ -47,8 +47,9 @@ def test_every_module_template_and_config_is_in_the_wheel(wheel):
     assert len(package) > 40
     assert {f"gvpo_jax/report/templates/{name}" for name in ("page.html", "style.css")} <= package
     assert {"gvpo_jax/configs/debug.jsonl", "gvpo_jax/configs/quickstart.yaml"} <= configs
-    assert package | configs <= names
-    others = {name for name in names - package - configs if ".dist-info/" not in name}
+    typed = {"gvpo_jax/py.typed"}  # tells type checkers that the annotations may be relied on
+    assert package | configs | typed <= names
+    others = {name for name in names - package - configs - typed if ".dist-info/" not in name}
     assert not others
 
 
@@ -70,6 +71,7 @@ def test_the_source_distribution_can_be_tested(built):
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"} <= names
+    assert {f"docs/{name}" for name in files_below(ROOT / "docs", "*.md")} <= names
     assert {f"tests/{Path(__file__).name}", "configs/debug.yaml", "gvpo_jax/loss.py"} <= names
 
 
