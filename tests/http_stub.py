@@ -50,6 +50,7 @@ class StubServer:
         tamper: changes an answer, `(path, answer) -> answer`.
         load: folder -> logits of the weights in it.
         delay: seconds that an answer takes.
+        drip: seconds that each byte of it takes.
         processed: log-probs are those after temperature and truncation.
         on_tpu: as tpu-inference: no seeds, no log-probs of prompts.
         dev_mode: vLLM's, without which there is no way to load weights.
@@ -62,7 +63,7 @@ class StubServer:
         self.headers: list[dict[str, str]] = []
         self.faults: deque[Any] = deque()
         self.tamper: Callable[[str, Any], Any] = lambda path, answer: answer
-        self.delay, self.most_at_once = 0.0, 0
+        self.delay, self.drip, self.most_at_once = 0.0, 0.0, 0
         self.processed = self.on_tpu = False
         self.dev_mode = True
         self._at_once, self._unseeded, self._loaded = 0, 10_000, None
@@ -240,7 +241,11 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content if whole else content[: len(content) // 2])
+            content = content if whole else content[: len(content) // 2]
+            size = 1 if stub.drip else len(content)
+            for start in range(0, len(content), size or 1):
+                self.wfile.write(content[start : start + size])
+                time.sleep(stub.drip)
 
         def log_message(self, *_: Any) -> None:
             pass

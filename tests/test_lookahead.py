@@ -72,3 +72,20 @@ def test_an_error_while_drawing_reaches_the_trainer():
     with pytest.raises(UserError, match="no such reward"):
         ahead.take(1)
     ahead.close()
+
+
+def test_closing_interrupts_until_the_drawing_ends():
+    """The first interruption comes too early: what is drawn has not yet asked for anything."""
+    begun, interruptions = threading.Event(), threading.Semaphore(0)
+
+    def draw(number, _):
+        if number == 0:
+            return 0
+        begun.set()
+        return [interruptions.acquire(timeout=10) for _ in range(2)]
+
+    ahead = Lookahead(draw, lambda: None, ahead=1, last=1, interrupt=interruptions.release)
+    ahead.take(0)
+    begun.wait()
+    ahead.close()
+    assert ahead.pending() == {1: [True, True]}

@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import socket
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -21,8 +23,8 @@ from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models.decoder import decoder_fns
 from gvpo_jax.models.load import LoadedModel, load_model
 from gvpo_jax.rollout import SamplingParams
-from gvpo_jax.rollout.servers import weight_sync
-from gvpo_jax.rollout.servers.client import Client, Fleet
+from gvpo_jax.rollout.servers import client, weight_sync
+from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.rollout.servers.dialects import DIALECTS, ServerKind
 from gvpo_jax.rollout.servers.engine import HttpEngine
 from gvpo_jax.rollout.servers.weight_sync import WeightSync, sequence_logps
@@ -193,7 +195,11 @@ def complaint(work) -> str:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(500, "HTTP 500: as told"), ("garbage", "is not JSON"), ("cut", "IncompleteRead|missing")],
+    [
+        (500, "HTTP 500: as told"),
+        ("garbage", "is not JSON"),
+        ("cut", "RemoteProtocolError: peer closed"),
+    ],
 )
 def test_after_some_tries_one_line_tells_server_prompt_and_reason(stub, fault, reason):
     stub.faults.extend([fault] * 3)
@@ -214,15 +220,11 @@ def test_a_server_that_is_not_there():
     assert said.endswith("(tried once)")
 
 
-def test_the_pause_before_a_try_doubles_up_to_a_limit(monkeypatch):
-    client = Client("http://localhost:1", first_pause=0.5)
-    pauses = []
-    monkeypatch.setattr(client._stopped, "wait", pauses.append)
-    for attempt in range(1, 12):
-        client._wait(attempt)
+def test_the_pause_before_a_try_doubles_up_to_a_limit():
+    pauses = np.array([client.pause(0.5, attempt) for attempt in range(1, 12)])
     longest = np.minimum(0.5 * 2.0 ** np.arange(11), 30)
-    assert (np.array(pauses) <= longest).all()
-    assert (np.array(pauses) >= longest / 2).all()
+    assert (pauses <= longest).all()
+    assert (pauses >= longest / 2).all()
 
 
 def test_a_slow_server_is_given_up(stub):
@@ -236,6 +238,44 @@ def test_a_slow_server_is_given_up(stub):
     )
 
 
+def test_a_try_ends_in_time_though_the_answer_keeps_coming(stub):
+    stub.drip = 0.02  # of some 800 bytes
+    engine = engine_on(stub, timeout=0.3, retries=0)
+    took = seconds(lambda: complaint(lambda: generate(engine, PROMPTS[:1])))
+    assert 0.3 <= took < 3
+
+
+def test_closing_ends_what_another_thread_waits_for(stub):
+    stub.faults.extend(["hang", 503])
+    engine = engine_on(stub, timeout=25.0, first_pause=25.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(complaint, lambda: generate(engine, PROMPTS[:2]))
+        while len(stub.requests) < 2:
+            time.sleep(0.01)
+        assert seconds(engine.close) < 5
+        assert waiting.result().endswith(": stopped")
+    assert generate(engine).lengths.shape == (5, K)  # and it is of use again
+
+
+def test_a_proxy_of_the_environment_is_not_asked(stub, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert generate(engine_on(stub, retries=0)).lengths.shape == (5, K)
+
+
+def test_a_host_with_several_addresses_that_all_refuse(monkeypatch):
+    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", 1)) for n in (1, 2)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+    engine = HttpEngine(Fleet(["http://two:1"], retries=0), "vllm", STOPS, vocab_size=V)
+    assert "prompt 0: ConnectionRefusedError" in complaint(lambda: generate(engine, PROMPTS[:1]))
+
+
+def test_without_httpx_the_way_to_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    said = complaint(lambda: Fleet(["http://localhost:8000"]))
+    assert said.endswith('pip install "gvpo-jax[servers]"')
+
+
 def test_the_first_failure_ends_what_is_under_way(stub):
     stub.faults.extend(["hang", "hang", 400])
     engine = engine_on(stub, timeout=25.0)
@@ -244,6 +284,12 @@ def test_the_first_failure_ends_what_is_under_way(stub):
     assert took < 5
     stub.faults.clear()
     assert generate(engine).lengths.shape == (5, K)  # and it is of use again
+
+
+def test_after_a_failure_nothing_more_is_asked(stub):
+    stub.faults.extend([400, "hang"])
+    took = seconds(lambda: complaint(lambda: generate(engine_on(stub, concurrency=1))))
+    assert took < 5
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])

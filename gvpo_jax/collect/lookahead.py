@@ -1,5 +1,6 @@
 """Rounds drawn ahead: while the trainer works on one, a thread samples and scores the next."""
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -63,4 +64,7 @@ class Lookahead(Generic[T]):
         """Drop what was not begun, and interrupt what is being drawn."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._interrupt()
+        while not all(future.done() for future in self._pending.values()):
+            time.sleep(0.05)
+            self._interrupt()  # again: the last one may have come between two requests
         self._thread.shutdown(wait=True)

@@ -1,17 +1,14 @@
-"""Asking servers over HTTP: so many at once, for so long, and again where that may help.
+"""Asking servers over HTTP: so many at once, for so long, and again where that may help."""
 
-The standard library does it: of the HTTP clients around, none is sure to be installed.
-"""
-
+import asyncio
 import contextlib
-import http.client
-import json
+import functools
 import random
-import socket
+import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,6 +18,7 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _LONGEST_PAUSE = 30.0
 _SHOWN = 300  # characters of what a server said
+_tls = functools.cache(ssl.create_default_context)  # reads all certificates of the system
 
 
 class TryAgain(Exception):
@@ -31,12 +29,9 @@ class BadReply(Exception):
     """An answer that can't be used, and would be no better a second time."""
 
 
-class _NotThere(BadReply):
-    """Status 404."""
-
-
+@dataclass(eq=False)
 class Client:
-    """Sends JSON to one server.
+    """Sends JSON to one server, from the threads of `Fleet.map`.
 
     Connection errors, answers cut short, time-outs and statuses 429 and 5xx are tried again after a
     pause that doubles each time, with jitter.
@@ -49,24 +44,25 @@ class Client:
         headers: sent along, e.g. an authorization.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout: float = 600.0,
-        retries: int = 6,
-        first_pause: float = 0.5,
-        headers: Mapping[str, str] | None = None,
-    ):
-        self.url = url.rstrip("/").removesuffix("/v1")
-        scheme, self._host, self._port, self._prefix = _parts(self.url)
-        secure = scheme == "https"
-        self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self._timeout, self._retries, self._first_pause = timeout, retries, first_pause
-        self._headers = {"Content-Type": "application/json", "Connection": "close"}
-        self._headers |= headers or {}
-        self._open: set[socket.socket] = set()
-        self._lock, self._stopped = threading.Lock(), threading.Event()
+    url: str
+    timeout: float = 600.0
+    retries: int = 6
+    first_pause: float = 0.5
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._httpx = _httpx()
+        self.url = self.url.rstrip("/").removesuffix("/v1")
+        _check(self.url, self._httpx)
+        self._options = {
+            "headers": {"Connection": "close"} | dict(self.headers),
+            "timeout": self._httpx.Timeout(None, connect=_CONNECT_SECONDS),
+            "verify": _tls(),
+            "trust_env": False,  # no proxies
+        }
+        self._portal: Any = None
+        self._under_way: set[Future[Any]] = set()
+        self._stopped = False
 
     def post(
         self,
@@ -90,76 +86,59 @@ class Client:
         Raises:
             UserError: no usable answer; names server, `about` and the last error.
         """
-        payload, reason = json.dumps(body).encode(), ""
-        for attempt in range(self._retries + 1):
-            if attempt:
-                self._wait(attempt)
+        where, reason = f"{self.url}{path}, {about}", ""
+        for attempt in range(self.retries + 1):
             try:
-                return _read(self._exchange(path, payload), read)
-            except TryAgain as error:
-                reason = str(error)
-            except (OSError, http.client.HTTPException) as error:
-                reason = _describe(error, self._timeout)
+                if attempt:
+                    self._run(asyncio.sleep, pause(self.first_pause, attempt))
+                return _read(self._run(self._exchange, path, body), read, if_missing)
+            except (TryAgain, OSError, self._httpx.HTTPError) as error:
+                reason = self._describe(error)
             except BadReply as error:
-                remedy = f"; {if_missing}" if if_missing and isinstance(error, _NotThere) else ""
-                raise UserError(_one_line(f"{self.url}{path}, {about}: {error}{remedy}")) from None
-            if self._stopped.is_set():
-                break
-        tries = f"tried {self._retries + 1} times" if self._retries else "tried once"
-        raise UserError(_one_line(f"{self.url}{path}, {about}: {reason}") + f" ({tries})")
+                raise UserError(_one_line(f"{where}: {error}")) from None
+            except CancelledError:
+                raise UserError(f"{where}: stopped") from None
+        tries = f"tried {self.retries + 1} times" if self.retries else "tried once"
+        raise UserError(_one_line(f"{where}: {reason}") + f" ({tries})")
+
+    def start(self, portal: Any) -> None:
+        """Send requests from the event loop behind anyio's `portal`."""
+        self._portal, self._stopped = portal, False
 
     def stop(self) -> None:
-        """End what is under way, from another thread; it fails with some error, at once."""
-        self._stopped.set()
-        with self._lock:
-            for sock in self._open:
-                with contextlib.suppress(OSError):  # closed by the other side
-                    sock.shutdown(socket.SHUT_RDWR)
+        """End what is under way, from another thread, and what comes until the next `start`."""
+        self._stopped = True
+        for future in self._under_way.copy():
+            future.cancel()
 
-    def resume(self) -> None:
-        """Be of use again after `stop`."""
-        self._stopped.clear()
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of an async function, in this thread."""
+        future = self._portal.start_task_soon(function, *args)
+        self._under_way.add(future)
+        if self._stopped:  # only now, so that `stop` misses none
+            future.cancel()
+        try:
+            return future.result()
+        finally:
+            self._under_way.discard(future)
 
-    def _wait(self, attempt: int) -> None:
-        pause = min(self._first_pause * 2 ** (attempt - 1), _LONGEST_PAUSE)
-        self._stopped.wait(pause * random.uniform(0.5, 1))
+    async def _exchange(self, path: str, body: Any) -> Any:
+        """The whole answer, in `timeout` seconds for everything together."""
+        async with (
+            asyncio.timeout(self.timeout),
+            self._httpx.AsyncClient(**self._options) as client,
+        ):
+            return await client.post(self.url + path, json=body)
 
-    def _exchange(self, path: str, payload: bytes) -> bytes:
-        """The body of a good answer, in `timeout` seconds for everything together."""
-        ends = time.monotonic() + self._timeout
-        with self._connected() as (connection, sock):
-            sock.settimeout(self._timeout)
-            connection.request("POST", self._prefix + path, payload, self._headers)
-            with connection.getresponse() as response:
-                parts = []
-                while part := _before(ends, sock, response):
-                    parts.append(part)
-        body = b"".join(parts)
-        if response.status == 429 or response.status >= 500:
-            raise TryAgain(_status(response, body))
-        if not 200 <= response.status < 300:
-            failure = _NotThere if response.status == 404 else BadReply
-            raise failure(_status(response, body))
-        if response.length:  # of a body that was cut short
-            raise TryAgain(f"{response.length} bytes of the answer are missing")
-        return body
-
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[tuple[http.client.HTTPConnection, socket.socket]]:
-        seconds = min(_CONNECT_SECONDS, self._timeout)
-        connection = self._connection(self._host, self._port, timeout=seconds)
-        with contextlib.closing(connection):
-            connection.connect()
-            sock = connection.sock
-            with self._lock:
-                if self._stopped.is_set():
-                    raise TryAgain("stopped")
-                self._open.add(sock)
-            try:
-                yield connection, sock
-            finally:
-                with self._lock:
-                    self._open.discard(sock)
+    def _describe(self, error: BaseException) -> str:
+        if isinstance(error, TryAgain):
+            return str(error)
+        if isinstance(error, TimeoutError):
+            return f"no answer within {self.timeout:g} s"
+        if isinstance(error, self._httpx.ConnectTimeout):
+            return f"no connection within {_CONNECT_SECONDS:g} s"
+        error = _below(error)
+        return f"{type(error).__name__}: {error}"
 
 
 class Fleet:
@@ -184,105 +163,105 @@ class Fleet:
             raise UserError("no servers are given")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.clients = [Client(url, headers=headers, **client) for url in urls]
-        self._concurrency = concurrency
-        self._threads = self._new_threads()
+        self._concurrency, self._one_at_a_time = concurrency, threading.Lock()
 
     def map(self, tasks: Sequence[tuple[int, Callable[[Client], T]]]) -> list[T]:
         """The result of each (number of a server, work there), in order.
 
         The first error ends everything that is still under way, and is raised.
         """
-        futures = [self._threads[n].submit(work, self.clients[n]) for n, work in tasks]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((f for f in futures if f in done and f.exception()), None)
-            if failed:
-                failed.result()
+        from anyio.from_thread import start_blocking_portal  # httpx needs it too
+
+        with self._one_at_a_time, contextlib.ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal(name="rollout requests"))
+            threads = []
+            for client in self.clients:
+                client.start(portal)
+                pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="rollout")
+                threads.append(stack.enter_context(pool))
+            futures = [threads[n].submit(work, self.clients[n]) for n, work in tasks]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._stop()
+                raise
             return [future.result() for future in futures]
-        except BaseException:
-            self._abandon(futures)
-            raise
 
     def each(self, work: Callable[[Client], T]) -> list[T]:
         """What `work` gives at every server, in their order."""
         return self.map([(number, work) for number in range(len(self.clients))])
 
     def close(self) -> None:
-        """End the threads; what is under way fails. They start again when they are needed."""
+        """Make what other threads have under way fail, and wait for its end."""
+        while not self._one_at_a_time.acquire(timeout=0.01):
+            self._stop()
+        self._one_at_a_time.release()
+
+    def _stop(self) -> None:
         for client in self.clients:
             client.stop()
-        for pool in self._threads:
-            pool.shutdown()
-        self._threads = self._new_threads()
-        for client in self.clients:
-            client.resume()
-
-    def _new_threads(self) -> list[ThreadPoolExecutor]:
-        return [
-            ThreadPoolExecutor(self._concurrency, thread_name_prefix="rollout")
-            for _ in self.clients
-        ]
-
-    def _abandon(self, futures: Sequence[Future[Any]]) -> None:
-        for future in futures:
-            future.cancel()
-        for client in self.clients:
-            client.stop()
-        wait(futures)
-        for client in self.clients:
-            client.resume()
 
 
-def _parts(url: str) -> tuple[str, str, int | None, str]:
-    """Scheme, host, port and path of an address."""
+def _httpx() -> Any:
+    try:
+        import httpx2
+    except ImportError:
+        raise UserError('servers are asked with httpx2: pip install "gvpo-jax[servers]"') from None
+    return httpx2
+
+
+def _check(url: str, httpx: Any) -> None:
     if "@" in url:  # not shown: it may hold a password
         raise UserError("a server's address holds no name or key: use servers.api_key_env")
     try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        host.encode("idna")
+        parts, _ = urlsplit(url), httpx.URL(url)
+        host, _ = (parts.hostname or "").encode("idna"), parts.port
         if parts.scheme in ("http", "https") and host and url.isascii():
-            return parts.scheme, host, parts.port, parts.path
-    except ValueError:  # also where a host or a port can be none
+            return
+    except (ValueError, httpx.InvalidURL):  # also where a host or a port can be none
         pass
-    raise UserError(f"'{url}' is not the address of a server, such as http://localhost:8000")
+    raise UserError(f"{url!r} is not the address of a server, such as http://localhost:8000")
 
 
-def _before(ends: float, sock: socket.socket, response: http.client.HTTPResponse) -> bytes:
-    left = ends - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    sock.settimeout(left)
-    return response.read1(1 << 16)
+def pause(first: float, attempt: int) -> float:
+    return min(first * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1)
 
 
-def _read(body: bytes, read: Callable[[Any], T] | None) -> T | None:
+def _below(error: BaseException) -> BaseException:
+    """The system's own error, of which httpx says little; that of a host's first address."""
+    if isinstance(error, ExceptionGroup):
+        return _below(error.exceptions[0])
+    below = error.__cause__ or error.__context__
+    return _below(below) if below else error
+
+
+def _read(response: Any, read: Callable[[Any], T] | None, if_missing: str) -> T | None:
+    status = response.status_code
+    if status == 429 or status >= 500:
+        raise TryAgain(_said(response))
+    if not response.is_success:
+        remedy = f"; {if_missing}" if if_missing and status == 404 else ""
+        raise BadReply(_said(response) + remedy)
     if read is None:
         return None
     try:
-        reply = json.loads(body) if body else None
+        reply = response.json() if response.content else None
     except ValueError:
-        shown = body[:60].decode(errors="replace")
-        raise TryAgain(f"the answer is not JSON: {shown!r}") from None
+        raise TryAgain(f"the answer is not JSON: {response.text[:60]!r}") from None
     try:
         return read(reply)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BadReply(f"an answer of another form ({type(error).__name__}: {error})") from None
 
 
-def _status(response: http.client.HTTPResponse, body: bytes) -> str:
-    said = body.decode(errors="replace")
+def _said(response: Any) -> str:
+    said = response.text
     with contextlib.suppress(ValueError, AttributeError):
-        reply = json.loads(said)
+        reply = response.json()
         error = reply.get("error", reply)
         said = error if isinstance(error, str) else error.get("message") or said
-    return f"HTTP {response.status}: {said}"
-
-
-def _describe(error: Exception, timeout: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:g} s"
-    return f"{type(error).__name__}: {error}"
+    return f"HTTP {response.status_code}: {said}"
 
 
 def _one_line(text: str) -> str:
