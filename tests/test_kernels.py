@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_params
+from gvpo_jax.models.decoder import DecoderConfig, DecoderOptions, decoder_fns, init_params
 from gvpo_jax.ops.attention import Prefix, causal
 from gvpo_jax.ops.cpu import product_on
 from gvpo_jax.ops.kernels import attention_on, on_cpu, on_gpu, on_tpu
@@ -122,9 +122,8 @@ def test_products_with_weights_are_what_dots_keeps():
     arrays = (np.ones((1, 3), int), np.full(1, 3), np.ones((1, 2, 4), int))
 
     def products(remat):
-        apply = decoder_fns(
-            config, remat=remat, options=Placement(product=product_on(make_mesh(fsdp=1)))
-        )
+        options = DecoderOptions(remat=remat, product=product_on(make_mesh(fsdp=1)))
+        apply = decoder_fns(config, options)
         total = lambda params: apply.completion_hidden(params, *arrays).sum()  # noqa: E731
         text = str(jax.make_jaxpr(jax.grad(total))(init_params(config, 0)))
         return text.count("custom_vjp_call[")

@@ -12,7 +12,13 @@ from gvpo_jax.data.groups import Source, make_batch, make_group
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import token_logprobs
 from gvpo_jax.models import load_model
-from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, init_params, param_shapes
+from gvpo_jax.models.decoder import (
+    DecoderConfig,
+    DecoderOptions,
+    decoder_fns,
+    init_params,
+    param_shapes,
+)
 from gvpo_jax.parallel.mesh import (
     LAYOUT,
     batch_axes,
@@ -188,7 +194,7 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks():
     params = init_params(config, 0)
 
     def gradient(dtype):
-        head = decoder_fns(config, dtype=dtype).head
+        head = decoder_fns(config, DecoderOptions(dtype=dtype)).head
 
         def total(params):
             return jnp.sum(
@@ -205,7 +211,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
     """In bfloat16, adding 1 to 256 changes nothing."""
     config = DecoderConfig("llama", 16, 8, 16, 1, 2, 2, 4)
     params = init_params(config, 0)
-    apply = decoder_fns(config, dtype=jnp.bfloat16)
+    apply = decoder_fns(config, DecoderOptions(dtype=jnp.bfloat16))
     tokens = jnp.full((1, 1, 600), 5)
 
     def total(params):
@@ -213,7 +219,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
         return jnp.sum(apply.completion_hidden(params, *prompt, tokens).astype(jnp.float32))
 
     def exact(params):
-        wide = decoder_fns(config, dtype=jnp.float32)
+        wide = decoder_fns(config)
         prompt = jnp.array([[3]]), jnp.array([1])
         return jnp.sum(wide.completion_hidden(params, *prompt, tokens))
 

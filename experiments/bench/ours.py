@@ -52,13 +52,13 @@ def rollout(w, folder, device):
     from workloads import batch
 
     from gvpo_jax.models import load_model
-    from gvpo_jax.models.decoder import decoder_fns
+    from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
     from gvpo_jax.rollout import InProcessEngine, SamplingParams
 
     model = load_model(str(folder))
     dtype = jnp.dtype(w.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
-    engine = InProcessEngine(decoder_fns(model.config, dtype=dtype), stop_ids=())
+    engine = InProcessEngine(decoder_fns(model.config, DecoderOptions(dtype=dtype)), stop_ids=())
     prompts = batch(w).prompts.tolist()
 
     def generate():

@@ -304,8 +304,8 @@ MUTANTS = (
     Mutant(
         "packed completions placed one position early",
         "models/decoder.py",
-        "ends + jnp.arange(completions_gkt.shape[2])",
-        "ends - 1 + jnp.arange(completions_gkt.shape[2])",
+        "_positions(completions_gkt, packed.prompt_lengths)",
+        "_positions(completions_gkt, packed.prompt_lengths - 1)",
         PACKED,
     ),
     Mutant(

@@ -36,7 +36,7 @@ BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"", ("groups", "completions")),
 )
 
-# What the decoder computes on the way, by `models.decoder.Placement`'s names.
+# What the decoder computes on the way, by `models.decoder.DecoderOptions`'s names.
 ACTIVATION_LAYOUT: dict[str, tuple[str | None, ...]] = {
     # [g, k, t, d], cut as the embedding is, so that looking up moves tokens and not the table
     "embedded": ("groups", "completions", None, "fsdp"),

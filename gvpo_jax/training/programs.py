@@ -13,7 +13,13 @@ from gvpo_jax.baselines import Objective
 from gvpo_jax.config import Config
 from gvpo_jax.data.batch import Batch
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, Placement, decoder_fns, param_shapes
+from gvpo_jax.models.decoder import (
+    DecoderConfig,
+    DecoderFns,
+    DecoderOptions,
+    decoder_fns,
+    param_shapes,
+)
 from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
 from gvpo_jax.ops.kernels import attention_on
 from gvpo_jax.parallel.mesh import (
@@ -114,8 +120,11 @@ def make_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> Programs:
 
 
 def _decoder_fns(config: Config, model: DecoderConfig, mesh: Mesh) -> DecoderFns:
-    dtype = jnp.dtype(config.model.dtype)
-    placement = Placement(
+    dtype, kept = jnp.dtype(config.model.dtype), config.rollout.cache_dtype
+    options = DecoderOptions(
+        dtype=dtype,
+        remat=config.model.remat,
+        cache_dtype=None if kept == "model" else jnp.dtype(kept),
         constrain=functools.partial(constrain_activation, mesh),
         params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
         attention=attention_on(mesh, config.model.attention, dtype, model.head_dim),
@@ -123,14 +132,7 @@ def _decoder_fns(config: Config, model: DecoderConfig, mesh: Mesh) -> DecoderFns
         chunk_bytes=chunk_bytes_on(mesh),
         shards=group_shards(mesh),
     )
-    kept = config.rollout.cache_dtype
-    return decoder_fns(
-        model,
-        dtype=dtype,
-        remat=config.model.remat,
-        options=placement,
-        cache_dtype=None if kept == "model" else jnp.dtype(kept),
-    )
+    return decoder_fns(model, options)
 
 
 def _sampling_model(
