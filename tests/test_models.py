@@ -14,7 +14,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models import export_model, load_model, stop_token_ids
 from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, param_shapes
 from gvpo_jax.models.hf_config import config_json, decoder_config
-from gvpo_jax.models.hf_tensors import TensorSource, hf_leaves, read_params, tensor_specs
+from gvpo_jax.models.hf_tensors import TensorSource, named_tensors, read_params, tensor_specs
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -131,8 +131,10 @@ def test_names_cover_exactly_the_decoder(name):
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
     assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), param_shapes(config))
     assert all(leaf.flags.c_contiguous for leaf in jax.tree.leaves(params))
-    for n, (spec, leaf) in hf_leaves(config, params).items():
-        np.testing.assert_array_equal(leaf.T if spec.transposed else leaf, tensors[n])
+    again = named_tensors(config, params)
+    assert again.shapes == source.shapes
+    for n in again.shapes:
+        np.testing.assert_array_equal(again.read(n), tensors[n])
 
 
 def test_place_sees_every_tensor_once_with_its_path(debug):
@@ -145,16 +147,16 @@ def test_place_sees_every_tensor_once_with_its_path(debug):
         return path
 
     params = load_model("debug", place=place).params
-    assert params["layers"][1]["attn"]["q"]["kernel"] == ("layers", 1, "attn", "q", "kernel")
+    assert params["layers"][1]["attn"]["q"]["kernel"] == "layers/1/attn/q/kernel"
     assert len(seen) == len(jax.tree.leaves(debug.params))
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: p["layers"][1]["attn"]["q"].pop("kernel"), "lack layers.1.attn.q.kernel"),
-        (lambda p: p["layers"].update({2: p["layers"][0]}), "hold layers.2"),
-        (lambda p: p["final_norm"].update(scale=np.ones(3)), r"final_norm.scale has shape \(3,\)"),
+        (lambda p: p["layers"][1]["attn"]["q"].pop("kernel"), "lack layers/1/attn/q/kernel"),
+        (lambda p: p["layers"].update({2: p["layers"][0]}), "hold layers/2"),
+        (lambda p: p["final_norm"].update(scale=np.ones(3)), r"final_norm/scale has shape \(3,\)"),
     ],
 )
 def test_export_refuses_parameters_that_do_not_fit(debug, tmp_path, spoil, words):

@@ -286,11 +286,8 @@ class Policy:
         except UserError:
             return -(-group_shards(mesh) // processes)
 
-    def _place_param(self, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
-        tree: Any = array
-        for key in reversed(path):
-            tree = {key: tree}
-        return jax.tree.leaves(_place_tree(self.mesh, tree))[0]
+    def _place_param(self, path: str, array: np.ndarray) -> jax.Array:
+        return _place_tree(self.mesh, {path: array})[path]
 
     def _check_batch(self) -> None:
         t, k = self._config.train, self._config.rollout.num_generations
