@@ -10,8 +10,8 @@ import pytest
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig, DecoderOptions, decoder_fns, init_params
 from gvpo_jax.ops.attention import Prefix, causal
-from gvpo_jax.ops.cpu import product_on
-from gvpo_jax.ops.kernels import attention_on, on_cpu, on_gpu, on_tpu
+from gvpo_jax.ops.cpu import on_cpu, product_on
+from gvpo_jax.ops.kernels import attention_on, on_gpu, on_tpu
 from gvpo_jax.parallel.mesh import make_mesh
 
 G, K, H, N, D = 2, 2, 4, 2, 16

@@ -15,6 +15,7 @@ from gvpo_jax.models import export_model, load_model, stop_token_ids
 from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, param_shapes
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_tensors import TensorSource, named_tensors, read_params, tensor_specs
+from gvpo_jax.models.known import model_shape
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -354,6 +355,14 @@ def test_index_that_disagrees_with_its_files(debug, folder, change, words):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}'])
+def test_index_without_a_weight_map(debug, folder, content):
+    index, _ = sharded(debug, folder)
+    index.write_text(content)
+    with pytest.raises(UserError, match=r"index.json: weight_map is empty or missing"):
+        load_model(str(folder))
+
+
 def cut_short(file):
     file.write_bytes(file.read_bytes()[:-10])
 
@@ -404,6 +413,12 @@ def test_adapter_folder_is_no_model(folder):
 def test_wrong_names(name, words):
     with pytest.raises(UserError, match=words):
         load_model(name)
+
+
+def test_a_shape_is_that_of_the_model_that_would_be_loaded(debug, folder):
+    assert model_shape(str(folder)) == model_shape("", str(folder)) == debug.config
+    with pytest.raises(UserError, match="neither a model folder nor"):
+        model_shape("./no/such/folder")
 
 
 def test_package_folder_without_importing_it(folder, tmp_path, monkeypatch):

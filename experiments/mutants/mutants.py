@@ -332,8 +332,8 @@ MUTANTS = (
     Mutant(
         "each head of a group is given the first group's prompt",
         "ops/cpu.py",
-        "jnp.repeat(prefix[2], n, axis=0)",
-        "jnp.repeat(prefix[2][:1], n * g, axis=0)",
+        "jnp.repeat(prefix.mask, n, axis=0)",
+        "jnp.repeat(prefix.mask[:1], n * g, axis=0)",
         ("tests/test_kernels.py",),
     ),
 )

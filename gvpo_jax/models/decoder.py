@@ -102,7 +102,6 @@ class RMSNorm(nnx.Module):
 
 class Attention(nnx.Module):
     def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
-        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
         self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
         self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
@@ -110,17 +109,17 @@ class Attention(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.qk_norm, self.options = c.qk_norm, options
+        self.config, self.options = c, options
 
     def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
         g, k, t, _ = x.shape
 
-        def heads(y, n):
-            return self.options.constrain("heads", y.reshape(g, k, t, n, self.head_dim))
+        def heads(linear):
+            y = linear(x).reshape(g, k, t, -1, self.config.head_dim)
+            return self.options.constrain("heads", y)
 
-        queries = heads(self.q(x), self.heads)
-        keys, values = heads(self.k(x), self.kv_heads), heads(self.v(x), self.kv_heads)
-        if self.qk_norm:
+        queries, keys, values = heads(self.q), heads(self.k), heads(self.v)
+        if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, rope), _rotate(keys, rope)
         kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
@@ -203,7 +202,7 @@ class Decoder(nnx.Module):
     def prefill(self, prompts_gp, lengths_g):
         """See `DecoderFns`, as for the methods below."""
         last_gd, prefix = self._prompts(prompts_gp, lengths_g)
-        keep = functools.partial(stored, dtype=_cache_dtype(self.options))
+        keep: Any = functools.partial(stored, dtype=_cache_dtype(self.options))
         return last_gd, [Prefix(keep(keys), keep(values), mask) for keys, values, mask in prefix]
 
     def decode(self, tokens_gk, lengths_g, prefix, cache, before_gk, place):
