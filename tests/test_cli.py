@@ -97,11 +97,11 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
 
 
 def _start():
-    from gvpo_jax.models.hf_tensors import hf_leaves
+    from gvpo_jax.models.hf_tensors import named_tensors
 
     model = load_model("debug")
-    leaves = hf_leaves(model.config, model.params)
-    return {name: x.T if spec.transposed else x for name, (spec, x) in leaves.items()}
+    tensors = named_tensors(model.config, model.params)
+    return {name: tensors.read(name) for name in tensors.shapes}
 
 
 @pytest.mark.parametrize(

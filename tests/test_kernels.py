@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_params
+from gvpo_jax.models.decoder import DecoderConfig, DecoderOptions, decoder_fns, init_params
 from gvpo_jax.ops.attention import Prefix, causal
-from gvpo_jax.ops.cpu import product_on
-from gvpo_jax.ops.kernels import attention_on, on_cpu, on_gpu, on_tpu
+from gvpo_jax.ops.cpu import on_cpu, product_on
+from gvpo_jax.ops.kernels import attention_on, on_gpu, on_tpu
 from gvpo_jax.parallel.mesh import MeshConfig
 
 G, K, H, N, D = 2, 2, 4, 2, 16
@@ -124,9 +124,8 @@ def test_products_with_weights_are_what_dots_keeps():
     arrays = (np.ones((1, 3), int), np.full(1, 3), np.ones((1, 2, 4), int))
 
     def products(remat):
-        apply = decoder_fns(
-            config, remat=remat, options=Placement(product=product_on(MeshConfig(fsdp=1).mesh()))
-        )
+        product = product_on(MeshConfig(fsdp=1).mesh())
+        apply = decoder_fns(config, DecoderOptions(remat=remat, product=product))
         total = lambda params: apply.completion_hidden(params, *arrays).sum()  # noqa: E731
         text = str(jax.make_jaxpr(jax.grad(total))(init_params(config, 0)))
         return text.count("custom_vjp_call[")

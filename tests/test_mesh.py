@@ -11,9 +11,22 @@ from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.data.groups import Source, make_group, stack, to_batch
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import token_logprobs
-from gvpo_jax.models.decoder import DecoderConfig, decoder_fns, init_params, param_shapes
-from gvpo_jax.models.load import load_model
-from gvpo_jax.parallel.layout import LAYOUT, batch_axes, group_shards, path_name, shardings
+from gvpo_jax.models import load_model
+from gvpo_jax.models.decoder import (
+    DecoderConfig,
+    DecoderOptions,
+    decoder_fns,
+    init_params,
+    param_shapes,
+)
+from gvpo_jax.parallel.layout import (
+    LAYOUT,
+    batch_axes,
+    group_shards,
+    path_name,
+    place_batch,
+    shardings,
+)
 from gvpo_jax.parallel.mesh import MeshConfig, check_hosts
 from gvpo_jax.rollout import SamplingParams
 from gvpo_jax.tpu_compile.report import prepare
@@ -186,7 +199,7 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks():
     params = init_params(config, 0)
 
     def gradient(dtype):
-        head = decoder_fns(config, dtype=dtype).head
+        head = decoder_fns(config, DecoderOptions(dtype=dtype)).head
 
         def total(params):
             return jnp.sum(
@@ -203,7 +216,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
     """In bfloat16, adding 1 to 256 changes nothing."""
     config = DecoderConfig("llama", 16, 8, 16, 1, 2, 2, 4)
     params = init_params(config, 0)
-    apply = decoder_fns(config, dtype=jnp.bfloat16)
+    apply = decoder_fns(config, DecoderOptions(dtype=jnp.bfloat16))
     tokens = jnp.full((1, 1, 600), 5)
 
     def total(params):
@@ -211,7 +224,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
         return jnp.sum(apply.completion_hidden(params, *prompt, tokens).astype(jnp.float32))
 
     def exact(params):
-        wide = decoder_fns(config, dtype=jnp.float32)
+        wide = decoder_fns(config)
         prompt = jnp.array([[3]]), jnp.array([1])
         return jnp.sum(wide.completion_hidden(params, *prompt, tokens))
 
@@ -268,7 +281,7 @@ def test_caches_are_cut_over_the_groups_and_odd_shapes_are_replicated():
     many = policy(1, 8, 1)
     engine = many.engine
     prompts, lengths = pad_prompts([[65, 66]] * 8)
-    placed = engine._place({"prompts": prompts, "prompt_lengths": lengths}, 4)
+    placed = place_batch(engine._mesh, {"prompts": prompts, "prompt_lengths": lengths}, 4)
     prompts, lengths = placed["prompts"], placed["prompt_lengths"]
     state, computed = engine._prefill(
         many.policy.params, prompts, lengths, k=4, max_completion_length=6, size=(8, 4)

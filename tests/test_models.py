@@ -14,7 +14,8 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, param_shapes
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import config_json, decoder_config
-from gvpo_jax.models.hf_tensors import TensorSource, hf_leaves, read_params, tensor_specs
+from gvpo_jax.models.hf_tensors import TensorSource, named_tensors, read_params, tensor_specs
+from gvpo_jax.models.known import model_shape
 from gvpo_jax.models.load import load_model, stop_token_ids
 
 LLAMA = {
@@ -132,8 +133,10 @@ def test_names_cover_exactly_the_decoder(name):
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
     assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), param_shapes(config))
     assert all(leaf.flags.c_contiguous for leaf in jax.tree.leaves(params))
-    for n, (spec, leaf) in hf_leaves(config, params).items():
-        np.testing.assert_array_equal(leaf.T if spec.transposed else leaf, tensors[n])
+    again = named_tensors(config, params)
+    assert again.shapes == source.shapes
+    for n in again.shapes:
+        np.testing.assert_array_equal(again.read(n), tensors[n])
 
 
 def test_place_sees_every_tensor_once_with_its_path(debug):
@@ -146,16 +149,16 @@ def test_place_sees_every_tensor_once_with_its_path(debug):
         return path
 
     params = load_model("debug", place=place).params
-    assert params["layers"][1]["attn"]["q"]["kernel"] == ("layers", 1, "attn", "q", "kernel")
+    assert params["layers"][1]["attn"]["q"]["kernel"] == "layers/1/attn/q/kernel"
     assert len(seen) == len(jax.tree.leaves(debug.params))
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: p["layers"][1]["attn"]["q"].pop("kernel"), "lack layers.1.attn.q.kernel"),
-        (lambda p: p["layers"].update({2: p["layers"][0]}), "hold layers.2"),
-        (lambda p: p["final_norm"].update(scale=np.ones(3)), r"final_norm.scale has shape \(3,\)"),
+        (lambda p: p["layers"][1]["attn"]["q"].pop("kernel"), "lack layers/1/attn/q/kernel"),
+        (lambda p: p["layers"].update({2: p["layers"][0]}), "hold layers/2"),
+        (lambda p: p["final_norm"].update(scale=np.ones(3)), r"final_norm/scale has shape \(3,\)"),
     ],
 )
 def test_export_refuses_parameters_that_do_not_fit(debug, tmp_path, spoil, words):
@@ -353,6 +356,14 @@ def test_index_that_disagrees_with_its_files(debug, folder, change, words):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}'])
+def test_index_without_a_weight_map(debug, folder, content):
+    index, _ = sharded(debug, folder)
+    index.write_text(content)
+    with pytest.raises(UserError, match=r"index.json: weight_map is empty or missing"):
+        load_model(str(folder))
+
+
 def cut_short(file):
     file.write_bytes(file.read_bytes()[:-10])
 
@@ -403,6 +414,12 @@ def test_adapter_folder_is_no_model(folder):
 def test_wrong_names(name, words):
     with pytest.raises(UserError, match=words):
         load_model(name)
+
+
+def test_a_shape_is_that_of_the_model_that_would_be_loaded(debug, folder):
+    assert model_shape(str(folder)) == model_shape("", str(folder)) == debug.config
+    with pytest.raises(UserError, match="neither a model folder nor"):
+        model_shape("./no/such/folder")
 
 
 def test_package_folder_without_importing_it(folder, tmp_path, monkeypatch):

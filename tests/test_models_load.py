@@ -26,7 +26,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import full_logits
 from gvpo_jax.models.export import export_model
-from gvpo_jax.models.hf_tensors import hf_leaves
+from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import load_model, stop_token_ids
 
 LENGTH = 72
@@ -186,12 +186,8 @@ def test_half_precision_is_read_exactly(tmp_path, dtype):
     debug_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
-    ours = {n: leaf.T if s.transposed else leaf for n, (s, leaf) in named(loaded).items()}
-    assert_same_tensors(ours, state(model))
-
-
-def named(loaded):
-    return hf_leaves(loaded.config, loaded.params)
+    ours = named_tensors(loaded.config, loaded.params)
+    assert_same_tensors({name: ours.read(name) for name in ours.shapes}, state(model))
 
 
 def test_bfloat16_export_rounds_once(tmp_path):

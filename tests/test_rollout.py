@@ -7,7 +7,14 @@ import pytest
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
-from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, decoder_fns, full_logits, init_params
+from gvpo_jax.models.decoder import (
+    DecoderConfig,
+    DecoderFns,
+    DecoderOptions,
+    decoder_fns,
+    full_logits,
+    init_params,
+)
 from gvpo_jax.parallel.layout import lanes
 from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 from gvpo_jax.rollout.draw import draw
@@ -92,7 +99,7 @@ def test_samples_do_not_depend_on_the_slots(slots):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_a_small_cache_costs_little_accuracy(dtype):
     """Nats a token, of a model whose logits are far apart; lanes write and read it as any other."""
-    apply = decoder_fns(CONFIG, cache_dtype=dtype)
+    apply = decoder_fns(CONFIG, DecoderOptions(cache_dtype=dtype))
     draws = [
         InProcessEngine(SamplingModel(apply), STOPS, slots=slots).generate(
             PARAMS, PROMPTS, [0, 1, 2], num_generations=4, max_completion_length=24,

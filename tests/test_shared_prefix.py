@@ -10,7 +10,7 @@ import pytest
 from gvpo_jax.logprobs import completion_mask, token_logprobs
 from gvpo_jax.models.decoder import (
     DecoderConfig,
-    Placement,
+    DecoderOptions,
     RopeScaling,
     decoder_fns,
     full_logits,
@@ -68,14 +68,14 @@ def repeated_logprobs(config, params, prompts, prompt_lengths, completions, leng
 
 
 def shared_logprobs(config, params, prompts, prompt_lengths, completions, lengths, **options):
-    apply = decoder_fns(config, **options)
+    apply = decoder_fns(config, DecoderOptions(**options))
     hidden = apply.completion_hidden(params, prompts, prompt_lengths, completions)
     logps = token_logprobs(hidden, apply.head(params), completions, chunk_bytes=24 * 61 * 4)
     return jnp.where(completion_mask(lengths, T), logps, 0)
 
 
 def packed_logprobs(config, params, *arrays, shards=1, spare=0, **options):
-    apply = decoder_fns(config, options=Placement(shards=shards), **options)
+    apply = decoder_fns(config, DecoderOptions(shards=shards, **options))
     prompt_lengths, lengths = arrays[1], arrays[3]
     fed = (prompt_lengths + (lengths - 1).sum(axis=1)).reshape(shards, -1).sum(axis=1).max()
     logps = token_logps(apply, params, *arrays, packed_size=int(fed) + spare)

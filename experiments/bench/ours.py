@@ -51,14 +51,15 @@ def rollout(w, folder, device):
     import jax.numpy as jnp
     from workloads import batch
 
-    from gvpo_jax.models.decoder import decoder_fns
-    from gvpo_jax.models.load import load_model
+    from gvpo_jax.models import load_model
+    from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
     from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 
     model = load_model(str(folder))
     dtype = jnp.dtype(w.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params)
-    engine = InProcessEngine(SamplingModel(decoder_fns(model.config, dtype=dtype)), stop_ids=())
+    decoder = decoder_fns(model.config, DecoderOptions(dtype=dtype))
+    engine = InProcessEngine(SamplingModel(decoder), stop_ids=())
     prompts = batch(w).prompts.tolist()
 
     def generate():

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from gvpo_jax.data.batch import Batch
-from gvpo_jax.models.decoder import DecoderConfig, Placement, decoder_fns, init_params
+from gvpo_jax.models.decoder import DecoderConfig, DecoderOptions, decoder_fns, init_params
 from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
 from gvpo_jax.ops.kernels import attention_on
 from gvpo_jax.parallel.mesh import MeshConfig
@@ -74,14 +74,14 @@ def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
         "llama", v, WIDTH, 4 * WIDTH, layers, 8, 4, WIDTH // 8, tie_embeddings=True
     )
     optimizer, mesh = optax.adamw(1e-6), MeshConfig(fsdp=1).mesh()
-    placement = Placement(  # as a `Policy` computes it on this machine
+    options = DecoderOptions(  # as a `Policy` computes it on this machine
         attention=attention_on(mesh, "auto", "float32", config.head_dim),
         product=product_on(mesh),
         chunk_bytes=chunk_bytes_on(mesh),
     )
     step = functools.partial(
         train_step,
-        model=decoder_fns(config, options=placement),
+        model=decoder_fns(config, options),
         optimizer=optimizer,
         objective=gvpo(beta=0.1),
         beta=0.1,

@@ -18,8 +18,8 @@ import numpy as np
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
-from gvpo_jax.models.decoder import decoder_fns
-from gvpo_jax.models.load import load_model, stop_token_ids
+from gvpo_jax.models import load_model, stop_token_ids
+from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
 from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 from gvpo_jax.training.step import token_logps
 
@@ -44,7 +44,7 @@ def main() -> None:
     exact = jax.jit(functools.partial(token_logps, decoder_fns(model.config)))
     tokens, results = 96, {}
     for name, dtype in DTYPES.items():
-        apply = decoder_fns(model.config, cache_dtype=dtype)
+        apply = decoder_fns(model.config, DecoderOptions(cache_dtype=dtype))
         rollout = InProcessEngine(SamplingModel(apply), stop_token_ids(model)).generate(
             params, prompts, range(len(prompts)), num_generations=4, max_completion_length=tokens,
             sampling=SamplingParams(), seed=0,

@@ -304,8 +304,8 @@ MUTANTS = (
     Mutant(
         "packed completions placed one position early",
         "models/decoder.py",
-        "ends + jnp.arange(completions_gkt.shape[2])",
-        "ends - 1 + jnp.arange(completions_gkt.shape[2])",
+        "_positions(completions_gkt, packed.prompt_lengths)",
+        "_positions(completions_gkt, packed.prompt_lengths - 1)",
         PACKED,
     ),
     Mutant(
@@ -332,8 +332,8 @@ MUTANTS = (
     Mutant(
         "each head of a group is given the first group's prompt",
         "ops/cpu.py",
-        "jnp.repeat(prefix[2], n, axis=0)",
-        "jnp.repeat(prefix[2][:1], n * g, axis=0)",
+        "jnp.repeat(prefix.mask, n, axis=0)",
+        "jnp.repeat(prefix.mask[:1], n * g, axis=0)",
         ("tests/test_kernels.py",),
     ),
 )

@@ -60,13 +60,16 @@ class ModelConfig:
         import jax
         import jax.numpy as jnp
 
-        from gvpo_jax.models.decoder import Placement, decoder_fns
+        from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
         from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
         from gvpo_jax.ops.kernels import attention_on
         from gvpo_jax.parallel.layout import constrain_activation, group_shards, shardings
 
         dtype = jnp.dtype(self.dtype)
-        options = Placement(
+        options = DecoderOptions(
+            dtype=dtype,
+            remat=self.remat,
+            cache_dtype=None if cache_dtype == "model" else jnp.dtype(cache_dtype),
             constrain=functools.partial(constrain_activation, mesh),
             params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
             attention=attention_on(mesh, self.attention, dtype, shape.head_dim),
@@ -74,10 +77,4 @@ class ModelConfig:
             chunk_bytes=chunk_bytes_on(mesh),
             shards=group_shards(mesh),
         )
-        return decoder_fns(
-            shape,
-            dtype=dtype,
-            remat=self.remat,
-            options=options,
-            cache_dtype=None if cache_dtype == "model" else jnp.dtype(cache_dtype),
-        )
+        return decoder_fns(shape, options)

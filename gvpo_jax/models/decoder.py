@@ -1,15 +1,8 @@
 """The decoder of the Llama, Qwen2/2.5 and Qwen3 families: Flax NNX, used as plain functions.
 
-Parameters are a plain nested dict of arrays, the first argument of functions for `jax.jit`:
-
-    prefill            prompts [g, p] -> last hidden state [g, d], the prompts' keys and values
-    decode             one token of every completion [g, k] -> hidden [g, k, d], the grown cache
-    completion_hidden  prompts [g, p], completions [g, k, t] -> [g, k, t, d], the hidden states
-                       that predict the completions' tokens
-    packed_hidden      the same without padding: [g, d] and [s, n, d], see `gvpo_jax.ops.packing`
-
-Each prompt is computed once, whatever k. Axes as in `gvpo_jax.ops.attention`; b, h: widths and
-heads.
+Parameters are a plain nested dict of arrays. `decoder_fns` gives the methods of `Decoder` as
+functions of them, for `jax.jit`. Each prompt is computed once, whatever k.
+Axes as in `gvpo_jax.ops.attention`.
 """
 
 import functools
@@ -28,6 +21,7 @@ from gvpo_jax.ops.packing import PackedTokens, attend_unpacked
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
 KeysValues = tuple[Stored, Stored]  # [g, k, n, s, d] each
+Linear = Callable[..., nnx.Linear]
 
 
 @dataclass(frozen=True)
@@ -64,20 +58,27 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a decoder is computed on a mesh; by default, as on one device.
+class DecoderOptions:
+    """How a decoder is computed; by default in float32 on one device.
 
     Attributes:
+        dtype: of the computation.
+        remat: what the backward pass computes again: nothing, all but products with weights, or
+            whole layers.
+        cache_dtype: of the keys and values that decoding keeps, `jnp.int8` too, see
+            `attention.stored`; None: as computed.
         constrain: `(name, x) -> x` lays out "embedded" and "residual" `[g, k, t, d]`, "heads"
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
         attention: see `gvpo_jax.ops.attention.causal`.
         product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
             its own gives what it returns the `checkpoint_name` "product".
-        chunk_bytes: see `DecoderFns`.
-        shards: parts that a batch is cut into.
+        chunk_bytes, shards: see `DecoderFns`.
     """
 
+    dtype: Any = jnp.float32
+    remat: Remat = "none"
+    cache_dtype: Any = None
     constrain: Callable[[str, jax.Array], jax.Array] = lambda name, x: x
     params: Callable[[Params], Params] = lambda params: params
     attention: Callable[..., jax.Array] = causal
@@ -100,8 +101,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], options: Placement):
-        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
         self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
         self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
         self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
@@ -109,17 +109,17 @@ class Attention(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.qk_norm, self.options = c.qk_norm, options
+        self.config, self.options = c, options
 
     def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
         g, k, t, _ = x.shape
 
-        def heads(y, n):
-            return self.options.constrain("heads", y.reshape(g, k, t, n, self.head_dim))
+        def heads(linear):
+            y = linear(x).reshape(g, k, t, -1, self.config.head_dim)
+            return self.options.constrain("heads", y)
 
-        queries = heads(self.q(x), self.heads)
-        keys, values = heads(self.k(x), self.kv_heads), heads(self.v(x), self.kv_heads)
-        if self.qk_norm:
+        queries, keys, values = heads(self.q), heads(self.k), heads(self.v)
+        if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, rope), _rotate(keys, rope)
         kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
@@ -141,22 +141,19 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], options: Placement):
+    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
         self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.down = linear(c.intermediate_size, c.hidden_size, use_bias=c.mlp_bias)
         self.options = options
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (
-            self.options.constrain("mlp", self.gate(x)),
-            self.options.constrain("mlp", self.up(x)),
-        )
+        gate, up = (self.options.constrain("mlp", linear(x)) for linear in (self.gate, self.up))
         return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    def __init__(self, c: DecoderConfig, linear: Callable[..., nnx.Linear], options: Placement):
+    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.attn = Attention(c, linear, options)
         self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -172,17 +169,15 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A stack of blocks over tokens `[g, k, t]`; k = 1 for prompts and for `PackedTokens`."""
 
-    def __init__(
-        self, c: DecoderConfig, *, dtype: Any, remat: Remat, options: Placement, rngs: nnx.Rngs
-    ):
+    def __init__(self, c: DecoderConfig, options: DecoderOptions, rngs: nnx.Rngs):
+        dtype = options.dtype
         linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(c, linear, options) for _ in range(c.num_layers)])
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:
             self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)
-        self.config, self.dtype, self.options = c, dtype, options
-        self.remat: Remat = remat
+        self.config, self.options = c, options
 
     def __call__(
         self,
@@ -191,21 +186,60 @@ class Decoder(nnx.Module):
         prefix: list[Prefix] | None = None,
         cache: list[KeysValues] | None = None,
         at: tuple[jax.Array, jax.Array] | PackedTokens | None = None,
-    ) -> tuple[jax.Array, list[KeysValues]]:
+    ) -> tuple[jax.Array, list[tuple[Any, Any]]]:
+        """The hidden states, and each layer's keys and values."""
         # Looked up in float32, so that the gradients of a frequent token add up in it.
-        x = self.options.constrain(
-            "embedded", jnp.take(self.embed.embedding[...], tokens_gkt, axis=0)
-        )
-        x = self.options.constrain("residual", x.astype(self.dtype))
+        x = jnp.take(self.embed.embedding[...], tokens_gkt, axis=0)
+        x = self.options.constrain("embedded", x).astype(self.options.dtype)
+        x = self.options.constrain("residual", x)
         rope = _rope(self.config, positions_gkt)
-        run = _with_remat(self.remat)
-        kvs = []
+        run, kvs = _with_remat(self.options.remat), []
         for i, layer in enumerate(self.layers):
-            prefix_i = None if prefix is None else prefix[i]
-            cache_i = None if cache is None else cache[i]
-            x, kv = run(layer, x, rope, prefix_i, cache_i, at)
+            x, kv = run(layer, x, rope, prefix and prefix[i], cache and cache[i], at)
             kvs.append(kv)
         return self.final_norm(x), kvs
+
+    def prefill(self, prompts_gp, lengths_g):
+        """See `DecoderFns`, as for the methods below."""
+        last_gd, prefix = self._prompts(prompts_gp, lengths_g)
+        keep: Any = functools.partial(stored, dtype=_cache_dtype(self.options))
+        return last_gd, [Prefix(keep(keys), keep(values), mask) for keys, values, mask in prefix]
+
+    def decode(self, tokens_gk, lengths_g, prefix, cache, before_gk, place):
+        positions_gk, at = lengths_g[:, None] + before_gk, (before_gk, place)
+        hidden, cache = self(tokens_gk[..., None], positions_gk[..., None], prefix, cache, at)
+        return hidden[:, :, 0], cache
+
+    def completion_hidden(self, prompts_gp, lengths_g, completions_gkt):
+        g, k, t = completions_gkt.shape
+        last_gd, prefix = self._prompts(prompts_gp, lengths_g)
+        first = jnp.broadcast_to(last_gd[:, None, None], (g, k, 1, last_gd.shape[-1]))
+        if t == 1:
+            return first
+        inputs = completions_gkt[..., :-1]
+        rest, _ = self(inputs, _positions(inputs, lengths_g), prefix)
+        return jnp.concatenate([first, rest], axis=2)
+
+    def packed_hidden(self, prompts_gp, completions_gkt, packed: PackedTokens):
+        prompts = prompts_gp[:, None]
+        positions = _positions(prompts), _positions(completions_gkt, packed.prompt_lengths)
+        tokens = packed.pack(prompts, completions_gkt)
+        hidden, _ = self(tokens, packed.pack(*positions), at=packed)
+        return packed.last_of_prompts(hidden), hidden[:, 0]
+
+    def output_embedding(self):
+        # In float32, so that its gradients add up in it, chunk by chunk; `token_logprobs` casts.
+        tied = self.config.tie_embeddings
+        table = self.embed.embedding[...] if tied else self.head.kernel[...].T
+        return self.options.constrain("table", table)
+
+    def _prompts(self, prompts_gp, lengths_g):
+        """The prompts alone: their last real hidden state and every layer's keys and values."""
+        prompts = prompts_gp[:, None]
+        hidden, kvs = self(prompts, _positions(prompts))
+        last = jnp.take_along_axis(hidden[:, 0], (lengths_g - 1)[:, None, None], axis=1)[:, 0]
+        mask = completion_mask(lengths_g, prompts_gp.shape[1])
+        return last, [Prefix(keys[:, 0], values[:, 0], mask) for keys, values in kvs]
 
 
 @dataclass(frozen=True)
@@ -242,77 +276,45 @@ class DecoderFns:
     packed_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
-def decoder_fns(
-    config: DecoderConfig,
-    *,
-    dtype: Any = jnp.float32,
-    remat: Remat = "none",
-    options: Placement = Placement(),
-    cache_dtype: Any = None,
-) -> DecoderFns:
-    """The decoder's functions.
+def decoder_fns(config: DecoderConfig, options: DecoderOptions = DecoderOptions()) -> DecoderFns:
+    """The methods of a decoder as functions of its parameters."""
+    graph = _graph(config, options)
 
-    Args:
-        config: shape and options.
-        dtype: of the computation.
-        remat: what the backward pass computes again: nothing, all but products with weights, or
-            whole layers.
-        options: layouts and attention on a mesh.
-        cache_dtype: of the keys and values that decoding keeps, `jnp.int8` too, see
-            `attention.stored`; None: as computed.
-    """
-    kept = dtype if cache_dtype is None else cache_dtype
-    graph = _graph(config, dtype, remat, options)
-
-    def model(params: Params) -> Decoder:
-        return nnx.merge(graph, options.params(params))
-
-    def head(params: Params) -> jax.Array:
-        # In float32, so that its gradients add up in it, chunk by chunk; `token_logprobs` casts.
-        return options.constrain("table", _head(config, options.params(params)))
+    def of_params(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *arrays: method(nnx.merge(graph, options.params(params)), *arrays)
 
     return DecoderFns(
-        prefill=lambda params, *prompts: _prefill(model(params), kept, *prompts),
-        empty_cache=functools.partial(_empty_cache, config, kept),
-        decode=lambda params, *arrays: _decode(model(params), *arrays),
-        completion_hidden=lambda params, *arrays: _completion_hidden(model(params), *arrays),
-        head=head,
+        prefill=of_params(Decoder.prefill),
+        empty_cache=functools.partial(_empty_cache, config, _cache_dtype(options)),
+        decode=of_params(Decoder.decode),
+        completion_hidden=of_params(Decoder.completion_hidden),
+        head=of_params(Decoder.output_embedding),
         shards=options.shards,
         chunk_bytes=options.chunk_bytes,
-        packed_hidden=lambda params, *arrays: _packed_hidden(model(params), *arrays),
+        packed_hidden=of_params(Decoder.packed_hidden),
     )
 
 
 def param_shapes(config: DecoderConfig) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: nothing is allocated."""
-    return nnx.to_pure_dict(nnx.state(_abstract(config, jnp.float32, "none", Placement())))
+    return jax.eval_shape(lambda: init_params(config, 0))
 
 
 def init_params(config: DecoderConfig, seed: int) -> Params:
     """Random parameters, for tests and toy runs."""
-    options = Placement()
-    model = Decoder(config, dtype=jnp.float32, remat="none", options=options, rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.state(model))
+    return nnx.to_pure_dict(nnx.state(Decoder(config, DecoderOptions(), nnx.Rngs(seed))))
 
 
 def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> jax.Array:
     """Float32 logits `[b, t, v]` of whole sequences: the plain route to test the others against."""
-    model = nnx.merge(_graph(config, jnp.float32, "none", Placement()), params)
-    t = tokens_bt.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(t)[None], tokens_bt.shape)
-    hidden, _ = model(tokens_bt[:, None], positions[:, None])
-    return hidden[:, 0] @ _head(config, params).T
-
-
-def _abstract(config, dtype, remat, options):
-    return nnx.eval_shape(
-        lambda: Decoder(config, dtype=dtype, remat=remat, options=options, rngs=nnx.Rngs(0))
-    )
+    model = nnx.merge(_graph(config, DecoderOptions()), params)
+    hidden, _ = model(tokens_bt[:, None], _positions(tokens_bt[:, None]))
+    return hidden[:, 0] @ model.output_embedding().T
 
 
 @functools.lru_cache
-def _graph(config, dtype, remat, options):
-    return nnx.split(_abstract(config, dtype, remat, options))[0]
+def _graph(config: DecoderConfig, options: DecoderOptions):
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, options, nnx.Rngs(0))))[0]
 
 
 def _with_remat(remat: Remat):
@@ -325,80 +327,31 @@ def _with_remat(remat: Remat):
     return nnx.remat(Block.__call__, policy=dots if remat == "dots" else None)
 
 
-def _prompts(model, prompts_gp, lengths_g):
-    """The prompts alone: their last real hidden state and every layer's keys and values."""
-    p = prompts_gp.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(p)[None], prompts_gp.shape)
-    hidden, kvs = model(prompts_gp[:, None], positions[:, None])
-    last = jnp.take_along_axis(hidden[:, 0], (lengths_g - 1)[:, None, None], axis=1)[:, 0]
-    mask = completion_mask(lengths_g, p)
-    return last, [Prefix(k[:, 0], v[:, 0], mask) for k, v in kvs]
+def _positions(tokens_gkt, start_g=None):
+    """The position of each token, from 0 on or from where its group's completions start."""
+    positions = jax.lax.broadcasted_iota(jnp.int32, tokens_gkt.shape, 2)
+    return positions if start_g is None else start_g[:, None, None] + positions
 
 
-def _prefill(model, cache_dtype, prompts_gp, lengths_g):
-    last, prefix = _prompts(model, prompts_gp, lengths_g)
-    return last, [
-        Prefix(stored(layer.keys, cache_dtype), stored(layer.values, cache_dtype), layer.mask)
-        for layer in prefix
-    ]
+def _cache_dtype(options: DecoderOptions):
+    return options.dtype if options.cache_dtype is None else options.cache_dtype
 
 
 def _empty_cache(config, dtype, groups, k, length):
-    vectors = (groups, k, config.num_kv_heads, length)
+    shape = (groups, k, config.num_kv_heads, length, config.head_dim)
 
     def empty() -> Stored:
-        zeros = jnp.zeros((*vectors, config.head_dim), dtype)
-        return Int8(zeros, jnp.zeros(vectors)) if zeros.dtype == jnp.int8 else zeros
+        zeros = jnp.zeros(shape, dtype)
+        return Int8(zeros, jnp.zeros(shape[:-1])) if zeros.dtype == jnp.int8 else zeros
 
     return [(empty(), empty()) for _ in range(config.num_layers)]
 
 
 def _write(cache: Stored, new: jax.Array, place) -> Stored:
-    dtype = jnp.int8 if isinstance(cache, Int8) else cache.dtype
-    return jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=3),
-        cache,
-        stored(new, dtype),
-    )
+    def write(old, new):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=3)
 
-
-def _decode(model, tokens_gk, lengths_g, prefix, cache, before_gk, place):
-    positions_gk = lengths_g[:, None] + before_gk
-    at = (before_gk, place)
-    hidden, cache = model(tokens_gk[..., None], positions_gk[..., None], prefix, cache, at)
-    return hidden[:, :, 0], cache
-
-
-def _completion_hidden(model, prompts_gp, lengths_g, completions_gkt):
-    g, k, t = completions_gkt.shape
-    last_gd, prefix = _prompts(model, prompts_gp, lengths_g)
-    first = jnp.broadcast_to(last_gd[:, None, None], (g, k, 1, last_gd.shape[-1]))
-    if t == 1:
-        return first
-    inputs = completions_gkt[..., :-1]
-    positions = jnp.broadcast_to(
-        lengths_g[:, None, None] + jnp.arange(t - 1)[None, None], inputs.shape
-    )
-    rest, _ = model(inputs, positions, prefix)
-    return jnp.concatenate([first, rest], axis=2)
-
-
-def _packed_hidden(model, prompts_gp, completions_gkt, packed: PackedTokens):
-    g, p = prompts_gp.shape
-    ends = packed.prompt_lengths[:, None, None]
-    positions = (
-        jnp.broadcast_to(jnp.arange(p)[None, None], (g, 1, p)),
-        jnp.broadcast_to(
-            ends + jnp.arange(completions_gkt.shape[2])[None, None], completions_gkt.shape
-        ),
-    )
-    tokens = packed.pack(prompts_gp[:, None], completions_gkt)
-    hidden, _ = model(tokens, packed.pack(*positions), at=packed)
-    return packed.last_of_prompts(hidden), hidden[:, 0]
-
-
-def _head(config, params):
-    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"].T
+    return jax.tree.map(write, cache, stored(new, jax.tree.leaves(cache)[0].dtype))
 
 
 def _rope(config, positions_gkt):

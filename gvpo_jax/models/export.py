@@ -1,19 +1,16 @@
 """Writing a model folder that transformers loads."""
 
-import functools
-import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.hf_files import as_dtype, write_safetensors
-from gvpo_jax.models.hf_tensors import TensorSpec, hf_leaves
+from gvpo_jax.models.hf_files import as_dtype, read_json, write_json, write_safetensors
+from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import LoadedModel
 
 _MARKER = "gvpo_jax_export.json"
@@ -44,7 +41,7 @@ def export_model(
     """
     folder = Path(folder)
     as_dtype(dtype)
-    leaves = hf_leaves(loaded.config, params)
+    tensors = named_tensors(loaded.config, params)
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
     try:
@@ -55,14 +52,10 @@ def export_model(
     with place as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        tensors = {
-            name: (spec.shape, functools.partial(_to_host, spec, leaf))
-            for name, (spec, leaf) in leaves.items()
-        }
         write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _write_settings(new, loaded, dtype)
         _write_tokenizer(new, loaded.tokenizer)
-        _write_json(new / _MARKER, {"start_model": loaded.name, "dtype": dtype})
+        write_json(new / _MARKER, {"start_model": loaded.name, "dtype": dtype})
         _put(new, folder, Path(scratch) / "old")
     return folder
 
@@ -87,28 +80,19 @@ def _put(new: Path, folder: Path, aside: Path) -> None:
         raise
 
 
-def _to_host(spec: TensorSpec, leaf: Any) -> np.ndarray:
-    array = np.asarray(leaf)
-    return array.T if spec.transposed else array
-
-
 def _write_settings(folder: Path, loaded: LoadedModel, dtype: str) -> None:
     config = {k: v for k, v in loaded.hf_config.items() if k != "torch_dtype"}  # the older name
-    _write_json(folder / "config.json", config | {"dtype": dtype})
+    write_json(folder / "config.json", config | {"dtype": dtype})
     kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {kind: config[kind] for kind in kinds if config.get(kind) is not None}
-    _write_json(folder / "generation_config.json", loaded.generation_config or ids)
+    write_json(folder / "generation_config.json", loaded.generation_config or ids)
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(str(folder))
     settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings = read_json(settings_file) or {}
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # the name that transformers before 5 knows too; both read tokenizer.json as it is
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(settings_file, settings)
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(settings_file, settings)

@@ -5,7 +5,7 @@ Llama's q and k for its own rotary layout. Quantized weights are expanded to flo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf_tokenizer import build_tokenizer
-from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.hf_config import ARCHITECTURES, config_json, decoder_config
 from gvpo_jax.models.hf_tensors import TensorSource
 
-_FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_WHOLE_NAMES = {
+_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-}
-_LAYER_NAMES = {
+    # after blk.N., and model.layers.N.
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -65,14 +59,14 @@ def read_gguf(path: Path) -> GGUFModel:
     tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     config = _config(path, metadata, tensors)
     tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
-    ids = {
-        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
-    }
-    source = _source(path, config, tensors)
-    return GGUFModel(config, config_json(config) | ids, source, tokenizer)
+    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = config_json(config) | {kind: getattr(tokenizer, kind) for kind in kinds}
+    return GGUFModel(config, values, _source(path, config, tensors), tokenizer)
 
 
 def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
     try:
         import gguf
     except ImportError as error:
@@ -85,17 +79,17 @@ def _open(path: Path) -> Any:
 
 def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> DecoderConfig:
     family = metadata.get("general.architecture")
-    if family not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
+    if family not in ARCHITECTURES.values():
+        known = ", ".join(ARCHITECTURES.values())
         raise UserError(f"{path}: architecture {family!r} is not supported, only {known}")
-    _refuse_unsupported(path, family, metadata, tensors)
 
     def get(key: str) -> Any:
         return metadata.get(f"{family}.{key}")
 
+    _refuse_unsupported(path, get, tensors)
     hidden, heads = get("embedding_length"), get("attention.head_count")
     values = {
-        "architectures": [_FAMILIES[family]],
+        "model_type": family,
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())) or None,
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
@@ -116,21 +110,17 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         raise UserError(str(error).replace("config.json", f"{path} (as config.json)", 1)) from error
 
 
-def _refuse_unsupported(
-    path: Path, family: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> None:
-    scaling = metadata.get(f"{family}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
+def _refuse_unsupported(path: Path, get: Callable[[str], Any], tensors: Mapping[str, Any]) -> None:
+    if get("rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in tensors:
         raise UserError(
             f"{path}: scaled rotary embeddings are not read from .gguf files; "
             "load the model's safetensors folder instead"
         )
-    if metadata.get(f"{family}.attention.sliding_window"):
+    if get("attention.sliding_window"):
         raise UserError(f"{path}: sliding window attention is not supported")
-    if metadata.get(f"{family}.expert_count"):
+    if get("expert_count"):
         raise UserError(f"{path}: mixtures of experts are not supported")
-    rotated = metadata.get(f"{family}.rope.dimension_count")
-    width = metadata.get(f"{family}.attention.key_length")
+    rotated, width = get("rope.dimension_count"), get("attention.key_length")
     if rotated and width and rotated != width:
         raise UserError(f"{path}: only {rotated} of {width} head dimensions rotate: not supported")
 
@@ -145,16 +135,13 @@ def _source(path: Path, config: DecoderConfig, tensors: Mapping[str, Any]) -> Te
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise UserError(f"{path}: weights of type {kind} cannot be read") from error
-        if config.family == "llama" and ".self_attn.q_proj." in name:
-            array = _unpermute(array, config.num_heads)
-        if config.family == "llama" and ".self_attn.k_proj." in name:
-            array = _unpermute(array, config.num_kv_heads)
+        for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+            if config.family == "llama" and f".self_attn.{part}_proj." in name:
+                array = _unpermute(array, heads)
         return np.asarray(array, np.float32)
 
     # GGUF lists the innermost axis first
-    shapes = {
-        name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()
-    }
+    shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in tensors.items()}
     return TensorSource(str(path), shapes, read)
 
 
@@ -166,13 +153,11 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _hf_name(name: str) -> str:
     """The Hugging Face name; a name that has none stays, to be reported as unexpected."""
-    if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        number, part, kind = layer.groups()
-        return (
-            f"model.layers.{number}.{_LAYER_NAMES[part]}.{kind}" if part in _LAYER_NAMES else name
-        )
-    part, _, kind = name.rpartition(".")
-    return f"{_WHOLE_NAMES[part]}.{kind}" if part in _WHOLE_NAMES else name
+    found = re.fullmatch(r"(blk\.\d+\.)?(\w+)\.(weight|bias)", name)
+    if not found or found[2] not in _NAMES:
+        return name
+    layer, part, kind = found.groups("")
+    return f"{layer.replace('blk', 'model.layers')}{_NAMES[part]}.{kind}"
 
 
 def _shortest(value: float) -> float:

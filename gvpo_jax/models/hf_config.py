@@ -12,6 +12,17 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+# The sizes: our names, and a config.json's.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+}
 # What transformers takes where config.json is silent.
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 
@@ -25,12 +36,14 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     """
     family = _family(hf_config)
     _refuse_unsupported(hf_config)
-    hidden = _size(hf_config, "hidden_size")
-    heads = _size(hf_config, "num_attention_heads")
-    layers = _size(hf_config, "num_hidden_layers")
-    kv_heads = _size(hf_config, "num_key_value_heads", heads if family == "llama" else None)
-    head_dim = _size(hf_config, "head_dim", 128 if family == "qwen3" else hidden // heads)
-    max_positions = _size(hf_config, "max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+    hidden, heads = _size(hf_config, "hidden_size"), _size(hf_config, "num_attention_heads")
+    defaults = {
+        "num_kv_heads": heads if family == "llama" else None,
+        "head_dim": 128 if family == "qwen3" else hidden // heads,
+        "max_position_embeddings": _DEFAULT_MAX_POSITIONS[family],
+    }
+    sizes = {ours: _size(hf_config, key, defaults.get(ours)) for ours, key in _SIZES.items()}
+    kv_heads, head_dim = sizes["num_kv_heads"], sizes["head_dim"]
     if heads % kv_heads:
         raise UserError(
             f"config.json: num_attention_heads {heads} is not a multiple of "
@@ -40,17 +53,11 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
         raise UserError(
             f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one"
         )
-    theta, scaling = _rope(hf_config, max_positions)
+    theta, scaling = _rope(hf_config, sizes["max_position_embeddings"])
     attention_bias = bool(hf_config.get("attention_bias"))
     return DecoderConfig(
+        **sizes,
         family=family,
-        vocab_size=_size(hf_config, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size(hf_config, "intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)),
@@ -59,7 +66,6 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
         o_bias=family != "qwen2" and attention_bias,
         mlp_bias=family == "llama" and bool(hf_config.get("mlp_bias")),
         qk_norm=family == "qwen3",
-        max_position_embeddings=max_positions,
     )
 
 
@@ -70,22 +76,13 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **{key: getattr(config, ours) for ours, key in _SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": scaling and {"rope_type": "llama3", **asdict(scaling)},
         "tie_word_embeddings": config.tie_embeddings,
     }
-    if scaling is not None:
-        values["rope_scaling"] = {"rope_type": "llama3", **asdict(scaling)}
     if config.family != "qwen2":
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
@@ -94,16 +91,13 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _family(hf_config: Mapping[str, Any]) -> str:
-    architectures = hf_config.get("architectures")
-    if not architectures and hf_config.get("model_type") in ARCHITECTURES.values():
-        return hf_config["model_type"]
-    if (
-        isinstance(architectures, list)
-        and len(architectures) == 1
-        and architectures[0] in ARCHITECTURES
-    ):
-        return ARCHITECTURES[architectures[0]]
-    found = architectures or hf_config.get("model_type")
+    architectures, model_type = hf_config.get("architectures"), hf_config.get("model_type")
+    if not architectures and model_type in ARCHITECTURES.values():
+        return str(model_type)
+    for architecture, family in ARCHITECTURES.items():
+        if architectures == [architecture]:
+            return family
+    found = architectures or model_type
     raise UserError(
         f"config.json: architecture {found} is not supported; use one of {', '.join(ARCHITECTURES)}"
     )
@@ -125,10 +119,9 @@ def _refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
             "only 'full_attention'"
         )
     if hf_config.get("layer_types") is None and hf_config.get("use_sliding_window"):
-        first_window_layer = hf_config.get("max_window_layers", 28)
-        if hf_config.get("sliding_window", 4096) and first_window_layer < _size(
-            hf_config, "num_hidden_layers"
-        ):
+        layers = _size(hf_config, "num_hidden_layers")
+        unwindowed = hf_config.get("max_window_layers", 28)  # the first so many layers
+        if hf_config.get("sliding_window", 4096) and unwindowed < layers:
             raise UserError("config.json: sliding window attention is in use and not supported")
 
 
@@ -151,15 +144,11 @@ def _rope(hf_config: Mapping[str, Any], max_positions: int) -> tuple[float, Rope
     original = hf_config.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings", max_positions
     )
-    missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
-    if missing:
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [key for key in factors if key not in rope]:
         raise UserError(f"config.json: rope type 'llama3' needs {', '.join(missing)}")
-    return float(theta), RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(original),
-    )
+    numbers = {key: float(rope[key]) for key in factors}
+    return float(theta), RopeScaling(**numbers, original_max_position_embeddings=int(original))
 
 
 def _size(hf_config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -1,7 +1,9 @@
-"""Reading and writing the safetensors files of a model folder."""
+"""Reading and writing the safetensors and JSON files of a model folder."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +28,49 @@ def open_safetensors(folder: Path) -> TensorSource:
     disagrees with its files.
     """
     files, index = _weight_files(folder)
-    owner: dict[str, Any] = {}
+    opened = {file.name: _open(file) for file in files}
     file_of: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        opened = _open(file)
-        for name in opened.keys():  # noqa: SIM118 (not a mapping)
-            if name in owner:
+    for file, tensors in opened.items():
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            if name in file_of:
                 raise UserError(
-                    f"{folder}: tensor {name} is in both {file_of[name]} and {file.name}; keep one"
+                    f"{folder}: tensor {name} is in both {file_of[name]} and {file}; keep one"
                 )
-            kind = opened.get_slice(name).get_dtype()
+            kind = tensors.get_slice(name).get_dtype()
             if kind not in _READABLE:
                 raise UserError(
-                    f"{file}: tensor {name} is of type {kind}; "
+                    f"{folder / file}: tensor {name} is of type {kind}; "
                     f"only {', '.join(_READABLE)} can be read"
                 )
-            owner[name], file_of[name] = opened, file.name
-            shapes[name] = tuple(opened.get_slice(name).get_shape())
+            file_of[name], shapes[name] = file, tuple(tensors.get_slice(name).get_shape())
     if index is not None:
         _check_index(folder, index, file_of)
-    return TensorSource(
-        str(folder),
-        shapes,
-        lambda name: owner[name].get_tensor(name).astype(np.float32, copy=False),
-    )
+
+    def read(name: str) -> np.ndarray:
+        return opened[file_of[name]].get_tensor(name).astype(np.float32, copy=False)
+
+    return TensorSource(str(folder), shapes, read)
 
 
 def write_safetensors(
-    folder: Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
-    *,
-    dtype: str,
-    max_shard_bytes: int,
+    folder: Path, tensors: TensorSource, *, dtype: str, max_shard_bytes: int
 ) -> None:
-    """Writes tensors, given as shape and function of the array, one shard in memory at a time."""
-    item_bytes = as_dtype(dtype).itemsize
-    sizes = {name: int(np.prod(shape)) * item_bytes for name, (shape, _) in tensors.items()}
+    """Writes all tensors, one shard in memory at a time."""
+    kind, weight_map = as_dtype(dtype), {}
+    sizes = {name: math.prod(shape) * kind.itemsize for name, shape in tensors.shapes.items()}
     shards = list(_shards(sizes, max_shard_bytes))
-    weight_map = {}
     for number, names in enumerate(shards, start=1):
-        file = (
-            SINGLE_NAME
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        arrays = {
-            name: np.ascontiguousarray(tensors[name][1](), dtype=as_dtype(dtype)) for name in names
-        }
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = SINGLE_NAME
+        arrays = {name: np.ascontiguousarray(tensors.read(name), dtype=kind) for name in names}
         save_file(arrays, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def as_dtype(name: str) -> np.dtype:
@@ -87,6 +78,23 @@ def as_dtype(name: str) -> np.dtype:
     if name not in _DTYPES:
         raise UserError(f"cannot write weights as {name!r}; use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def read_json(file: Path, **options: Any) -> dict[str, Any] | None:
+    """The object in a file, None where there is no file; `options` are those of `json.loads`."""
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"), **options)
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return values
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -117,35 +125,21 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)[
-            "weight_map"
-        ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not an index with a weight_map: {error}") from error
-    except _DuplicateKey as error:
-        raise UserError(f"{file}: {error} is listed twice") from error
+    index = read_json(file, object_pairs_hook=_unique_keys) or {}
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{file}: weight_map is empty")
+        raise UserError(f"{file}: weight_map is empty or missing")
     for name in weight_map.values():
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or not name.endswith(".safetensors")
-        ):
+        if not (isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)):
             raise UserError(f"{file} names {name!r}; only safetensors files beside it can be read")
     return weight_map
 
 
-class _DuplicateKey(Exception):
-    pass
-
-
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _DuplicateKey(key)
+            raise ValueError(f"{key} is listed twice")
         result[key] = value
     return result
 

@@ -1,33 +1,36 @@
 """Hugging Face tensor names <-> parameters, strict both ways.
 
 Llama, Qwen2 and Qwen3 are one decoder with different switches, so one table of names serves all.
+A parameter's path is spelled as `parallel.mesh.path_name` does: `layers/0/attn/q/kernel`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.parallel.layout import path_name
 
-ParamPath = tuple[str | int, ...]
-Place = Callable[[ParamPath, np.ndarray], Any]
+Place = Callable[[str, np.ndarray], Any]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """Where one Hugging Face tensor lives in the parameters, and its shape in the file."""
 
-    path: ParamPath
+    path: str
     shape: tuple[int, ...]
     transposed: bool = False  # the file has [out, in], the parameters [in, out]
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors by Hugging Face name; `read` gives float32 in the file's own layout."""
+    """Tensors by Hugging Face name; `read` gives one in the file's own layout."""
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
@@ -36,13 +39,35 @@ class TensorSource:
 
 def tensor_specs(config: DecoderConfig) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint of this decoder, by Hugging Face name."""
-    width, vocab = config.hidden_size, config.vocab_size
-    specs = {"model.embed_tokens.weight": TensorSpec(("embed", "embedding"), (vocab, width))}
-    for layer in range(config.num_layers):
-        specs |= _layer_specs(config, layer)
-    specs["model.norm.weight"] = TensorSpec(("final_norm", "scale"), (width,))
-    if not config.tie_embeddings:
-        specs["lm_head.weight"] = TensorSpec(("head", "kernel"), (vocab, width), transposed=True)
+    c, width, inner = config, config.hidden_size, config.intermediate_size
+    q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    specs = {"model.embed_tokens.weight": TensorSpec("embed/embedding", (c.vocab_size, width))}
+
+    def linear(name: str, path: str, n_in: int, n_out: int, bias: bool) -> None:
+        specs[f"{name}.weight"] = TensorSpec(f"{path}/kernel", (n_out, n_in), transposed=True)
+        if bias:
+            specs[f"{name}.bias"] = TensorSpec(f"{path}/bias", (n_out,))
+
+    def norm(name: str, path: str, size: int) -> None:
+        specs[f"{name}.weight"] = TensorSpec(f"{path}/scale", (size,))
+
+    for i in range(c.num_layers):
+        theirs, ours = f"model.layers.{i}", f"layers/{i}"
+        linear(f"{theirs}.self_attn.q_proj", f"{ours}/attn/q", width, q_width, c.qkv_bias)
+        linear(f"{theirs}.self_attn.k_proj", f"{ours}/attn/k", width, kv_width, c.qkv_bias)
+        linear(f"{theirs}.self_attn.v_proj", f"{ours}/attn/v", width, kv_width, c.qkv_bias)
+        linear(f"{theirs}.self_attn.o_proj", f"{ours}/attn/o", q_width, width, c.o_bias)
+        linear(f"{theirs}.mlp.gate_proj", f"{ours}/mlp/gate", width, inner, c.mlp_bias)
+        linear(f"{theirs}.mlp.up_proj", f"{ours}/mlp/up", width, inner, c.mlp_bias)
+        linear(f"{theirs}.mlp.down_proj", f"{ours}/mlp/down", inner, width, c.mlp_bias)
+        norm(f"{theirs}.input_layernorm", f"{ours}/input_norm", width)
+        norm(f"{theirs}.post_attention_layernorm", f"{ours}/post_norm", width)
+        if c.qk_norm:
+            norm(f"{theirs}.self_attn.q_norm", f"{ours}/attn/q_norm", c.head_dim)
+            norm(f"{theirs}.self_attn.k_norm", f"{ours}/attn/k_norm", c.head_dim)
+    norm("model.norm", "final_norm", width)
+    if not c.tie_embeddings:
+        linear("lm_head", "head", width, c.vocab_size, bias=False)
     return specs
 
 
@@ -52,89 +77,49 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
     All names and shapes are checked before the first tensor is read. Raises UserError naming a
     missing, unexpected or mis-shaped tensor.
     """
-    specs = tensor_specs(config)
-    shapes = {name: shape for name, shape in source.shapes.items() if not _is_buffer(name)}
-    tied_copy = config.tie_embeddings and "lm_head.weight" in shapes
-    if tied_copy:
-        del shapes["lm_head.weight"]
+    specs, shapes = tensor_specs(config), dict(source.shapes)
+    for name in source.shapes:  # old Llama checkpoints carry what follows from the config
+        if name.endswith("rotary_emb.inv_freq"):
+            del shapes[name]
+    tied_copy = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
     _check_tensors(config, specs, shapes, source.name)
-    if tied_copy:
+    if tied_copy is not None:
         _check_tied_copy(source)
-    params: dict[str, Any] = {}
-    for name, spec in specs.items():
+
+    def read(name: str, spec: TensorSpec) -> Any:
         array = source.read(name)
-        _insert(
-            params,
-            spec.path,
-            place(spec.path, np.ascontiguousarray(array.T if spec.transposed else array)),
-        )
-    return params
+        return place(spec.path, np.ascontiguousarray(array.T if spec.transposed else array))
+
+    params = unflatten_dict({spec.path: read(name, spec) for name, spec in specs.items()}, sep="/")
+    return params | {"layers": {int(i): layer for i, layer in params["layers"].items()}}
 
 
-def hf_leaves(
-    config: DecoderConfig, params: Mapping[Any, Any]
-) -> dict[str, tuple[TensorSpec, Any]]:
-    """Parameters under their Hugging Face names, still in our layout.
+def named_tensors(config: DecoderConfig, params: Mapping[str, Any]) -> TensorSource:
+    """Parameters under their Hugging Face names; each is fetched and transposed when it is read.
 
     Raises UserError naming a parameter that is missing, unexpected or mis-shaped.
     """
-    leaves = dict(_flatten(params, ()))
-    named = {}
-    for name, spec in tensor_specs(config).items():
+    leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    specs = tensor_specs(config)
+    for name, spec in specs.items():
         if spec.path not in leaves:
-            raise UserError(f"the parameters lack {_dotted(spec.path)} (exported as {name})")
-        leaf = leaves.pop(spec.path)
+            raise UserError(f"the parameters lack {spec.path} (exported as {name})")
+        shape = tuple(leaves[spec.path].shape)
         expected = spec.shape[::-1] if spec.transposed else spec.shape
-        if tuple(leaf.shape) != expected:
+        if shape != expected:
             raise UserError(
-                f"parameter {_dotted(spec.path)} has shape {tuple(leaf.shape)}, "
-                f"the config asks for {expected}"
+                f"parameter {spec.path} has shape {shape}, the config asks for {expected}"
             )
-        named[name] = (spec, leaf)
-    if leaves:
+    if extra := leaves.keys() - {spec.path for spec in specs.values()}:
         raise UserError(
-            f"the parameters hold {_listed(map(_dotted, leaves))}, which the config does not know"
+            f"the parameters hold {_listed(sorted(extra))}, which the config does not know"
         )
-    return named
 
+    def read(name: str) -> np.ndarray:
+        array = np.asarray(leaves[specs[name].path])
+        return array.T if specs[name].transposed else array
 
-def _layer_specs(config: DecoderConfig, layer: int) -> dict[str, TensorSpec]:
-    width, inner = config.hidden_size, config.intermediate_size
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = (  # Hugging Face name, ours, in, out, has a bias
-        ("self_attn.q_proj", ("attn", "q"), width, q_width, config.qkv_bias),
-        ("self_attn.k_proj", ("attn", "k"), width, kv_width, config.qkv_bias),
-        ("self_attn.v_proj", ("attn", "v"), width, kv_width, config.qkv_bias),
-        ("self_attn.o_proj", ("attn", "o"), q_width, width, config.o_bias),
-        ("mlp.gate_proj", ("mlp", "gate"), width, inner, config.mlp_bias),
-        ("mlp.up_proj", ("mlp", "up"), width, inner, config.mlp_bias),
-        ("mlp.down_proj", ("mlp", "down"), inner, width, config.mlp_bias),
-    )
-    norms: list[tuple[str, ParamPath, int]] = [
-        ("input_layernorm", ("input_norm",), width),
-        ("post_attention_layernorm", ("post_norm",), width),
-    ]
-    if config.qk_norm:
-        norms += [
-            ("self_attn.q_norm", ("attn", "q_norm"), config.head_dim),
-            ("self_attn.k_norm", ("attn", "k_norm"), config.head_dim),
-        ]
-    prefix, at = f"model.layers.{layer}.", ("layers", layer)
-    specs = {}
-    for name, path, n_in, n_out, has_bias in linears:
-        specs[f"{prefix}{name}.weight"] = TensorSpec(
-            (*at, *path, "kernel"), (n_out, n_in), transposed=True
-        )
-        if has_bias:
-            specs[f"{prefix}{name}.bias"] = TensorSpec((*at, *path, "bias"), (n_out,))
-    for name, path, size in norms:
-        specs[f"{prefix}{name}.weight"] = TensorSpec((*at, *path, "scale"), (size,))
-    return specs
-
-
-def _is_buffer(name: str) -> bool:
-    # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
-    return name.endswith("rotary_emb.inv_freq")
+    return TensorSource("the parameters", {name: s.shape for name, s in specs.items()}, read)
 
 
 def _check_tensors(
@@ -166,24 +151,6 @@ def _check_tied_copy(source: TensorSource) -> None:
         )
 
 
-def _insert(tree: dict[Any, Any], path: ParamPath, leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-def _flatten(tree: Mapping[Any, Any], at: ParamPath) -> Iterator[tuple[ParamPath, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*at, key))
-        else:
-            yield (*at, key), value
-
-
-def _dotted(path: ParamPath) -> str:
-    return ".".join(map(str, path))
-
-
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     first, *others = names
     return f"{first} (and {len(others)} more)" if others else first

@@ -1,6 +1,5 @@
 """The shape of a model from its name, without reading or downloading its weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,73 +8,35 @@ from gvpo_jax.models.debug import debug_config
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import decoder_config
-from gvpo_jax.models.load import _PACKAGE, _package_path
+from gvpo_jax.models.hf_files import read_json
+from gvpo_jax.models.load import local_path
 
-_QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rope_theta",
+)
+
+
+def _known(
+    model_type: str, *sizes: float, eps: float = 1e-6, tied: bool = True, **others: Any
+) -> dict[str, Any]:
+    others |= {"model_type": model_type, "rms_norm_eps": eps, "tie_word_embeddings": tied}
+    return dict(zip(_SIZES, sizes, strict=True)) | others
+
 
 # Under the names and with the values of each model's config.json on the Hugging Face hub.
 KNOWN: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-Math-7B": _QWEN2
-    | {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen2.5-Math-1.5B": _QWEN2
-    | {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-    },
-    "Qwen/Qwen2.5-0.5B": _QWEN2
-    | {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-    },
-    "Qwen/Qwen3-0.6B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-135M": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    },
+    "Qwen/Qwen2.5-Math-7B": _known("qwen2", 152064, 3584, 18944, 28, 28, 4, 4096, 1e4, tied=False),
+    "Qwen/Qwen2.5-Math-1.5B": _known("qwen2", 151936, 1536, 8960, 28, 12, 2, 4096, 1e4),
+    "Qwen/Qwen2.5-0.5B": _known("qwen2", 151936, 896, 4864, 24, 14, 2, 32768, 1e6),
+    "Qwen/Qwen3-0.6B": _known("qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, 1e6, head_dim=128),
+    "HuggingFaceTB/SmolLM2-135M": _known("llama", 49152, 576, 1536, 30, 9, 3, 8192, 1e5, eps=1e-5),
 }
 
 
@@ -93,11 +54,8 @@ def model_shape(name: str, config_file: str | None = None) -> DecoderConfig:
         return _read(Path(config_file).expanduser())
     if name == "debug":
         return debug_config()
-    path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return read_gguf(path).config
-    if path.is_dir() or name.startswith((".", "/", "~")):
-        return _read(path)
+    if (path := local_path(name)) is not None:
+        return read_gguf(path).config if path.suffix == ".gguf" else _read(path)
     wanted = name.removesuffix("-Instruct").split("/")[-1]
     for known, values in KNOWN.items():
         if known.split("/")[-1] == wanted:
@@ -110,12 +68,7 @@ def model_shape(name: str, config_file: str | None = None) -> DecoderConfig:
 
 def _read(path: Path) -> DecoderConfig:
     file = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"there is no file {file}") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object")
+    values = read_json(file)
+    if values is None:
+        raise UserError(f"there is no file {file}")
     return decoder_config(values)

@@ -1,7 +1,6 @@
 """`load_model`: from any of the names a model goes by to config, parameters and tokenizer."""
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import check_length, config_json, decoder_config
-from gvpo_jax.models.hf_files import open_safetensors
-from gvpo_jax.models.hf_tensors import ParamPath, Place, read_params
+from gvpo_jax.models.hf_files import open_safetensors, read_json
+from gvpo_jax.models.hf_tensors import Place, read_params
 
 _PACKAGE = "package://"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -35,7 +34,7 @@ class LoadedModel:
     generation_config: dict[str, Any] = field(default_factory=dict)
 
 
-def keep_on_host(path: ParamPath, array: np.ndarray) -> np.ndarray:
+def keep_on_host(path: str, array: np.ndarray) -> np.ndarray:
     """The `place` that leaves every tensor a NumPy array."""
     return array
 
@@ -47,22 +46,18 @@ def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> Lo
         name: a folder with config.json, safetensors and tokenizer files; "file.gguf";
             "package://package_name/file.gguf" (data of an installed package, never imported);
             "debug" (a tiny random model); else a name on the Hugging Face hub.
-        place: called as `place(path, array)` with each float32 tensor as it is read; what it
-            returns becomes the parameter. Default: the array itself.
+        place: called as `place(path, array)` with each float32 tensor as it is read, say at
+            `layers/0/attn/q/kernel`; what it returns becomes the parameter. Default: the array.
         length: tokens that a sequence may have; checked before weights are read.
 
     Raises UserError when something is missing, broken or unsupported, naming it.
     """
     if name == "debug":
         return _load_debug(place, length)
-    path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
-    if path.suffix == ".gguf":
+    path = local_path(name)
+    if path is not None and path.suffix == ".gguf":
         return _load_gguf(name, path, place, length)
-    if path.is_dir():
-        return _load_folder(name, path, place, length)
-    if name.startswith(_PACKAGE) or name.startswith((".", "/", "~")) or path.exists():
-        raise UserError(f"{path} is neither a model folder nor a .gguf file")
-    return _load_folder(name, _download(name), place, length)
+    return _load_folder(name, path or _download(name), place, length)
 
 
 def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -76,6 +71,19 @@ def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
+def local_path(name: str) -> Path | None:
+    """The .gguf file or folder of a model on this machine, None for a name on the hub.
+
+    Raises UserError for a path or package that holds neither.
+    """
+    path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
+    if path.suffix == ".gguf" or path.is_dir():
+        return path
+    if name.startswith((_PACKAGE, ".", "/", "~")) or path.exists():
+        raise UserError(f"{path} is neither a model folder nor a .gguf file")
+    return None
+
+
 def _load_debug(place: Place, length: int) -> LoadedModel:
     config, tokenizer = debug_config(), debug_tokenizer()
     check_length(config, length, "debug")
@@ -86,8 +94,6 @@ def _load_debug(place: Place, length: int) -> LoadedModel:
 
 
 def _load_gguf(name: str, path: Path, place: Place, length: int) -> LoadedModel:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
     model = read_gguf(path)
     check_length(model.config, length, name)
     params = read_params(model.config, model.tensors, place=place)
@@ -95,7 +101,7 @@ def _load_gguf(name: str, path: Path, place: Place, length: int) -> LoadedModel:
 
 
 def _load_folder(name: str, folder: Path, place: Place, length: int) -> LoadedModel:
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values is None:
         raise UserError(f"{folder} holds no config.json, so it is not a model folder")
     try:
@@ -106,7 +112,7 @@ def _load_folder(name: str, folder: Path, place: Place, length: int) -> LoadedMo
     source = open_safetensors(folder)
     tokenizer = _read_tokenizer(folder)
     params = read_params(config, source, place=place)
-    generation = _read_json(folder / "generation_config.json") or {}
+    generation = read_json(folder / "generation_config.json") or {}
     return LoadedModel(name, config, params, tokenizer, values, generation)
 
 
@@ -124,18 +130,6 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # every tokenizer class fails in its own way
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder} holds a tokenizer that cannot be read: {reason}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return values
 
 
 def _package_path(name: str) -> Path:

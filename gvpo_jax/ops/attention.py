@@ -7,11 +7,15 @@ Axes: g groups, k completions, t queries, s suffix keys, p prefix keys, n key-va
 heads for each n, d.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from gvpo_jax.parallel.layout import activation_axes
 from gvpo_jax.precision import einsum_f32
 
 _MASKED = -1e30  # finite, so that a row without a single key gives no NaN
@@ -39,10 +43,8 @@ class Prefix(NamedTuple):
     mask: jax.Array
 
 
-def stored(x: Stored, dtype: Any) -> Stored:
+def stored(x: jax.Array, dtype: Any) -> Stored:
     """Keys or values as a cache keeps them: in a floating dtype, or as `Int8`."""
-    if isinstance(x, Int8):
-        return x
     if jnp.dtype(dtype) != jnp.int8:
         return x.astype(dtype)
     wide = x.astype(jnp.float32)
@@ -116,6 +118,27 @@ def causal(
     return jnp.concatenate(out, axis=2)
 
 
+def on_each_device(
+    attention: Callable[..., jax.Array],
+    mesh: Mesh,
+    queries_gkthd: jax.Array,
+    keys_gknsd: jax.Array,
+    values_gknsd: jax.Array,
+    prefix: Prefix | None = None,
+) -> jax.Array:
+    """An attention like `causal` that every device of a mesh runs on its own groups and heads."""
+    g, k, _, heads, _ = queries_gkthd.shape
+    over_groups, over_k = activation_axes(mesh, g, k)
+    tensor = mesh.shape["tensor"]
+    over_heads = "tensor" if keys_gknsd.shape[2] % tensor == heads % tensor == 0 else None
+    queries, own = P(over_groups, over_k, None, over_heads), P(over_groups, over_k, over_heads)
+    shared: Any = P(over_groups, over_heads)
+    counted: Any = P(over_groups)
+    specs = queries, own, own, None if prefix is None else Prefix(shared, shared, counted)
+    run = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
+    return run(queries_gkthd, keys_gknsd, values_gknsd, prefix)
+
+
 def _join(x_gknqd):
     """`[g, k, n, q, d] -> [g, n, k * q, d]`: the queries of a whole group as one matrix."""
     g, k, n, q, d = x_gknqd.shape
@@ -129,14 +152,12 @@ def _split(x, k):
 
 
 def _scores(queries, keys: Stored):
-    if not isinstance(keys, Int8):
-        return einsum_f32("...qd,...sd->...qs", queries, keys.astype(queries.dtype))
-    scores = einsum_f32("...qd,...sd->...qs", queries, keys.whole.astype(queries.dtype))
-    return scores * keys.scale[..., None, :]
+    whole, scale = keys if isinstance(keys, Int8) else (keys, None)
+    scores = einsum_f32("...qd,...sd->...qs", queries, whole.astype(queries.dtype))
+    return scores if scale is None else scores * scale[..., None, :]
 
 
 def _weighted(weights, values: Stored, dtype):
-    if not isinstance(values, Int8):
-        return einsum_f32("...qs,...sd->...qd", weights.astype(dtype), values.astype(dtype))
-    weights = (weights * values.scale[..., None, :]).astype(dtype)
-    return einsum_f32("...qs,...sd->...qd", weights, values.whole.astype(dtype))
+    if isinstance(values, Int8):
+        weights, values = weights * values.scale[..., None, :], values.whole
+    return einsum_f32("...qs,...sd->...qd", weights.astype(dtype), values.astype(dtype))

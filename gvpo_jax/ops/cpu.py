@@ -2,7 +2,9 @@
 
 The figures behind it are in experiments/bench/README.md."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gvpo_jax.logprobs import CHUNK_BYTES
-from gvpo_jax.ops.attention import Prefix, causal
+from gvpo_jax.ops.attention import Prefix, causal, on_each_device
 
 AT_ONCE = 2**24  # bytes of scores, on a CPU
 
@@ -28,12 +30,23 @@ def chunk_bytes_on(mesh: Mesh) -> int:
     return CHUNK_BYTES // 4 if mesh.devices.flat[0].platform == "cpu" else CHUNK_BYTES
 
 
-def attend_in_parts(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once):
+def on_cpu(mesh: Mesh, *arrays: Any, at_once: int = AT_ONCE) -> jax.Array:
+    """See `attention.causal`: large inputs one key-value head of one group after the other.
+
+    Such a part stays in a processor's cache. Its scores are computed again in the backward pass.
+    Memory is that of one part: new pages cost a CPU about as much as computing what goes into them.
+
+    at_once: bytes of scores up to which all is one part.
+    """
+    return on_each_device(functools.partial(_in_parts, at_once=at_once), mesh, *arrays)
+
+
+def _in_parts(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once):
     g, k, t, h, d = queries_gkthd.shape
     n, s = keys_gknsd.shape[2:4]
-    whole = 4 * g * k * h * t * (s + (0 if prefix is None else prefix[0].shape[2]))
+    whole = 4 * g * k * h * t * (s + (0 if prefix is None else prefix.keys.shape[2]))
     if whole <= at_once:
-        return causal(queries_gkthd, keys_gknsd, values_gknsd, prefix and Prefix(*prefix))
+        return causal(queries_gkthd, keys_gknsd, values_gknsd, prefix)
 
     def each_head(x_gkn):
         return jnp.swapaxes(x_gkn, 1, 2).reshape(g * n, 1, k, 1, *x_gkn.shape[3:])
@@ -46,7 +59,7 @@ def attend_in_parts(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once)
     )
     if prefix is not None:
         keys, values = (x.reshape(g * n, 1, 1, -1, d) for x in prefix[:2])
-        parts = *parts, Prefix(keys, values, jnp.repeat(prefix[2], n, axis=0)[:, None])
+        parts = *parts, Prefix(keys, values, jnp.repeat(prefix.mask, n, axis=0)[:, None])
     out = jax.lax.map(jax.checkpoint(lambda part: causal(*part)), parts)
     return jnp.moveaxis(out.reshape(g, n, k, t, h // n, d), 1, 3).reshape(g, k, t, h, d)
 

@@ -1,10 +1,9 @@
-"""`attention.causal`, and products with weights, as each kind of hardware computes them best.
+"""`attention.causal` as each kind of hardware computes it best.
 
 Attention on TPU is splash, on GPU cuDNN's. Neither knows of a prefix that several completions
 share, so each completion is given the prompt's keys and values in front of its own; these are
 computed once all the same. Scores are never whole in memory, but cuDNN is given a mask for each
-pair of positions. On a CPU it is `causal` itself, on one key-value head of one group after the
-other. The figures behind what is done on a CPU are in experiments/bench/README.md.
+pair of positions. What a CPU does is in `gvpo_jax.ops.cpu`.
 """
 
 import functools
@@ -16,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.ops.attention import Prefix, causal
-from gvpo_jax.ops.cpu import AT_ONCE, attend_in_parts
-from gvpo_jax.parallel.layout import activation_axes
+from gvpo_jax.ops.attention import Prefix, causal, on_each_device
+from gvpo_jax.ops.cpu import on_cpu
 
 Attention = Callable[..., jax.Array]
 Name = Literal["auto", "xla", "splash", "cudnn"]
@@ -65,91 +62,37 @@ def _has_cudnn(mesh: Mesh, head_dim: int) -> bool:
     return float(device.compute_capability) >= 8 and head_dim <= 128 and head_dim % 8 == 0
 
 
-def on_tpu(
-    mesh: Mesh,
-    queries_gkthd: jax.Array,
-    keys_gknsd: jax.Array,
-    values_gknsd: jax.Array,
-    prefix: Prefix | None = None,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
+def on_tpu(mesh: Mesh, *arrays: Any, interpret: bool = False) -> jax.Array:
     """See `attention.causal`: every device runs splash attention on its groups and heads.
 
     interpret: run it without a TPU, slowly, to test it.
     """
-    kernel = functools.partial(_splash, interpret=interpret)
-    return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
+    return on_each_device(functools.partial(_splash, interpret=interpret), mesh, *arrays)
 
 
 def on_gpu(
-    mesh: Mesh,
-    queries_gkthd: jax.Array,
-    keys_gknsd: jax.Array,
-    values_gknsd: jax.Array,
-    prefix: Prefix | None = None,
-    *,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
+    mesh: Mesh, *arrays: Any, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> jax.Array:
     """See `attention.causal`: every device runs cuDNN's attention on its groups and heads.
 
     implementation: "xla" computes the same without a GPU, to test it.
     """
     kernel = functools.partial(_cudnn, implementation=implementation)
-    return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
-
-
-def on_cpu(
-    mesh: Mesh,
-    queries_gkthd: jax.Array,
-    keys_gknsd: jax.Array,
-    values_gknsd: jax.Array,
-    prefix: Prefix | None = None,
-    *,
-    at_once: int = AT_ONCE,
-) -> jax.Array:
-    """See `attention.causal`: in parts that stay in a processor's cache, if it is much.
-
-    Scores are computed again in the backward pass, and memory is that of one part: new pages cost a
-    CPU about as much as computing what goes into them.
-
-    at_once: bytes of scores up to which there is only one part.
-    """
-    kernel = functools.partial(attend_in_parts, at_once=at_once)
-    return _on_each_device(kernel, mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix)
-
-
-def _on_each_device(kernel, mesh: Mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix):
-    g, k, _, heads, _ = queries_gkthd.shape
-    over_groups, over_k = activation_axes(mesh, g, k)
-    tensor = mesh.shape["tensor"]
-    over_heads = "tensor" if keys_gknsd.shape[2] % tensor == heads % tensor == 0 else None
-    own, shared = P(over_groups, over_k, over_heads), P(over_groups, over_heads)
-    queries = P(over_groups, over_k, None, over_heads)
-    prompt = None if prefix is None else (shared, shared, P(over_groups))
-    run = jax.shard_map(
-        kernel,
-        mesh=mesh,
-        in_specs=(queries, own, own, prompt),
-        out_specs=queries,
-        check_vma=False,
-    )
-    return run(queries_gkthd, keys_gknsd, values_gknsd, prefix and tuple(prefix))
+    return on_each_device(kernel, mesh, *arrays)
 
 
 def _cudnn(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation):
     g, k, t, h, d = queries_gkthd.shape
-    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix and Prefix(*prefix))
+    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
     s = keys.shape[3]
-    more = t % 2, s % 2  # cuDNN's backward pass wants even lengths
-    mask_ts = np.arange(s) <= np.arange(t + more[0])[:, None] + s - t
+    even_t, even_s = t + t % 2, s + s % 2  # as cuDNN's backward pass wants them
+    mask_ts = np.arange(s) <= np.arange(even_t)[:, None] + s - t
     mask = jnp.asarray(mask_ts)[None] & seen_gs[:, None]
-    mask = jnp.repeat(jnp.pad(mask, ((0, 0), (0, 0), (0, more[1]))), k, axis=0)[:, None]
-    queries = jnp.pad(queries_gkthd.reshape(g * k, t, h, d), ((0, 0), (0, more[0]), (0, 0), (0, 0)))
+    mask = jnp.repeat(_filled(mask, 2, even_s), k, axis=0)[:, None]
+    queries = _filled(queries_gkthd.reshape(g * k, t, h, d), 1, even_t)
 
     def ready(x_gknsd):
-        x = jnp.swapaxes(x_gknsd.reshape(g * k, -1, s, d), 1, 2)
-        return jnp.pad(x, ((0, 0), (0, more[1]), (0, 0), (0, 0)))
+        return _filled(jnp.swapaxes(x_gknsd.reshape(g * k, -1, s, d), 1, 2), 1, even_s)
 
     out = jax.nn.dot_product_attention(
         queries, ready(keys), ready(values), mask=mask, implementation=implementation
@@ -159,17 +102,23 @@ def _cudnn(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation):
 
 def _splash(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, interpret):
     *_, t, h, d = queries_gkthd.shape
-    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix and Prefix(*prefix))
+    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
     s = keys.shape[3]
-    rows, columns = _blocks(t), _blocks(s)
-    kernel = _kernel(h, rows, columns, s - t, interpret)
-    queries = jnp.swapaxes(queries_gkthd * d**-0.5, 2, 3)  # [g, k, h, t, d]
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, rows[0] - t), (0, 0)))
-    more = ((0, 0), (0, 0), (0, 0), (0, columns[0] - s), (0, 0))
-    keys, values = jnp.pad(keys, more), jnp.pad(values, more)
+    (rows, q), (columns, kv) = _blocks(t), _blocks(s)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((rows, columns), offset=s - t)] * h),
+        block_sizes=splash.BlockSizes(
+            block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    queries = _filled(jnp.swapaxes(queries_gkthd * d**-0.5, 2, 3), 3, rows)  # [g, k, h, t, d]
+    keys, values = _filled(keys, 3, columns), _filled(values, 3, columns)
     segments = splash.SegmentIds(
-        q=jnp.ones((queries.shape[0], rows[0]), jnp.int32),
-        kv=jnp.pad(seen_gs, ((0, 0), (0, columns[0] - s))).astype(jnp.int32),
+        q=jnp.ones((queries.shape[0], rows), jnp.int32),
+        kv=_filled(seen_gs, 1, columns).astype(jnp.int32),
     )
     of_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     out: Any = jax.vmap(of_group)(queries, keys, values, segments)
@@ -197,21 +146,6 @@ def _blocks(length: int) -> tuple[int, int]:
     return whole, next(size for size in range(_BLOCK, 0, -_LANES) if whole % size == 0)
 
 
-def _kernel(heads: int, rows: tuple[int, int], columns: tuple[int, int], offset: int, interpret):
-    (length, block_q), (width, block_kv) = rows, columns
-    mask = splash.CausalMask((length, width), offset=offset)
-    sizes = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
-    return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
+def _filled(x, axis: int, size: int):
+    """The array filled up with zeros along an axis."""
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -7,7 +7,7 @@ forward and backward.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -17,11 +17,7 @@ from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.ops.attention import Prefix
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["source", "place", "prompt_lengths", "fits"],
-    meta_fields=["shape"],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedTokens:
     """Which token of a padded batch lies where.
@@ -39,7 +35,7 @@ class PackedTokens:
     place: jax.Array
     prompt_lengths: jax.Array
     fits: jax.Array
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, int, int, int] = field(metadata={"static": True})
 
     @property
     def of_completions(self) -> jax.Array:

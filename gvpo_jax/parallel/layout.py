@@ -37,7 +37,7 @@ BATCH_LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"", ("groups", "completions")),
 )
 
-# What the decoder computes on the way, by `models.decoder.Placement`'s names.
+# What the decoder computes on the way, by `models.decoder.DecoderOptions`'s names.
 ACTIVATION_LAYOUT: dict[str, tuple[str | None, ...]] = {
     # [g, k, t, d], cut as the embedding is, so that looking up moves tokens and not the table
     "embedded": ("groups", "completions", None, "fsdp"),
@@ -163,12 +163,9 @@ def place_params(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(place, tree, shardings(mesh, tree))
 
 
-def place_param(mesh: Mesh, path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
+def place_param(mesh: Mesh, path: str, array: np.ndarray) -> jax.Array:
     """One parameter, by its path, laid out on the mesh."""
-    tree: Any = array
-    for key in reversed(path):
-        tree = {key: tree}
-    return jax.tree.leaves(place_params(mesh, tree))[0]
+    return place_params(mesh, {path: array})[path]
 
 
 def shapes_on(mesh: Mesh, tree: Any) -> Any:
