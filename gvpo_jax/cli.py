@@ -42,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """With all settings, where the command takes some."""
+        text = super().format_help()
+        if "key=value" not in text:
+            return text
+        from gvpo_jax.config_file import settings_help
+
+        return f"{text}\n{settings_help()}\n"
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 

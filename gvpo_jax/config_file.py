@@ -1,6 +1,7 @@
 """A config as a file: YAML with `key=value` on top, and what a resumed run may change."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -103,26 +104,28 @@ def difference(a: Config, b: Config) -> list[str]:
 
 def settings_page() -> str:
     """All settings as a page of documentation; `python -m gvpo_jax.config_file` prints it."""
-    lines = ["# Settings", "", _PAGE, ""]
-    section = ""
-    for key, kind, default, limits, description in describe(Config):
-        if not key.startswith(f"{section}."):
-            section = key.partition(".")[0]
-            about = (getattr(Config(), section).__doc__ or "").partition("\n")[0]
-            lines += [f"## {section}", "", about, ""]
-            lines += ["| setting | type | default | limits | meaning |", "|---|---|---|---|---|"]
-        cells = (f"`{key}`", kind, f"`{default}`" if default else "", limits, description)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        if key == section:
-            lines.append("")
-    return re.sub(r"\n(?=## )", "\n\n", "\n".join(lines)) + "\n"
+    lines = [_PAGE]
+    for name, settings in itertools.groupby(describe(Config), lambda s: s.key.split(".")[0]):
+        about = (getattr(Config(), name).__doc__ or "").partition("\n")[0]
+        lines += ["", f"## {name}", "", about, ""]
+        lines += ["| setting | type | default | limits | meaning |", "|---|---|---|---|---|"]
+        for key, kind, default, limits, meaning in settings:
+            cells = f"`{key}`", kind, f"`{default}`" if default else "", limits, meaning
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-_PAGE = (
-    "Give any of these in the YAML file, as `section.key=value` behind a command, or as\n"
-    "`section__key=value` to `Trainer.from_pretrained`. This page is made by\n"
-    "`python -m gvpo_jax.config_file > docs/settings.md`."
-)
+_PAGE = """# Settings
+
+Give any of these in the YAML file, as `section.key=value` behind a command, or as
+`section__key=value` to `Trainer.from_pretrained`. This page is made by
+`python -m gvpo_jax.config_file > docs/settings.md`."""
+
+
+def settings_help() -> str:
+    """All settings as `--help` shows them."""
+    rows = [f"  {s.key}={s.default}  ({s.type})\n      {s.description}" for s in describe(Config)]
+    return "\n".join(["settings, each with its default:", *rows])
 
 
 def claim(config: Config) -> Path:

@@ -98,9 +98,10 @@ def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(get_args(hint))
     if get_origin(hint) in (list, dict):
-        return str(hint).replace("typing.", "")
+        inside = ", ".join(_type_name(part) for part in get_args(hint))
+        return f"{get_origin(hint).__name__}[{inside}]"
     parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
-    names = [_type_name(part) if get_args(part) else part.__name__ for part in parts]
+    names = [getattr(part, "__name__", "any") for part in parts]
     return " | ".join(names + ["null"] * (len(parts) < len(get_args(hint))))
 
 

@@ -16,6 +16,7 @@ from gvpo_jax.config_file import load_config
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.load import load_model
 from gvpo_jax.parallel import distributed
+from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.trainer import Trainer
 
@@ -34,14 +35,14 @@ ROUNDING = ("sync/logp_difference/mean", "sync/logp_difference/max")
 GLOO = {"Gloo", "Rank", "is", "connected", "to", "peer", "ranks", "Expected", "number", "of"}
 
 
-def start(arguments, *, devices):
+def start(arguments, *, devices, program=("-m", "gvpo_jax")):
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['GVPO_TESTS_XLA_FLAGS']} "
         f"--xla_force_host_platform_device_count={devices}",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "gvpo_jax", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -220,7 +221,7 @@ def test_who_does_not_come_is_a_line_after_a_bounded_wait(tmp_path, process_id, 
 )
 def test_half_of_the_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        distributed.start(**settings)
+        DistributedConfig(**settings).start()
 
 
 def test_alone_nothing_is_gathered_or_shared(monkeypatch):
@@ -259,4 +260,38 @@ def test_the_environment_tells_of_a_cluster(monkeypatch):
 def test_pathways_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "proxy,cpu")
     with pytest.raises(UserError, match="pip install pathwaysutils"):
-        distributed.start()
+        DistributedConfig().start()
+
+
+SAVE = """
+import sys
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import override
+from gvpo_jax.trainer import Trainer
+
+address, process, folder = sys.argv[1:]
+config = override(
+    Config(), mesh__fsdp=8, distributed__coordinator_address=address,
+    distributed__num_processes=2, distributed__process_id=int(process),
+)
+config.distributed.start()
+Trainer(config).save_pretrained(folder)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_cut_over_two_processes_is_written_whole_by_the_first(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    folder = tmp_path / "model"
+    processes = [start([address, i, folder], devices=4, program=["-c", SAVE]) for i in (0, 1)]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    for a, b in zip(
+        jax.tree.leaves(load_model(str(folder)).params),
+        jax.tree.leaves(load_model("debug").params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)

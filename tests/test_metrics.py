@@ -230,3 +230,13 @@ def test_shares():
     assert percent(0.4184) == "41.8%"
     assert points(0.184) == "+18.4"
     assert points(-0.021) == "\u22122.1"
+
+
+def test_time_left_counts_the_rollout_that_several_updates_share(tmp_path):
+    """A rollout of 30 s in the first of three updates of 3 s each: 12 s an update, not 3."""
+    out = io.StringIO()
+    with Progress(61, 0, per_round=3, console=Console(file=out, width=200)) as progress:
+        for step in range(1, 7):
+            seconds = 30.0 if step % 3 == 1 else 3.0
+            progress.update(step, {"reward": 0.5, "step_time": seconds})
+    assert "12 s/step  11 min left" in out.getvalue().splitlines()[-1]  # 55 updates of 12 s

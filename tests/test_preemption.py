@@ -72,17 +72,24 @@ def train(run_dir):
     return trainer.train(ROWS, letter_share, eval_dataset=ROWS[:2])
 
 
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, rounds):
-    """Told after so many rounds of two updates; 0 is before the first one."""
+@pytest.mark.parametrize("updates", [0, 1, 2, 3])
+def test_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, updates):
+    """Told after so many updates, of which two make a round; 0 is before the first one."""
     whole = train(tmp_path / "whole")
-    answers = iter([False] * rounds + [True])
+    asked = []  # before each round, and before each update but a round's first
+    answers = [False, False, False, False][: 2 * (updates // 2) + updates % 2]
+    answers += [True] * 3
+
+    def told():
+        asked.append(answers[len(asked)])
+        return asked[-1]
+
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "watch", lambda: contextlib.nullcontext(lambda: next(answers)))
+        patch.setattr(loop, "watch", lambda: contextlib.nullcontext(told))
         with pytest.raises(Preempted) as ended:
             train(tmp_path / "parts")
     assert ended.value.code == 143
-    assert saved(tmp_path / "parts") == [2 * rounds] * rounds
+    assert saved(tmp_path / "parts") == [updates] * bool(updates)
     parts = train(tmp_path / "parts")
     for name in ("steps", "num_tokens", "eval/accuracy_before", "eval/accuracy_after"):
         assert parts[name] == whole[name], name
@@ -91,6 +98,8 @@ def test_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, rounds):
     ):
         assert a.keys() == b.keys()
         np.testing.assert_array_equal(a.get("loss"), b.get("loss"))
+    for file in (tmp_path / "whole" / "completions").iterdir():
+        assert file.read_bytes() == (tmp_path / "parts" / "completions" / file.name).read_bytes()
 
 
 def test_the_signal_is_caught_once_and_its_default_comes_back():

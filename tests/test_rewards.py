@@ -559,3 +559,19 @@ def test_missing_package_names_the_extra(monkeypatch, func, package, extra, colu
     )
     with pytest.raises(UserError, match=rf'pip install "gvpo-jax\[{extra}\]"'):
         func(["p"], ["1"], **columns)
+
+
+def test_a_reward_file_may_hold_a_dataclass(tmp_path):
+    """Which looks for its module by name; and the file may be called as a module of Python's."""
+    (tmp_path / "math.py").write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Weights:\n"
+        "    length: float = 2.0\n"
+        "def reward(prompts, completions, **_):\n"
+        "    return [Weights().length * len(text) for text in completions]\n"
+    )
+    reward = load_reward_func(f"{tmp_path / 'math.py'}:reward")
+    assert reward(["a"], ["abc"]) == [6.0]
+    assert sys.modules["math"].sqrt(4) == 2

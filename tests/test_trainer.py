@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import gc
 import json
 import shutil
 import subprocess
@@ -6,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 import pytest
 
+from gvpo_jax.commands import export
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import load_config, override
 from gvpo_jax.data.rows import completion_ids
@@ -20,6 +24,7 @@ from gvpo_jax.rundir.claim import lock
 from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.rundir.log import crossed
 from gvpo_jax.trainer import Trainer
+from gvpo_jax.training.checkpoint import Checkpoints
 
 ROWS = [
     {"prompt": f"Spell {word}: ", "word": word, "solution": word}
@@ -429,3 +434,71 @@ def test_a_setting_with_a_short_name_may_be_given_by_its_full_one(tmp_path):
     )
     assert trainer.config.optimizer.learning_rate == 0.5
     assert trainer.config.loss.beta == 0.3
+
+
+def bytes_held():
+    """Of arrays that are alive on devices."""
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+@pytest.mark.parametrize(("how", "trees"), [("resume", 1), ("export", 1)])
+def test_nothing_is_held_twice_while_a_checkpoint_is_read(tmp_path, monkeypatch, how, trees):
+    """Beside the reference there is no other copy of the parameters, and no optimizer state."""
+    train(tmp_path, train__stop_at=2)
+    before, held = bytes_held(), []
+    read = Checkpoints.restore
+
+    def spy(self, *arguments, **options):
+        held.append(bytes_held() - before)
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore", spy)
+    trainer = Trainer(config(tmp_path), load_model("debug"))
+    params = sum(x.nbytes for x in jax.tree.leaves(trainer.policy.params))
+    if how == "resume":
+        trainer.train(ROWS, letter_share, eval_dataset=ROWS[:2])
+    else:
+        trainer.restore(tmp_path)
+        state = sum(x.nbytes for x in jax.tree.leaves(trainer.policy.params))
+        assert bytes_held() - before < 2.1 * state  # policy and reference, no moments
+    assert held[0] < 1.1 * trees * params
+
+
+def test_a_folder_without_checkpoints_is_left_as_it_is(tmp_path):
+    with pytest.raises(UserError, match="typo has no checkpoint yet"):
+        Trainer(config(tmp_path / "run"), load_model("debug")).restore(tmp_path / "typo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lengths_are_checked_before_weights_are_read(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("gvpo_jax.models.load.read_params", lambda *_, **__: read.append(1))
+    with pytest.raises(UserError, match="debug was made for 2048; lower one of them"):
+        Trainer(config(tmp_path, data__max_prompt_length=2043))
+    assert read == []
+
+
+def test_a_resumed_run_may_be_cut_otherwise(tmp_path):
+    """On fewer chips, say: none of these changes what is computed."""
+    train(tmp_path, train__stop_at=2)
+    other = {"train__micro_batches": 2, "train__completion_parts": 2, "rollout__slots": 4}
+    _, summary = train(tmp_path, **other)
+    assert summary["steps"] == 4
+
+
+def test_another_error_of_the_lock_is_told_as_it_is(tmp_path, monkeypatch):
+    def fails(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fails)
+    with pytest.raises(UserError, match=r"can't use run.dir=.*: No locks available"):
+        train(tmp_path)
+
+
+def test_a_servers_run_is_exported_without_servers_or_key(tmp_path):
+    train(tmp_path / "run", train__steps=1)
+    asks = {"servers__urls": ["http://a:1"], "servers__api_key_env": "NOT_SET_HERE"}
+    of_run = config(tmp_path / "run", servers__kind="vllm", **asks)
+    folder = export(of_run, tmp_path / "model")
+    assert load_model(str(folder)).config == load_model("debug").config

@@ -212,23 +212,25 @@ MUTANTS = (
     Mutant(
         "micro-batches' mean losses added up: the gradient grows with their number",
         "training/step.py",
-        "gradient(params, *part, count)",
-        "gradient(params, *part, jnp.maximum(jnp.sum(jnp.sum(part[0].valid, -1) >= 2), 1))",
+        "        return total / count",
+        "        return total / jnp.maximum(jnp.sum(jnp.sum(batch.valid, -1) >= 2), 1)",
         STEP,
     ),
     Mutant(
         "micro-batches' mean losses averaged, however many groups each has",
         "training/step.py",
-        "gradient(params, *part, count)",
-        "gradient(params, *part, "
-        "len(parts[1]) * jnp.maximum(jnp.sum(jnp.sum(part[0].valid, -1) >= 2), 1))",
+        "        return total / count",
+        "        return total / micro_batches / jnp.maximum("
+        "jnp.sum(jnp.sum(batch.valid, -1) >= 2), 1)",
         STEP,
     ),
     Mutant(
         "only the last micro-batch's gradient used",
         "training/step.py",
-        "jax.tree.map(jnp.add, total, grads)",
-        "grads",
+        "accumulator=(add_up.SUM, add_up.CONCAT)",
+        "accumulator=(optax.microbatching.Accumulator("
+        "lambda x: jax.tree.map(jnp.zeros_like, x), lambda so_far, new, _: new, "
+        "lambda x: x, lambda x: x), add_up.CONCAT)",
         STEP,
     ),
     Mutant(
@@ -241,8 +243,8 @@ MUTANTS = (
     Mutant(
         "parts of groups differentiated with each other's weights",
         "training/step.py",
-        "weights = cut(jax.grad(loss)(logps_gkt))",
-        "weights = cut(jax.grad(loss)(logps_gkt))[::-1]",
+        "weights = cut(jax.grad(loss_of)(logps_gkt, batch, advantages_gk))",
+        "weights = cut(jax.grad(loss_of)(logps_gkt, batch, advantages_gk))[::-1]",
         STEP,
     ),
     Mutant(
@@ -255,15 +257,16 @@ MUTANTS = (
     Mutant(
         "no reward taken for a reward of 0",
         "data/groups.py",
-        "rewards = np.stack([_widen(g.rewards, k) for g in groups])",
-        "rewards = np.nan_to_num(np.stack([_widen(g.rewards, k) for g in groups]))",
+        "valid = ~np.isnan(wide.rewards) & (wide.lengths > 0)",
+        "valid, _ = wide.lengths > 0, np.nan_to_num(wide.rewards, copy=False)",
         FILLING,
     ),
     Mutant(
         "the end token left out of a sampled completion",
         "rollout/inprocess.py",
-        "drawn = (state.completions_snt, state.lengths_sn, state.logps_snt)",
-        "drawn = (state.completions_snt, jnp.maximum(state.lengths_sn - 1, 1), state.logps_snt)",
+        "drawn = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))",
+        "drawn = to_host((state.completions_snt, jnp.maximum(state.lengths_sn - 1, 1), "
+        "state.logps_snt))",
         ROLLOUT,
     ),
     Mutant(

@@ -187,14 +187,14 @@ def to_batch(
     t = bucket(longest)
     if longest_completion is not None:
         t = max(min(part_of_longest(longest, longest_completion), longest_completion), longest)
-    g, wide = groups.count, _widened(groups, k, t)
+    wide = _widened(groups, k, t)
     valid = ~np.isnan(wide.rewards) & (wide.lengths > 0)
     return Batch(
         prompts=prompts,
         prompt_lengths=prompt_lengths,
         completions=wide.completions,
         lengths=wide.lengths,
-        rewards=np.where(valid, wide.rewards, 0).reshape(g, k),
+        rewards=np.where(valid, wide.rewards, 0),
         valid=valid,
         ref_logps=wide.ref_logps,
         old_logps=wide.old_logps,
