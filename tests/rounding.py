@@ -30,7 +30,7 @@ def rounding(function, params, *, times=8, draws=4):
 def off(x, rng):
     """Each number, wrong by up to its last bit."""
     x = np.asarray(x)
-    return x * (1 + np.float32(EPS) * rng.uniform(-1, 1, x.shape).astype(np.float32))
+    return x * (1 + np.float32(EPS) * (2 * rng.random(x.shape, np.float32) - 1))
 
 
 def last_bits(tree, *, bits=16):
