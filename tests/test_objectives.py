@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rounding import last_bits
 from test_train_step import MISSING, assert_trees_close, random_batch
 
 from gvpo_jax.baselines import objective_loss
@@ -79,7 +80,7 @@ def test_any_number_of_micro_batches_gives_the_whole_batchs_gradient(name):
     whole, metrics = step(name, batch, 1, **settings)
     split, split_metrics = step(name, batch, 4, **settings)
     assert optax.tree.norm(whole) > 1e-4
-    assert_trees_close(split, whole, 1e-6)
+    assert_trees_close(split, whole, last_bits(PARAMS))
     np.testing.assert_allclose(split_metrics["loss"], metrics["loss"], atol=1e-5)
 
 
@@ -111,7 +112,7 @@ def test_clipped_residuals_change_the_step_and_wide_ones_do_not():
     plain, _ = step("gvpo", batch, 1)
     wide, _ = step("gvpo", batch, 1, huber_delta=100.0)
     narrow, _ = step("gvpo", batch, 1, huber_delta=0.1)
-    assert_trees_close(wide, plain, 1e-6)
+    assert_trees_close(wide, plain, last_bits(PARAMS))
     assert optax.tree.norm(narrow) < 0.5 * optax.tree.norm(plain)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import rounding
 
 from gvpo_jax.logprobs import completion_mask, token_logprobs
 from gvpo_jax.models.decoder import (
@@ -94,10 +95,12 @@ def packed_logprobs(config, params, *arrays, shards=1, spare=0, **options):
 def test_log_probs_equal_those_of_repeated_prompts(case, route):
     config, params, *rest = case
     shared, plain = (
-        jax.jit(lambda p, route=route: route(config, p, *rest))(params)
+        jax.jit(lambda p, route=route: route(config, p, *rest))
         for route in (route, repeated_logprobs)
     )
-    np.testing.assert_allclose(shared, plain, atol=1e-5)
+    atol = rounding(plain, params)
+    assert atol < 1e-4
+    np.testing.assert_allclose(shared(params), plain(params), atol=atol)
 
 
 def test_a_stream_too_short_gives_no_wrong_number(case):
@@ -113,20 +116,22 @@ def test_gradients_equal_those_of_repeated_prompts(case):
 
     def gradient(route, **options):
         value = lambda p: jnp.sum(cotangent * route(config, p, *rest, **options))  # noqa: E731
-        return jax.jit(jax.grad(value))(params)
+        return jax.jit(jax.grad(value))
 
-    plain = gradient(repeated_logprobs)
+    of_params = gradient(repeated_logprobs)
+    plain, atol = of_params(params), rounding(of_params, params)
+    assert atol < 1e-4
     for route, options in (
         (shared_logprobs, {}),
         (shared_logprobs, {"remat": "dots"}),
         (packed_logprobs, {"spare": 3}),
         (packed_logprobs, {"shards": 3, "remat": "layer"}),
     ):
-        shared = gradient(route, **options)
+        shared = gradient(route, **options)(params)
         for (path, a), b in zip(
             jax.tree.leaves_with_path(plain), jax.tree.leaves(shared), strict=True
         ):
-            np.testing.assert_allclose(b, a, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+            np.testing.assert_allclose(b, a, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def test_bfloat16_stays_near_float32(case):
@@ -141,7 +146,7 @@ def test_bfloat16_stays_near_float32(case):
 def test_decoding_gives_the_hidden_states_of_scoring(case):
     config, params, prompts, prompt_lengths, completions, _ = case
     apply = decoder_fns(config)
-    scored = jax.jit(apply.completion_hidden)(params, prompts, prompt_lengths, completions)
+    score = jax.jit(lambda p: apply.completion_hidden(p, prompts, prompt_lengths, completions))
     last, prefix = jax.jit(apply.prefill)(params, prompts, prompt_lengths)
     decode = jax.jit(apply.decode)
     cache = apply.empty_cache(G, K, T)
@@ -152,7 +157,9 @@ def test_decoding_gives_the_hidden_states_of_scoring(case):
             params, completions[:, :, at], prompt_lengths, prefix, cache, before, at
         )
         hidden.append(state)
-    np.testing.assert_allclose(jnp.stack(hidden, axis=2), scored, atol=1e-5)
+    atol = rounding(score, params)
+    assert atol < 1e-4
+    np.testing.assert_allclose(jnp.stack(hidden, axis=2), score(params), atol=atol)
 
 
 def test_a_prompt_costs_the_same_for_any_k():
