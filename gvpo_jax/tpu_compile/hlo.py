@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -117,29 +116,27 @@ def loops(hlo: str) -> dict[str, int | None]:
 def memory(assignment: str, hlo: str = "", *, most: int = 8) -> Memory:
     """What a dumped buffer assignment holds in HBM.
 
+    `memory_analysis()` of the compiled program can't take its place: there is none where a program
+    does not fit, it has no total, and on TPU its temporaries are more than what HBM holds of them.
+
     Args:
         assignment: text of XLA's "buffer-assignment" dump.
         hlo: text of the optimized module, to say where buffers come from.
         most: buffers to name.
     """
-    origins = _origins(hlo)
-    sums = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "constants"), 0)
-    total, rows = 0, []
-    for head, values in _allocations(assignment):
-        size = int(head["size"])
-        total += size
-        kind = head["kind"]
-        if "parameter" in kind:
-            sums["arguments"] += size
-            sums["aliased"] += size * ("maybe-live-out" in kind)
-        if "maybe-live-out" in kind:
-            sums["outputs"] += size
-        if "temp" in kind:
-            sums["temporaries"] += size
-        if "constant" in kind:
-            sums["constants"] += size
+    origins, rows = _origins(hlo), []
+    names = ("arguments", "outputs", "aliased", "temporaries", "constants", "total")
+    sums = dict.fromkeys(names, 0)
+    for size, kind, values in _allocations(assignment):
+        given, kept = "parameter" in kind, "maybe-live-out" in kind
+        sums["arguments"] += size * given
+        sums["outputs"] += size * kept
+        sums["aliased"] += size * (given and kept)
+        sums["temporaries"] += size * ("temp" in kind)
+        sums["constants"] += size * ("constant" in kind)
+        sums["total"] += size
         rows += _rows(kind, values, origins)
-    return Memory(**sums, total=total, largest=_largest(rows, most))
+    return Memory(**sums, largest=_largest(rows, most))
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
@@ -271,11 +268,10 @@ def _matrix(text: str) -> np.ndarray:
 
 
 def _size(dtype: str, dims: str) -> float:
-    width = _BYTES.get(dtype)
-    if width is None:
-        digits = re.search(r"\d+", dtype)
-        width = int(digits[0]) / 8 if digits else 0
-    return width * math.prod(int(n) for n in dims.split(",") if n)
+    """Bytes; a type's first number is its bits: bf16, f8e4m3fn, s4."""
+    digits = re.search(r"\d+", dtype)
+    bits = 8 if dtype == "pred" else int(digits[0]) if digits else 0
+    return bits / 8 * math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _origins(hlo: str) -> dict[str, str]:
@@ -287,15 +283,13 @@ def _origins(hlo: str) -> dict[str, str]:
     return found
 
 
-def _allocations(text: str) -> Iterable[tuple[dict[str, str], list[str]]]:
-    """Allocations in HBM (no color, or color 0) and the lines of their values."""
-    blocks = re.split(r"^allocation ", text, flags=re.MULTILINE)[1:]
-    for block in blocks:
+def _allocations(text: str) -> Iterable[tuple[int, str, list[str]]]:
+    """Size, kind and the lines of the values of each allocation in HBM: no color, or color 0."""
+    for block in re.split(r"^allocation ", text, flags=re.MULTILINE)[1:]:
         head, *lines = block.splitlines()
         found = re.match(r"\d+: size (\d+),(?: color (\d+),)?(.*)$", head)
         if found is not None and found[2] in (None, "0"):
-            values = [line for line in lines if line.startswith(" value:")]
-            yield {"size": found[1], "kind": found[3]}, values
+            yield int(found[1]), found[3], [line for line in lines if line.startswith(" value:")]
 
 
 def _rows(
@@ -307,12 +301,8 @@ def _rows(
         found = re.search(r"<\d+ (\S+) .*\(size=(\d+),offset=(\d+)\): (.*)$", line)
         if found is None:
             continue
-        name = found[1].split("{")[0]
-        yield int(found[2]), int(found[3]), _plain(found[4]), what + origins.get(name, name)
-
-
-def _plain(shape: str) -> str:
-    return re.sub(r"\{[^}]*\}", "", shape)
+        name, shape = found[1].split("{")[0], re.sub(r"\{[^}]*\}", "", found[4])
+        yield int(found[2]), int(found[3]), shape, what + origins.get(name, name)
 
 
 def _largest(rows: list[tuple[int, int, str, str]], most: int) -> tuple[Buffer, ...]:

@@ -23,7 +23,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.models.known import model_shape
 from gvpo_jax.tpu_compile.advice import to_fit, to_speed_up
-from gvpo_jax.tpu_compile.hlo import Memory, collectives, loops, memory
+from gvpo_jax.tpu_compile.hlo import collectives, loops, memory
 from gvpo_jax.tpu_compile.lowering import Program, batch_sizes, run_programs
 from gvpo_jax.tpu_compile.roofline import (
     CHIPS,
@@ -156,15 +156,15 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
         ici_bytes=sum(c.wire_bytes for c in traffic if not c.between_slices),
         dcn_bytes=sum(c.wire_bytes for c in traffic if c.between_slices),
     )
-    peak = held.total + program.beside
-    usable = chip.hbm - RESERVED
+    sums = dataclasses.asdict(held)
+    largest, peak, usable = sums.pop("largest"), held.total + program.beside, chip.hbm - RESERVED
     return {
         "name": program.name,
         "compile_seconds": round(seconds, 1),
         "fits": error is None and peak <= usable,
         "error": error,
-        "hbm": _hbm(held, program.beside, usable),
-        "largest": [dataclasses.asdict(buffer) for buffer in held.largest],
+        "hbm": sums | {"beside": program.beside, "peak": peak, "usable": usable},
+        "largest": list(largest),
         "cost_analysis": costs,
         "main_loop": program.loop,
         "loops": loops(hlo),
@@ -216,11 +216,6 @@ def _costs(compiled: Any) -> dict[str, float | None]:
     return {"flops": costs.get("flops"), "bytes_accessed": costs.get("bytes accessed")}
 
 
-def _hbm(held: Memory, beside: int, usable: int) -> dict[str, int]:
-    sums = {key: value for key, value in dataclasses.asdict(held).items() if key != "largest"}
-    return sums | {"beside": beside, "peak": held.total + beside, "usable": usable}
-
-
 def _shape(m: DecoderConfig) -> Shape:
     queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     return Shape(
@@ -232,21 +227,19 @@ def _shape(m: DecoderConfig) -> Shape:
 
 
 def _work(name: str, shape: Shape, config: Config, sizes: dict[str, Sizes]) -> Work:
-    train, score, rollout = (
-        dataclasses.asdict(sizes[key]) for key in ("train", "score", "rollout")
-    )
     if name == "train step":
         return train_work(
             shape,
-            **train,
+            **dataclasses.asdict(sizes["train"]),
             remat=config.model.remat != "none",
             two_passes=config.train.completion_parts > 1,
         )
     if name == "reference scoring":
-        return score_work(shape, **score)
+        return score_work(shape, **dataclasses.asdict(sizes["score"]))
+    rollout = sizes["rollout"]
     if name == "rollout: prefill":
-        return prefill_work(shape, groups=rollout["groups"], p=rollout["p"])
-    return decode_work(shape, **rollout)
+        return prefill_work(shape, groups=rollout.groups, p=rollout.p)
+    return decode_work(shape, **dataclasses.asdict(rollout))
 
 
 def _libtpu_version() -> str:
