@@ -274,4 +274,4 @@ def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
     del environment["JAX_COMPILATION_CACHE_DIR"]  # these tests' own
     command = [sys.executable, "-m", "gvpo_jax", "train", DEBUG, *arguments]
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert any((tmp_path / ".cache" / "gvpo-jax").glob("jit_step*"))
+    assert any((tmp_path / ".cache" / "gvpo-jax").glob("jit_train_step*"))

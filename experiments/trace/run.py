@@ -113,7 +113,7 @@ def read(events: list[dict]) -> tuple[list[float], dict[str, list[Span]]]:
 
 def pairs_of_updates(sent: list[float], programs: dict[str, list[Span]], kind: str) -> dict:
     """Within rollouts and between them: idle milliseconds, and how many were sent off early."""
-    steps = programs["jit_step"][-len(sent) :]  # the one before was under way when it began
+    steps = programs["jit_train_step"][-len(sent) :]  # the one before was under way when it began
     if len(steps) != len(sent):
         raise SystemExit(f"the trace has {len(sent)} updates sent and {len(steps)} run")
     every = sorted(span for spans in programs.values() for span in spans)
