@@ -13,15 +13,15 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-LOSS = ("tests/test_loss.py", "tests/test_identities.py")
-STEP = ("tests/test_logprobs.py", "tests/test_train_step.py")
-PACKED = ("tests/test_shared_prefix.py", "tests/test_packing.py")
-ROLLOUT = ("tests/test_rollout.py",)
+LOSS = ("tests/unit/test_loss.py", "tests/unit/test_identities.py")
+STEP = ("tests/unit/test_logprobs.py", "tests/unit/test_train_step.py")
+PACKED = ("tests/unit/test_shared_prefix.py", "tests/unit/test_packing.py")
+ROLLOUT = ("tests/unit/test_rollout.py",)
 # One test each: the others of the file take long, and are about other things.
-FILLING = ("tests/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
+FILLING = ("tests/unit/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
 TEXT = (
-    "tests/test_trainer.py::test_steps_on_text_raise_the_probability_of_what_was_rewarded",
-    "tests/test_trainer.py::test_texts_end_with_the_tokenizers_own_end_token",
+    "tests/unit/test_trainer.py::test_steps_on_text_raise_the_probability_of_what_was_rewarded",
+    "tests/unit/test_trainer.py::test_texts_end_with_the_tokenizers_own_end_token",
 )
 
 # The first three are those that `--small` runs.
@@ -330,14 +330,14 @@ MUTANTS = (
         "ops/cpu.py",
         "queries_gkthd.reshape(g, k, t, n, h // n, d)",
         "queries_gkthd.reshape(g, k, t, h // n, n, d).swapaxes(3, 4)",
-        ("tests/test_kernels.py",),
+        ("tests/unit/test_kernels.py",),
     ),
     Mutant(
         "each head of a group is given the first group's prompt",
         "ops/cpu.py",
         "jnp.repeat(prefix.mask, n, axis=0)",
         "jnp.repeat(prefix.mask[:1], n * g, axis=0)",
-        ("tests/test_kernels.py",),
+        ("tests/unit/test_kernels.py",),
     ),
 )
 SMALL = MUTANTS[:3]

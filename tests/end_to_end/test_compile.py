@@ -396,7 +396,7 @@ def test_saved_reports_are_of_the_configs_as_they_are(tmp_path):
 
     Those with settings under older names are read as the new ones.
     """
-    folder = Path(__file__).parent.parent / "experiments" / "tpu_compile"
+    folder = Path(__file__).parents[2] / "experiments" / "tpu_compile"
     recipes = runpy.run_path(str(folder / "run.py"))["RECIPES"]
     for name, (config, topology, more) in recipes.items():
         settings = [item for item in more if "=" in item]

@@ -8,7 +8,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_file import difference, load_config, override, to_yaml
 from gvpo_jax.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.fixture

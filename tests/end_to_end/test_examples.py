@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "in_your_code"
+FOLDER = Path(__file__).parents[2] / "experiments" / "in_your_code"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 PAGE = (FOLDER / "README.md").read_text()
 # What each prints, before and after: smaller is better for the distance, larger for the others.

@@ -10,7 +10,7 @@ from test_report import make_run
 
 from gvpo_jax.errors import UserError
 
-FILE = Path(__file__).parent.parent / "experiments" / "pictures.py"
+FILE = Path(__file__).parents[2] / "experiments" / "pictures.py"
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "gvpo_jax"
+PACKAGE = Path(__file__).parents[2] / "gvpo_jax"
 
 # The house: one line a folder, from the ground up. A module may import its own folder and those
 # above it in this list, never one below it.

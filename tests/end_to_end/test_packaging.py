@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,11 @@ def test_the_source_distribution_can_be_tested(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"} <= names
     assert {f"docs/{name}" for name in files_below(ROOT / "docs", "*.md")} <= names
-    assert {f"tests/{Path(__file__).name}", "configs/debug.yaml", "gvpo_jax/loss.py"} <= names
+    assert {
+        f"tests/end_to_end/{Path(__file__).name}",
+        "configs/debug.yaml",
+        "gvpo_jax/loss.py",
+    } <= names
 
 
 def test_the_installed_wheel_trains_from_another_folder(wheel, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 POD = ROOT / "experiments" / "pod"
 GCLOUD = """#!/bin/bash
 # runs what `gcloud ... ssh ... --command X` would run on the hosts

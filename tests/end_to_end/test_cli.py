@@ -17,7 +17,7 @@ from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import load_model
 
 FLAGS = "GVPO_TESTS_XLA_FLAGS"
-DEBUG = str(Path(__file__).parent.parent / "configs" / "debug.yaml")
+DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
 SHORT = ["train.steps=2", "train.batch_size=2", "data.eval_size=2", "eval.every=0", "mesh.fsdp=1"]
 
 

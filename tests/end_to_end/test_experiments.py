@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -130,7 +130,7 @@ def test_gvpo_vs_grpo(tmp_path):
 def test_mutants(tmp_path):
     run("mutants", "--out", tmp_path / "results.json")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    tests = ("tests/test_loss.py::", "tests/test_identities.py::")
+    tests = ("tests/unit/test_loss.py::", "tests/unit/test_identities.py::")
     assert [row["caught_by"].startswith(tests) for row in rows] == [True] * 3
     saved = json.loads((ROOT / "experiments" / "mutants" / "results.json").read_text())["rows"]
     page = (ROOT / "experiments" / "mutants" / "README.md").read_text()
