@@ -21,7 +21,7 @@ def token_logprobs(
     chunk_bytes: int = CHUNK_BYTES,
     kept_bytes: int = 0,
 ) -> jax.Array:
-    """log softmax(hidden @ head.T)[target] for every position, exact, in float32.
+    """Log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
     Positions are worked off in chunks of the T axis. The logits of a single chunk are kept for the
     backward pass, those of several are computed again: beyond `chunk_bytes`, the memory that logits

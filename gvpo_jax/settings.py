@@ -26,8 +26,10 @@ def setting(
     Args:
         default: its value where nothing is given; a list or dict is copied.
         description: what it does, for `--help` and the documentation.
-        least, most: the smallest and the largest value allowed.
-        above, below: what the value must exceed, and stay under.
+        least: the smallest value allowed.
+        most: the largest value allowed.
+        above: what the value must exceed.
+        below: what the value must stay under.
         hint: what to do about a value out of range.
         free: a resumed run may change it: it touches neither what was computed nor what will be.
     """

@@ -33,19 +33,23 @@ class TrainBatch(NamedTuple):
 
 
 class Feed(Protocol):
-    """Gives the batches of a run, round by round; a round is `train.steps_per_generation` of them.
+    """Gives the batches of a run in rounds of `train.steps_per_generation`."""
 
-    `state` is what this process's next rounds depend on, as arrays; `load` takes over what all the
-    processes had, be they more or fewer than now.
-    """
+    def round(self, number: int) -> list[TrainBatch]:
+        """The batches of this round."""
+        ...
 
-    def round(self, number: int) -> list[TrainBatch]: ...
+    def state(self) -> Arrays:
+        """What this process's next rounds depend on."""
+        ...
 
-    def state(self) -> Arrays: ...
+    def load(self, states: Sequence[Arrays]) -> None:
+        """Take over what all the processes' `state` gave, be they more or fewer than now."""
+        ...
 
-    def load(self, states: Sequence[Arrays]) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what is under way."""
+        ...
 
 
 class OnlineFeed:
@@ -186,7 +190,9 @@ def send_groups(
         policy: whose reference it is.
         groups: this process's.
         batch_size: groups of all processes that the batch is filled up to.
-        longest_prompt, longest_completion, k: see `to_batch`.
+        longest_prompt: see `to_batch`.
+        longest_completion: see `to_batch`.
+        k: see `to_batch`.
     """
     batch = to_batch(
         groups, longest_prompt=longest_prompt, longest_completion=longest_completion, k=k

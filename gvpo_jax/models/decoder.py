@@ -88,11 +88,14 @@ class DecoderOptions:
 
 
 class RMSNorm(nnx.Module):
+    """Division by the root of the mean square, in float32, then a scale for each feature."""
+
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones(size))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., d] -> [..., d]`."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * jnp.expand_dims(
@@ -101,6 +104,8 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
+    """Attention with grouped heads and rotary positions, over prompt, cache or packed tokens."""
+
     def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
         self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
         self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
@@ -112,6 +117,7 @@ class Attention(nnx.Module):
         self.config, self.options = c, options
 
     def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
+        """`[g, k, t, d]` -> the same, and the keys and values of these tokens."""
         g, k, t, _ = x.shape
 
         def heads(linear):
@@ -141,6 +147,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
         self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
         self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
@@ -148,11 +156,14 @@ class MLP(nnx.Module):
         self.options = options
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[g, k, t, d] -> [g, k, t, d]`."""
         gate, up = (self.options.constrain("mlp", linear(x)) for linear in (self.gate, self.up))
         return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
+    """Attention and feed-forward layer, each behind a norm and added to the residual."""
+
     def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.attn = Attention(c, linear, options)
@@ -161,6 +172,7 @@ class Block(nnx.Module):
         self.options = options
 
     def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
+        """As `Attention`."""
         attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at)
         x = self.options.constrain("residual", x + attended)
         return self.options.constrain("residual", x + self.mlp(self.post_norm(x))), kv
@@ -206,11 +218,13 @@ class Decoder(nnx.Module):
         return last_gd, [Prefix(keep(keys), keep(values), mask) for keys, values, mask in prefix]
 
     def decode(self, tokens_gk, lengths_g, prefix, cache, before_gk, place):
+        """See `DecoderFns`."""
         positions_gk, at = lengths_g[:, None] + before_gk, (before_gk, place)
         hidden, cache = self(tokens_gk[..., None], positions_gk[..., None], prefix, cache, at)
         return hidden[:, :, 0], cache
 
     def completion_hidden(self, prompts_gp, lengths_g, completions_gkt):
+        """See `DecoderFns`."""
         g, k, t = completions_gkt.shape
         last_gd, prefix = self._prompts(prompts_gp, lengths_g)
         first = jnp.broadcast_to(last_gd[:, None, None], (g, k, 1, last_gd.shape[-1]))
@@ -221,6 +235,7 @@ class Decoder(nnx.Module):
         return jnp.concatenate([first, rest], axis=2)
 
     def packed_hidden(self, prompts_gp, completions_gkt, packed: PackedTokens):
+        """See `DecoderFns`."""
         prompts = prompts_gp[:, None]
         positions = _positions(prompts), _positions(completions_gkt, packed.prompt_lengths)
         tokens = packed.pack(prompts, completions_gkt)
@@ -228,6 +243,7 @@ class Decoder(nnx.Module):
         return packed.last_of_prompts(hidden), hidden[:, 0]
 
     def output_embedding(self):
+        """The head, `[v, d]`."""
         # In float32, so that its gradients add up in it, chunk by chunk; `token_logprobs` casts.
         tied = self.config.tie_embeddings
         table = self.embed.embedding[...] if tied else self.head.kernel[...].T
@@ -355,7 +371,7 @@ def _write(cache: Stored, new: jax.Array, place) -> Stored:
 
 
 def _rope(config, positions_gkt):
-    """cos and sin `[g, k, t, 1, hd/2]` of the rotary angles, in float32."""
+    """Cos and sin `[g, k, t, 1, hd/2]` of the rotary angles, in float32."""
     half = config.head_dim // 2
     freqs = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is not None:

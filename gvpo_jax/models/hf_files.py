@@ -94,6 +94,7 @@ def read_json(file: Path, **options: Any) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write an indented JSON object."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -65,7 +65,8 @@ def attend(
 
     Args:
         queries_gkthd: `[g, k, t, h, d]`.
-        keys_gknsd: `[g, k, n, s, d]`, the suffix's keys; values_gknsd alike.
+        keys_gknsd: `[g, k, n, s, d]`, the suffix's keys.
+        values_gknsd: its values, alike.
         mask_gkts: booleans broadcastable to `[g, k, t, s]`: which suffix keys a query sees.
         prefix: the prompt, seen by every query of the group, or None.
     """

@@ -1,6 +1,7 @@
 """What only a CPU gains from: attention in parts that fit its cache, products that transpose less.
 
-The figures behind it are in experiments/bench/README.md."""
+The figures behind it are in experiments/bench/README.md.
+"""
 
 import functools
 from collections.abc import Callable

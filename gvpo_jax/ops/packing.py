@@ -74,7 +74,8 @@ def pack_tokens(
     Args:
         prompt_lengths: `[g]` int32.
         lengths: `[g, k]` int32.
-        p, t: padded lengths.
+        p: padded length of prompts.
+        t: padded length of completions.
         shards: s, divides g; groups are cut in order.
         size: n. What has no place is left out.
     """

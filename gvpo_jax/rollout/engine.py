@@ -110,7 +110,7 @@ class Engine(Protocol):
         seed: int,
         longest_prompt: int | None = None,
     ) -> Groups:
-        """k completions of every prompt, of source `POLICY`, without rewards.
+        """K completions of every prompt, of source `POLICY`, without rewards.
 
         A completion depends on `seed`, its prompt's id and its place among the k, not on the batch
         around it. `longest_prompt` is a hint for padding, see `gvpo_jax.data.batch.pad_prompts`.

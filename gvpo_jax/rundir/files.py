@@ -34,7 +34,7 @@ class Evaluation:
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """folder/step_000010.jsonl"""
+    """The path folder/step_000010.jsonl."""
     return folder / f"step_{step:06d}.jsonl"
 
 

@@ -50,6 +50,7 @@ class Counters:
     accuracy_after: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
         return dataclasses.asdict(self)
 
     def summary(self, model: str) -> dict[str, Any]:

@@ -62,10 +62,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """The largest of the four."""
         return max(self.compute, self.hbm, self.ici, self.dcn)
 
     @property
     def bound(self) -> str:
+        """Its name."""
         return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
 
 
@@ -118,7 +120,7 @@ def prefill_work(s: Shape, *, groups: int, p: int) -> Work:
 
 
 def decode_work(s: Shape, *, groups: int, k: int, p: int, t: int) -> Work:
-    """t tokens of every completion; attention looks at the prompt and all t slots each time."""
+    """T tokens of every completion; attention looks at the prompt and all t slots each time."""
     rows = groups * k
     layers = s.layers * 2 * s.matmul_params_per_layer * rows * (t - 1)
     head = 2 * s.head_params * rows * t

@@ -94,8 +94,10 @@ def token_logps(
     Args:
         model: see `gvpo_jax.models.decoder.DecoderFns`.
         params: its parameters.
-        prompts: `[g, p]`, with their lengths `[g]`.
-        completions: `[g, k, t]`, with their lengths `[g, k]`, which only packing needs.
+        prompts: `[g, p]` token ids.
+        prompt_lengths: `[g]`.
+        completions: `[g, k, t]` token ids.
+        lengths: `[g, k]` tokens of each completion, which only packing needs.
         packed_size: tokens to compute in each of the `model.shards` parts of the batch, see
             `gvpo_jax.data.packing_plan.make_plan`; all is NaN where they are too few. None, or for
             a model without `packed_hidden`: all tokens, padding too.

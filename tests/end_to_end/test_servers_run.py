@@ -307,7 +307,7 @@ def test_a_server_that_is_not_there(tmp_path, refused, capfd):
         assert 0 <= json.loads(capfd.readouterr().out)["eval/accuracy"] <= 1
         latest, last = (run / "eval" / f"{name}.jsonl" for name in ("latest", "after"))
         assert latest.read_bytes() == last.read_bytes()
-        with lock(load_config(run / "config.yaml")):
+        with lock(run):
             line = refused("eval", run)
     assert "another process is training in" in line
     assert "or sample here: servers.kind=none 'servers.urls=[]'" in line

@@ -225,6 +225,7 @@ def _check(url: str, httpx: Any) -> None:
 
 
 def pause(first: float, attempt: int) -> float:
+    """Seconds before try number `attempt`: they double each time, with jitter."""
     return min(first * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1)
 
 
