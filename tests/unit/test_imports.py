@@ -24,7 +24,7 @@ HOUSE = (
     ("rollout", "engines that sample"),
     ("rundir", "the files of a run folder"),
     ("training", "what an update is"),
-    ("report", "pages and pictures of a run"),
+    ("report", "the page of a run"),
     ("collect", "where an update's samples come from"),
     (
         "config config_file",
