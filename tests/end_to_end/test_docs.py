@@ -320,14 +320,14 @@ def test_the_settings_page_is_that_of_this_config():
 def test_the_walk_is_the_way_that_a_run_takes(tmp_path, monkeypatch):
     """The functions of this package that are under way when the model runs forward in an update."""
     seen = []
-    forward = Decoder.packed_hidden
+    forward = Decoder.__call__
 
-    def spy(self, *arguments):
+    def spy(self, *arguments, **options):
         frames = [f for f in traceback.extract_stack() if f"{os.sep}gvpo_jax{os.sep}" in f.filename]
         seen.append([frame.name for frame in frames])
-        return forward(self, *arguments)
+        return forward(self, *arguments, **options)
 
-    monkeypatch.setattr(Decoder, "packed_hidden", spy)
+    monkeypatch.setattr(Decoder, "__call__", spy)
     settings = ["train.steps=1", "data.eval_size=0", "mesh.fsdp=1"]
     assert main(["train", "debug", f"run.dir={tmp_path}", *settings]) == 0
     text = read("CONTRIBUTING.md")
