@@ -80,7 +80,8 @@ def override(config: Config, **values: Any) -> Config:
         section, _, key = name.partition("__")
         changes.setdefault(section, {})[key] = value
     try:
-        return _as_config(OmegaConf.merge(OmegaConf.structured(config), changes))
+        given = _with_new_names(OmegaConf.create(changes))
+        return _as_config(OmegaConf.merge(OmegaConf.structured(config), given))
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
 
@@ -216,16 +217,18 @@ def _as_config(merged: Any) -> Config:
 
 
 def _with_new_names(layer: Any) -> Any:
-    """Settings under the names that they have today."""
+    """Settings under the names that they have today, with what stands there as it is."""
+    if not OmegaConf.is_dict(layer):
+        return layer
+    plain: Any = OmegaConf.to_container(layer)
     for old, new in _RENAMED.items():
-        value = OmegaConf.select(layer, old) if OmegaConf.is_dict(layer) else None
-        if value is not None:
-            value = "none" if (old, value) == ("rollout.engine", "in_process") else value
-            OmegaConf.update(layer, new, value, force_add=True)
         section, key = old.split(".")
-        if OmegaConf.is_dict(layer) and OmegaConf.is_dict(layer.get(section)):
-            layer[section].pop(key, None)
-    return layer
+        if isinstance(plain.get(section), dict) and key in plain[section]:
+            value = plain[section].pop(key)
+            value = "none" if (key, value) == ("engine", "in_process") else value
+            there, name = new.split(".")
+            plain[there] = (plain.get(there) or {}) | {name: value}
+    return OmegaConf.create(plain)
 
 
 _RECORDS = {

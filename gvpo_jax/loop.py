@@ -166,7 +166,7 @@ class Loop:
             "counters": log.counters.as_dict(),
             "data_fingerprint": self.data_fingerprint,
         }
-        self.policy.save(checkpoints, about, samples)
+        self.policy.save(checkpoints, log.counters.step, about, samples)
 
     def _resume(self, checkpoints: Checkpoints) -> Counters:
         """Let policy and feed take over the last whole checkpoint; all at 0 where there is none.

@@ -200,7 +200,7 @@ class Trainer:
                 max_completion_length=c.rollout.max_completion_length,
                 bad_samples=c.data.bad_samples,
             )
-            if lost := int((demonstrations.lengths == 0).sum()):
+            if lost := sum(int((group.lengths == 0).sum()) for group in demonstrations):
                 notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"]
         collector = Collector(
             self.engine,
@@ -268,7 +268,7 @@ class Trainer:
         c = self.config
         prompts = c.data.encode(dataset, self.tokenizer)
         groups = self._read_groups(prompts).groups
-        if groups.count != len(dataset):
+        if len(groups) != len(dataset):
             raise UserError("some groups can't be used; remove them first")
         longest = c.rollout.max_completion_length
         return rows_with_reference(self.policy, prompts, groups, c.train.batch_size, longest)
@@ -303,7 +303,7 @@ class Trainer:
             sampling=self.config.rollout.params(),
             seed=seed,
         )
-        return texts_of(self.tokenizer, groups)
+        return texts_of(self.tokenizer, groups.completions, groups.lengths)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads.

@@ -69,8 +69,8 @@ class Judge:
 
     def _judge(self, rows: Sequence[Row], groups: Groups) -> tuple[list[list[str]], Scores]:
         shape = groups.lengths.shape
-        token_ids = token_lists(groups)
-        texts = texts_of(self.tokenizer, groups)
+        token_ids = token_lists(groups.completions, groups.lengths)
+        texts = texts_of(self.tokenizer, groups.completions, groups.lengths)
         all_rows = [row for row in rows for _ in range(shape[1])]
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -117,7 +117,7 @@ class Collector:
     judge: Judge
     prompts: EncodedPrompts
     options: RolloutConfig
-    demonstrations: Groups | None
+    demonstrations: Sequence[Groups] | None
     new: int
     batch_size: int
     samples: int
@@ -150,7 +150,7 @@ class Collector:
         )
         groups = sampled._replace(row=indices, version=np.full_like(sampled.version, version))
         if self.demonstrations is not None:
-            groups = join(groups, take(self.demonstrations, indices))
+            groups = join(groups, stack([self.demonstrations[i] for i in indices]))
         return [
             self._with_rewards(number, take(groups, slice(place * size, (place + 1) * size)))
             for place, number in enumerate(numbers)
@@ -182,7 +182,7 @@ def read_demonstrations(
     count: int,
     max_completion_length: int,
     bad_samples: Literal["error", "skip"],
-) -> Groups:
+) -> list[Groups]:
     """Every row's solutions as completions without a reward; one that can't be used is empty.
 
     Args:
@@ -215,13 +215,15 @@ def read_demonstrations(
             ids[number] = [] if problem else tokens
         nothing = [None] * count
         groups.append(make_group(prompt, ids, nothing, source=Source.DEMONSTRATION, row=place))
-    return stack(groups)
+    return groups
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase, groups: Groups) -> list[list[str]]:
-    """Completions as text, a list for each group, without special tokens."""
-    texts = tokenizer.batch_decode(token_lists(groups), skip_special_tokens=True)
-    k = groups.lengths.shape[1]
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, completions: np.ndarray, lengths: np.ndarray
+) -> list[list[str]]:
+    """Completions `[g, k, t]` as text, a list for each group, without special tokens."""
+    texts = tokenizer.batch_decode(token_lists(completions, lengths), skip_special_tokens=True)
+    k = lengths.shape[1]
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 

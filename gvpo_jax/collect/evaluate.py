@@ -65,8 +65,10 @@ def evaluate(
             longest_prompt=held_out.longest,
         )
         _, scores = judge.judge([rows[i] for i in here], groups)
-        groups, rewards = gather((groups, scores.rewards))
-        texts = texts_of(judge.tokenizer, groups)
+        # Not the prompts: they are as wide as each process's longest.
+        here = groups.completions, groups.lengths, scores.rewards
+        completions, lengths, rewards = gather(here)
+        texts = texts_of(judge.tokenizer, completions, lengths)
         records += _records(rows, indices, rewards, texts, options.success_reward)
     return _summary(records), records
 

@@ -28,6 +28,7 @@ from gvpo_jax.data.groups import (
     stack,
     take,
     token_lists,
+    trim,
     with_reference,
 )
 from gvpo_jax.data.rows import EncodedPrompts, batch_indices
@@ -41,7 +42,7 @@ from gvpo_jax.training.step import TrainConfig
 class OfflineGroups:
     """Groups to train on, and how many completions and whole groups were left out as bad."""
 
-    groups: Groups
+    groups: list[Groups]
     skipped_completions: int
     skipped_groups: int
 
@@ -105,10 +106,10 @@ def read_groups(
                 raise UserError(f"{name}: a group needs at least two completions{_HINT}")
         skipped += len(problems)
         if len(good) >= 2:
-            groups.append(pick(group, good))
+            groups.append(trim(pick(group, good)))
     if not groups:
         raise UserError(f"none of the {len(rows)} groups has two completions to compare")
-    return OfflineGroups(stack(groups), skipped, len(rows) - len(groups))
+    return OfflineGroups(groups, skipped, len(rows) - len(groups))
 
 
 _HINT = "; data.bad_samples=skip leaves out what can't be used"
@@ -193,15 +194,16 @@ class OfflineFeed:
     def __init__(
         self,
         policy: Policy,
-        groups: Groups,
+        groups: Sequence[Groups],
         train: TrainConfig,
         *,
         longest_completion: int,
         seed: int,
         ahead: bool,
     ):
-        self._policy, self._groups, self._train, self._seed = policy, groups, train, seed
-        self._longest = int(groups.prompt_lengths.max()), longest_completion
+        self._policy, self._groups, self._train, self._seed = policy, list(groups), train, seed
+        self._longest = max(group.prompts.shape[1] for group in groups), longest_completion
+        self._k = max(group.lengths.shape[1] for group in groups)
         self._ahead: tuple[int, Scoring] | None = None
         updates, of_round = -(-train.steps // train.num_iterations), train.steps_per_generation
         self._last = -(-updates // of_round) * of_round - 1 if ahead else -1
@@ -213,22 +215,28 @@ class OfflineFeed:
 
     def state(self) -> Arrays:
         """The reference log-probs so far: scored in other batches they would round otherwise."""
-        places = np.flatnonzero(self._groups.reference != UNKNOWN)
-        if not len(places):
+        known = [i for i, group in enumerate(self._groups) if group.reference[0] != UNKNOWN]
+        if not known:
             return {}
-        g = self._groups
+        groups = [self._groups[i] for i in known]
         return {
-            "places": places,
-            "ref_logps": g.ref_logps[places],
-            "reference": g.reference[places],
+            "places": np.array(known),
+            "ref_logps": np.concatenate([group.ref_logps.ravel() for group in groups]),
+            "reference": np.concatenate([group.reference for group in groups]),
         }
 
     def load(self, states: Sequence[Arrays]) -> None:
         """Take over what `state` gave, whichever process had it."""
         for state in states:
-            if "ref_logps" in state:  # version 0.1 kept them otherwise: they are scored again
-                self._groups.ref_logps[state["places"]] = state["ref_logps"]
-                self._groups.reference[state["places"]] = state["reference"]
+            if "ref_logps" not in state:  # version 0.1 kept them otherwise: they are scored again
+                continue
+            start = 0
+            for place, reference in zip(state["places"], state["reference"], strict=True):
+                shape = self._groups[place].ref_logps.shape
+                end = start + int(np.prod(shape))
+                logps = state["ref_logps"][start:end].reshape(shape)
+                self._groups[place] = with_reference(self._groups[place], logps, int(reference))
+                start = end
 
     def close(self) -> None:
         """Nothing to end."""
@@ -242,9 +250,9 @@ class OfflineFeed:
         ahead, self._ahead = self._ahead, None
         scoring = ahead[1] if ahead and ahead[0] == number else self._send(number)
         batch, scored = scoring()
-        places = self._indices(number)
-        self._groups.ref_logps[places] = scored.ref_logps
-        self._groups.reference[places] = scored.reference
+        for row, place in enumerate(self._indices(number)):
+            logps, reference = scored.ref_logps[row : row + 1], int(scored.reference[row])
+            self._groups[place] = with_reference(self._groups[place], logps, reference)
         if number < self._last:
             self._ahead = number + 1, self._send(number + 1)
         return batch
@@ -253,21 +261,25 @@ class OfflineFeed:
         prompt, completion = self._longest
         return send_groups(
             self._policy,
-            take(self._groups, self._indices(number)),
+            stack([self._groups[i] for i in self._indices(number)]),
             self._train.batch_size,
             longest_prompt=prompt,
             longest_completion=completion,
-            k=self._groups.lengths.shape[1],
+            k=self._k,
         )
 
     def _indices(self, number: int) -> np.ndarray:
         size = self._train.batch_size
-        every = batch_indices(self._groups.count, size, number, self._seed)
+        every = batch_indices(len(self._groups), size, number, self._seed)
         return every[my_slice(size)]
 
 
 def rows_with_reference(
-    policy: Policy, prompts: EncodedPrompts, groups: Groups, size: int, longest_completion: int
+    policy: Policy,
+    prompts: EncodedPrompts,
+    groups: Sequence[Groups],
+    size: int,
+    longest_completion: int,
 ) -> list[dict[str, Any]]:
     """The groups' rows with token ids, `ref_logps` and `ref_fingerprint`, scored `size` at a time.
 
@@ -277,8 +289,8 @@ def rows_with_reference(
     if policy.reference_fingerprint == UNKNOWN:
         raise UserError("reference.name=ema changes with every update: nothing can be kept")
     rows = []
-    for start in range(0, groups.count, size):
-        part = take(groups, slice(start, start + size))
+    for start in range(0, len(groups), size):
+        part = stack(groups[start : start + size])
         longest = {"longest_prompt": prompts.longest, "longest_completion": longest_completion}
         _, scored = send_groups(policy, part, size, **longest)()
         for place in range(scored.count):
@@ -288,7 +300,7 @@ def rows_with_reference(
             rows.append(
                 {
                     **prompts.rows[start + place],
-                    "completions": token_lists(group),
+                    "completions": token_lists(group.completions, group.lengths),
                     "rewards": group.rewards[0].tolist(),
                     "ref_logps": [values[:n].tolist() for values, n in logps],
                     "ref_fingerprint": cache_key(int(group.reference[0]), group),

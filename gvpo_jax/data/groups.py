@@ -154,13 +154,13 @@ def cache_key(reference: int, group: Groups) -> int:
     if reference == UNKNOWN:
         return UNKNOWN
     prompt = group.prompts[0, : group.prompt_lengths[0]].tolist()
-    return zlib.crc32(repr([int(reference), prompt, *token_lists(group)]).encode())
+    content = [int(reference), prompt, *token_lists(group.completions, group.lengths)]
+    return zlib.crc32(repr(content).encode())
 
 
-def token_lists(groups: Groups) -> list[list[int]]:
-    """The token ids of every completion, without padding."""
-    t = groups.completions.shape[-1]
-    rows = zip(groups.completions.reshape(-1, t), groups.lengths.ravel(), strict=True)
+def token_lists(completions: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """The token ids of every completion of `[g, k, t]`, without padding."""
+    rows = zip(completions.reshape(-1, completions.shape[-1]), lengths.ravel(), strict=True)
     return [row[:n].tolist() for row, n in rows]
 
 

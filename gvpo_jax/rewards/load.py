@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,15 +69,19 @@ def _load_module(name: str) -> Any:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"reward file {path}: there is no such file")
-    name = f"gvpo_jax_reward_file_{path.stem}"  # of its own: a file may be called math.py
+    # A name of its own: a file may be called math.py, and two in different folders the same.
+    name = f"gvpo_jax_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
+    former = sys.modules.get(name)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
+        if former:
+            sys.modules[name] = former
         raise
     return module
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,13 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: its step, parameters, the rest of the state, and what came along.
+    """A checkpoint read back: its step, its trees by name, and what came along.
 
     `samples` holds what each of the processes saved, in their order.
     """
 
     step: int
-    params: Any
-    state: Any
+    trees: dict[str, Any]
     extra: dict[str, Any]
     samples: list[dict[str, np.ndarray]]
 
@@ -57,8 +56,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        params: Any,
-        state: Any,
+        trees: Mapping[str, Any],
         extra: dict[str, Any],
         samples: Mapping[str, np.ndarray] | None = None,
     ) -> None:
@@ -66,8 +64,7 @@ class Checkpoints:
 
         Args:
             step: its number.
-            params: the policy, an item of its own: it can be read without the rest.
-            state: what else an update needs.
+            trees: by name, each an item of its own, which can be read without the others.
             extra: JSON values.
             samples: this process's NumPy arrays, whose shapes a later session can't know, e.g. a
                 replay buffer.
@@ -81,10 +78,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         blob = _to_bytes(samples or {})
-        extra = extra | {"checksums": _checksums({"params": params, "state": state})}
+        extra = extra | {"checksums": _checksums(dict(trees))}
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            state=ocp.args.StandardSave(state),
+            **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
             extra=ocp.args.JsonSave(extra),
             samples=ocp.args.PyTreeSave(_rows_of_processes(blob)),
         )
@@ -96,38 +92,46 @@ class Checkpoints:
                 f"could not write checkpoint {step} to {self._folder}: {_first_line(error)}"
             ) from None
 
-    def restore(
-        self, params: Any, state: Any, *, params_only: bool = False, start: int | None = None
-    ) -> Restored:
+    def check_start(self, fingerprint: int) -> None:
+        """That the newest checkpoint is of a run from start weights with this fingerprint.
+
+        Raises:
+            UserError: it is not.
+        """
+        for step in self.steps():
+            try:
+                args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+                found = self._manager.restore(step, args=args)["extra"]["start_fingerprint"]
+            except Exception:  # `restore` says what is broken
+                continue
+            if found != fingerprint:
+                raise UserError(
+                    "model.name is not the model that this run started from; bring it back, or "
+                    "choose another run.dir"
+                )
+            return
+
+    def restore(self, like: Mapping[str, Any], *, without: Sequence[str] = ()) -> Restored:
         """The newest whole checkpoint.
 
         A step that can't be read or whose checksums differ is passed over with a warning. It stays
         on disk until the run saves that step again.
 
         Args:
-            params: tree of `jax.ShapeDtypeStruct` with shardings, as they shall come back.
-            state: the same for the rest.
-            params_only: the rest is not read.
-            start: what the run's start weights must have as `fingerprint`.
+            like: the trees, of `jax.ShapeDtypeStruct` with shardings, as they shall come back.
+            without: those that are not read, and the samples neither.
 
         Raises:
-            UserError: none is whole, or it is of other start weights.
+            UserError: none is whole.
         """
         for step in self.steps():
             try:
-                restored = self._read(step, params, state, params_only)
+                return self._read(step, like, without)
             except Exception as error:  # Orbax wraps what it meets in bare exceptions
                 _log.warning(
                     "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
                 )
                 self._broken.add(step)
-                continue
-            if start not in (None, restored.extra.get("start_fingerprint")):
-                raise UserError(
-                    "model.name is not the model that this run started from; bring it back, or "
-                    "choose another run.dir"
-                )
-            return restored
         raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
 
     def wait(self) -> None:
@@ -152,32 +156,29 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, step: int, params: Any, state: Any, params_only: bool) -> Restored:
+    def _read(self, step: int, like: Mapping[str, Any], without: Sequence[str]) -> Restored:
         has = {entry.name for entry in (self._folder / str(step)).iterdir()}
-        items: dict[str, Any] = {"extra": ocp.args.JsonRestore()}
-        like = {"params": params} if params_only else {"params": params, "state": state}
+        wanted = {name: tree for name, tree in like.items() if name not in without}
         if "params" not in has:  # of version 0.1, which saved everything as one item
-            train = TrainState(params, state["opt_state"], state["step"])
-            like = {"state": {"train": train} | _without(state, *train._fields)}
-        items |= {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        if "samples" in has and not params_only:  # older versions saved none
+            train = {"train": TrainState(like["params"], **like["state"])}
+            wanted = {"state": train | {k: v for k, v in like.items() if k == "reference"}}
+        items: dict[str, Any] = {"extra": ocp.args.JsonRestore()}
+        items |= {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        if "samples" in has and not without:  # older versions saved none
             as_numpy = {"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
             items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         extra = dict(read["extra"])
-        trees = {name: read[name] for name in like}
+        trees = {name: read[name] for name in wanted}
         _verify(extra.pop("checksums"), trees if "params" in has else trees["state"])
         if "params" not in has:
-            train = trees["state"].pop("train")
-            rest = {"opt_state": train.opt_state, "step": train.step}
-            trees = {"params": train.params, "state": rest | trees["state"]}
+            trees = trees["state"]
+            train = trees.pop("train")
+            trees |= {"params": train.params}
+            trees["state"] = {"opt_state": train.opt_state, "step": train.step}
         rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
         samples = [_from_bytes(row.tobytes()) for row in rows]
-        return Restored(step, trees["params"], trees.get("state"), extra, samples)
-
-
-def _without(tree: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in tree.items() if name not in names}
+        return Restored(step, trees, extra, samples)
 
 
 def _verify(expected: Mapping[str, int], trees: Any) -> None:

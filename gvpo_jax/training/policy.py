@@ -11,6 +11,7 @@ import numpy as np
 from gvpo_jax.data.batch import Batch, pad_groups
 from gvpo_jax.data.groups import UNKNOWN
 from gvpo_jax.data.packing_plan import Plan, make_plan
+from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, max_over_hosts, my_slice, to_host
 from gvpo_jax.parallel.layout import fill_up, group_shards, place_batch, shapes_on
 from gvpo_jax.training.checkpoint import Checkpoints, Restored, fingerprint
@@ -49,13 +50,18 @@ class Policy:
     def state(self) -> TrainState:
         """Parameters, optimizer state, number of updates."""
         if self._state is None:
-            self._state, self._start = self._programs.init(self._start), None
+            state = self._programs.init(self.params)
+            self._state, self._start = state._replace(step=state.step + self.updates), None
         return self._state
 
     @property
     def params(self) -> Any:
         """The current parameters; the next update overwrites them."""
-        return self._start if self._state is None else self._state.params
+        if self._state is not None:
+            return self._state.params
+        if self._start is None:
+            raise UserError("a checkpoint that can't be read took the policy's place: load it anew")
+        return self._start
 
     def snapshot(self) -> Any:
         """The current parameters, in a copy that updates do not overwrite."""
@@ -161,17 +167,29 @@ class Policy:
         return gather(to_host(self._programs.token_logps(params, placed)))
 
     def save(
-        self, checkpoints: Checkpoints, extra: dict[str, Any], samples: dict[str, np.ndarray]
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+        extra: dict[str, Any],
+        samples: dict[str, np.ndarray],
     ) -> None:
         """Saves the policy as of now; the initial reference is loaded again, not saved.
 
         Args:
             checkpoints: where to.
+            step: of the run.
             extra: JSON values that are saved along.
             samples: this process's arrays that are saved along.
         """
-        own = {"refreshed_at": self.refreshed_at, "start_fingerprint": self.start_fingerprint}
-        checkpoints.save(self.updates, self.params, self._rest(), extra | own, samples)
+        own = {
+            "updates": self.updates,
+            "refreshed_at": self.refreshed_at,
+            "start_fingerprint": self.start_fingerprint,
+        }
+        trees = {"params": self.params, "state": _rest(self.state)}
+        if self._options.name != "initial":
+            trees["reference"] = self.reference
+        checkpoints.save(step, trees, extra | own, samples)
 
     def load(self, checkpoints: Checkpoints, *, params_only: bool = False) -> Restored | None:
         """Takes over the newest whole checkpoint, if there is one, in place of what it held.
@@ -183,36 +201,36 @@ class Policy:
         """
         if not checkpoints.steps():
             return None
-        mesh = self._programs.mesh
-        params = shapes_on(mesh, self.params)
-        state = jax.eval_shape(self._programs.init, params)
-        rest = shapes_on(mesh, {"opt_state": state.opt_state, "step": state.step})
+        mesh, trees = self._programs.mesh, {"params": self.params}
+        trees["state"] = _rest(jax.eval_shape(self._programs.init, self.params))
         if self._options.name != "initial":
-            rest["reference"] = shapes_on(mesh, self.reference)
+            trees["reference"] = self.reference
+        shapes = {name: shapes_on(mesh, tree) for name, tree in trees.items()}
+        checkpoints.check_start(self.start_fingerprint)
+        del trees
         self._start = self._state = None  # not held beside what takes their place
-        restored = checkpoints.restore(
-            params, rest, params_only=params_only, start=self.start_fingerprint
-        )
-        self.updates, self.refreshed_at = restored.step, restored.extra["refreshed_at"]
+        restored = checkpoints.restore(shapes, without=("state",) if params_only else ())
+        params, about = restored.trees["params"], restored.extra
         if params_only:
-            self._start = restored.params
-            return restored
-        state = restored.state
-        self._state = TrainState(restored.params, state["opt_state"], state["step"])
-        self.reference = state.get("reference", self.reference)
+            self._start = params
+        else:
+            self._state = TrainState(params, **restored.trees["state"])
+        self.reference = restored.trees.get("reference", self.reference)
         self._reference_fingerprint = fingerprint(self.reference)
+        self.updates = about.get("updates", restored.step)  # version 0.1 has no other number
+        self.refreshed_at = about["refreshed_at"]
         return restored
-
-    def _rest(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the parameters."""
-        trees = {"opt_state": self.state.opt_state, "step": self.state.step}
-        return trees if self._options.name == "initial" else trees | {"reference": self.reference}
 
     @property
     def _shards(self) -> int:
         """Rows of packed tokens that this process has; 0: nothing is packed."""
         shards = group_shards(self._programs.mesh) // jax.process_count()
         return shards if self._train.packing else 0
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What updates need beside the parameters."""
+    return {"opt_state": state.opt_state, "step": state.step}
 
 
 @jax.jit

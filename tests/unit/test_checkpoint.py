@@ -35,17 +35,20 @@ def like(state):
 
 def save(checkpoints, step, state, extra=None, samples=None):
     """A tree as two items, as a policy saves its own."""
+    checkpoints.save(step, items(state), extra or {}, samples)
+
+
+def items(state):
     rest = {name: value for name, value in state.items() if name != "params"}
-    checkpoints.save(step, state["params"], rest, extra or {}, samples)
+    return {"params": state["params"], "state": rest}
 
 
 def restore(checkpoints, state, **options):
-    shapes = like(state)
-    return checkpoints.restore(shapes.pop("params"), shapes, **options)
+    return checkpoints.restore(like(items(state)), **options)
 
 
 def whole(restored):
-    return {"params": restored.params, **restored.state}
+    return {"params": restored.trees["params"], **restored.trees["state"]}
 
 
 def assert_equal(a, b):
@@ -76,9 +79,9 @@ def test_parameters_are_read_without_the_rest(tmp_path):
         if file.is_file():
             file.unlink()
     with Checkpoints(tmp_path) as checkpoints:
-        restored = restore(checkpoints, tree(0), params_only=True)
-    assert (restored.step, restored.state, restored.extra) == (1, None, {"x": 1})
-    assert_equal(restored.params, tree(1)["params"])
+        restored = restore(checkpoints, tree(0), without=["state"])
+    assert (restored.step, restored.extra) == (1, {"x": 1})
+    assert_equal(restored.trees, {"params": tree(1)["params"]})
 
 
 def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
@@ -91,13 +94,13 @@ def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
     args = ocp.args.Composite(state=ocp.args.StandardSave(old), extra=ocp.args.JsonSave(extra))
     manager.save(7, args=args)
     manager.close()
-    rest = {"opt_state": opt_state, "step": state.step, "reference": old["reference"]}
-    for params_only in (False, True):
+    trees = {"params": params, "state": {"opt_state": opt_state, "step": state.step}}
+    trees["reference"] = old["reference"]
+    for without in ([], ["state"]):
         with Checkpoints(tmp_path) as checkpoints:
-            restored = checkpoints.restore(like(params), like(rest), params_only=params_only)
+            restored = checkpoints.restore(like(trees), without=without)
         assert (restored.step, restored.extra) == (7, {"refreshed_at": 3})
-        assert_equal(restored.params, params)
-        assert_equal(restored.state, rest)
+        assert_equal(restored.trees, trees)
 
 
 def cut_less():
@@ -112,7 +115,7 @@ def test_restoring_onto_another_mesh(tmp_path):
         save(checkpoints, 1, state)
     with Checkpoints(tmp_path) as checkpoints:
         restored = restore(checkpoints, {"params": {"w": jnp.zeros((16, 2))}, "n": cut_less()})
-    np.testing.assert_array_equal(restored.params["w"], np.arange(32.0).reshape(16, 2))
+    np.testing.assert_array_equal(restored.trees["params"]["w"], np.arange(32.0).reshape(16, 2))
     assert fingerprint(state) == fingerprint(whole(restored))
 
 

@@ -258,3 +258,15 @@ def test_difference_names_what_a_resumed_run_must_keep():
         "loss.beta",
         "run.seed",
     ]
+
+
+def test_older_names_are_read_wherever_settings_are_given(write):
+    old = write("rollout: {engine: vllm, servers: ['http://a:1'], api_key_env: KEY, top_k: 3}")
+    config = load_config(old)
+    assert (config.servers.kind, config.servers.urls) == ("vllm", ["http://a:1"])
+    assert (config.servers.api_key_env, config.rollout.top_k) == ("KEY", 3)
+    assert load_config(old, ["rollout.api_key_env=null"]).servers.api_key_env is None
+    here = load_config(old, ["rollout.engine=in_process", "rollout.servers=[]"])
+    assert (here.servers.kind, here.servers.urls) == ("none", [])
+    again = override(Config(), rollout__engine="vllm", rollout__servers=["http://a:1"])
+    assert again.servers == override(config, servers__api_key_env=None).servers

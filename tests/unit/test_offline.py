@@ -29,7 +29,7 @@ def row(completions=("a", "bc"), rewards=(1, 0.5), **columns):
 
 
 def test_texts_and_token_ids_become_groups():
-    group = read(row(["a", [7, 8, 9], ""], [1, 0, True])).groups
+    (group,) = read(row(["a", [7, 8, 9], ""], [1, 0, True])).groups
     assert group.completions.tolist() == [[[97, 0, 0], [7, 8, 9], [0, 0, 0]]]
     assert group.lengths.tolist() == [[2, 3, 1]]
     assert group.rewards.tolist() == [[1, 0, 1]]
@@ -39,7 +39,7 @@ def test_texts_and_token_ids_become_groups():
     assert group.reference == UNKNOWN
 
 
-KEY = cache_key(5, read(row()).groups)
+KEY = cache_key(5, read(row()).groups[0])
 BAD = [
     (row(["a", []]), "completion 2: it has no token"),
     (row(["a", "abcd"]), "completion 2: 5 tokens; raise"),
@@ -55,13 +55,14 @@ def test_what_can_not_be_used_is_an_error_or_counted(bad, message):
     with pytest.raises(UserError, match=rf"groups, row 2.*{message}.*bad_samples=skip"):
         read(row(), bad)
     kept = read(row(), bad, bad_samples="skip")
-    assert kept.groups.count == 1
+    assert len(kept.groups) == 1
     assert kept.skipped_groups == 1
     assert kept.skipped_completions == (0 if "at least" in message else 1)
+    assert kept.groups[0].completions.shape == (1, 2, 3)  # nothing of what was left out
 
 
 def test_a_group_that_keeps_two_stays():
-    group = read(row(["a", "b", "c"], [1, INF, 0]), bad_samples="skip").groups
+    (group,) = read(row(["a", "b", "c"], [1, INF, 0]), bad_samples="skip").groups
     assert group.completions[0, :, 0].tolist() == [97, 99]
     assert group.rewards.tolist() == [[1, 0]]
 
@@ -99,14 +100,14 @@ def test_columns_that_make_no_sense_are_errors_also_where_samples_are_skipped(ba
 
 def test_reference_log_probs_come_along():
     cached = row(ref_logps=[[-1, -2], [-3, -4, -5]], ref_fingerprint=KEY)
-    group = read(cached).groups
+    (group,) = read(cached).groups
     assert group.reference == 5
     np.testing.assert_array_equal(group.ref_logps, [[[-1, -2, 0], [-3, -4, -5]]])
     # a reference that keeps changing can't use them, and need not complain
-    assert read(cached, reference=UNKNOWN).groups.reference == UNKNOWN
+    assert read(cached, reference=UNKNOWN).groups[0].reference == UNKNOWN
 
 
 def test_numpys_numbers_and_lists_are_as_good():
-    group = read(row(["a", np.array([7, 8])], (np.float32(1), np.float64(0)))).groups
+    (group,) = read(row(["a", np.array([7, 8])], (np.float32(1), np.float64(0)))).groups
     assert group.completions.tolist() == [[[97, 0], [7, 8]]]
     assert group.rewards.tolist() == [[1, 0]]

@@ -575,3 +575,17 @@ def test_a_reward_file_may_hold_a_dataclass(tmp_path):
     reward = load_reward_func(f"{tmp_path / 'math.py'}:reward")
     assert reward(["a"], ["abc"]) == [6.0]
     assert sys.modules["math"].sqrt(4) == 2
+
+
+def test_reward_files_of_one_name_are_modules_of_their_own(tmp_path):
+    found = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.py").write_text(f"def reward(**_):\n    return {folder!r}\n")
+        found.append(load_reward_func(f"{tmp_path / folder / 'r.py'}:reward"))
+    assert [reward() for reward in found] == ["a", "b"]
+    assert [sys.modules[reward.__module__].reward for reward in found] == found
+    (tmp_path / "a" / "r.py").write_text("1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        load_reward_func(f"{tmp_path / 'a' / 'r.py'}:reward")
+    assert sys.modules[found[0].__module__].reward is found[0]

@@ -502,3 +502,31 @@ def test_a_servers_run_is_exported_without_servers_or_key(tmp_path):
     of_run = config(tmp_path / "run", servers__kind="vllm", **asks)
     folder = export(of_run, tmp_path / "model")
     assert load_model(str(folder)).config == load_model("debug").config
+
+
+@pytest.mark.parametrize("reference", ["initial", "previous", "ema"])
+def test_a_restored_policy_goes_on_from_its_step_with_its_reference(tmp_path, reference):
+    settings = {"reference__name": reference, "reference__decay": 0.5, "train__steps": 3}
+    whole, _ = train(tmp_path, **settings)
+    restored = Trainer(config(tmp_path / "other", **settings), load_model("debug"))
+    assert restored.restore(tmp_path) == 3
+    for name in ("params", "reference"):
+        a, b = (jax.tree.leaves(getattr(t.policy, name)) for t in (whole, restored))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert restored.policy.reference_fingerprint == whole.policy.reference_fingerprint
+    assert restored.policy.updates == int(restored.policy.state.step) == 3
+    _, summary = restored, restored.train(ROWS, letter_share)
+    assert summary["steps"] == 3
+    assert sorted(p.name for p in (tmp_path / "other" / "checkpoints").iterdir()) == ["3"]
+    ages = [line["source/policy/staleness"] for line in read_metrics(tmp_path / "other")]
+    assert ages == [0, 0, 0]
+
+
+def test_a_trainer_outlives_a_checkpoint_of_other_weights(tmp_path):
+    train(tmp_path, train__steps=1)
+    other = load_model("debug")
+    other.params["final_norm"]["scale"] = other.params["final_norm"]["scale"] * 1.1
+    trainer = Trainer(config(tmp_path / "other"), other)
+    with pytest.raises(UserError, match="not the model that this run started from"):
+        trainer.restore(tmp_path)
+    assert len(trainer.generate(["Spell a: "])) == 1
