@@ -11,7 +11,7 @@ def train(w, folder, device):
     from gvpo_jax.config import Config
     from gvpo_jax.config_file import override
     from gvpo_jax.data.batch import Batch
-    from gvpo_jax.training.policy import Policy
+    from gvpo_jax.trainer import Trainer
 
     settings = {
         "model__name": str(folder),
@@ -23,7 +23,7 @@ def train(w, folder, device):
         "optimizer__learning_rate": LEARNING_RATE,
         "mesh__fsdp": 1,
     }
-    policy = Policy(override(Config(), **settings))
+    policy = Trainer(override(Config(), **settings)).policy
     arrays, gk = batch(w), (w.g, w.k)
     per_token = np.full(arrays.mask.shape, -np.log(w.vocab), np.float32)
     given = Batch(
