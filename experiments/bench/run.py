@@ -50,8 +50,9 @@ def main() -> None:
     for name in () if options.tables else workloads:
         with tempfile.TemporaryDirectory(prefix="gvpo-jax-bench-") as folder:
             write_model(WORKLOADS[name], Path(folder))
+            ceilings = measured_ceilings(name, options)
             for task in options.task or CONTESTANTS:
-                row = measure(name, task, folder, options)
+                row = measure(name, task, folder, ceilings, options)
                 print(as_text(name, task, row), flush=True)
                 results[f"{name}/{task}/{options.device}"] = row
                 options.out.write_text(json.dumps(results, indent=2) + "\n")
@@ -61,7 +62,7 @@ def main() -> None:
         page.write_text(with_tables(page.read_text(), results))
 
 
-def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> dict:
+def measure(name: str, task: str, folder: str, ceilings: dict, options: argparse.Namespace) -> dict:
     """A row for each contestant that ran, and why another did not."""
     w = workload(name, task)
     rows: dict[str, dict] = {}
@@ -76,7 +77,7 @@ def measure(name: str, task: str, folder: str, options: argparse.Namespace) -> d
         if "error" not in row:
             row |= figures(w, times[contestant], row)
     check_same_work(w, rows)
-    add_shares(task, w, rows, ceilings := measured_ceilings(name, options))
+    add_shares(task, w, rows, ceilings)
     here = {"machine": machine(options.device), "threads": options.threads, "ceilings": ceilings}
     if task == "train":
         here["ideal"] = w.ideal

@@ -40,7 +40,7 @@ SIZES = {
     "v": [2048, 8192, 32_768, 131_072, 262_144],
     "layers": [2, 4, 8, 16],
 }
-SMALL = {"k": [2, 8]}
+SMALL = {"k": [2, 8]}, BASE | {"layers": 2}
 GROUPS, WIDTH, LONG_PROMPT = 2, 256, 512
 
 
@@ -50,17 +50,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args()
-    rounds, sizes = (1, SMALL) if options.small else (options.rounds, SIZES)
+    rounds = 1 if options.small else options.rounds
+    sizes, base = SMALL if options.small else (SIZES, BASE)
     updates = {
-        axis: [{"size": size} | update(rounds, **BASE | {axis: size}) for size in values]
+        axis: [{"size": size} | update(rounds, **base | {axis: size}) for size in values]
         for axis, values in sizes.items()
     }
     # Completions of two tokens: what is left is the prompt's.
     prompts = [
-        {"size": k} | update(rounds, **BASE | {"k": k, "p": LONG_PROMPT, "t": 2})
+        {"size": k} | update(rounds, **base | {"k": k, "p": LONG_PROMPT, "t": 2})
         for k in sizes["k"]
     ]
-    report = {"machine": machine(), "jax": jax.__version__, "base": BASE, "groups": GROUPS}
+    report = {"machine": machine(), "jax": jax.__version__, "base": base, "groups": GROUPS}
     report |= {"rounds": rounds, "updates": updates, "prompts": prompts}
     print(as_text(report))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ def run_one(name: str, changes: list[str], options: argparse.Namespace) -> None:
     folder = options.runs / name
     size = ["train.steps=25", "data.eval_size=256", "eval.batch_size=32", "checkpoint.every=10"]
     if options.small:
-        size = ["train.steps=2", "data.eval_size=4", "data.train_size=8"]
+        size = ["train.steps=2", "data.eval_size=4", "data.train_size=8", "train.packing=false"]
     config = load_config(
         "debug" if options.small else "configs/quickstart.yaml",
         ["rollout.num_generations=8", *size, *changes, f"run.dir={folder}"],

@@ -26,34 +26,42 @@ from gvpo_jax.models.load import load_model
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.trainer import Trainer
 
-WARM, PER_ROUND = 16, 4  # updates before the trace begins, and on a rollout
-LENGTH = 200  # letters of a given completion; sampled ones are shorter, for a trace has its limits
+PER_ROUND = 4  # updates on a rollout
 GIVEN, SAMPLED = "given groups", "sampled groups"
 Span = tuple[float, float]  # milliseconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="few updates")
+    parser.add_argument("--small", action="store_true", help="few updates on short completions")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    updates = 12 if options.small else 16  # a trace holds a million events: more are lost
-    rows = {kind: pairs_of_updates(*trace(kind, updates), kind) for kind in (GIVEN, SAMPLED)}
+    # Updates before the trace and in it, which holds a million events: more are lost.
+    warm, updates, letters = (8, 12, 100) if options.small else (16, 16, 200)
+    rows = {
+        kind: pairs_of_updates(*trace(kind, warm, updates, letters), kind)
+        for kind in (GIVEN, SAMPLED)
+    }
     report = {"machine": machine(), "jax": jax.__version__, "updates": updates, "runs": rows}
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
 
 
-def trace(kind: str, updates: int) -> tuple[list[float], dict[str, list[Span]]]:
-    """When updates were sent off, and program -> when it was running."""
+def trace(
+    kind: str, warm: int, updates: int, letters: int
+) -> tuple[list[float], dict[str, list[Span]]]:
+    """When updates were sent off, and program -> when it was running.
+
+    Given completions have so many letters, sampled ones half of them: more would be lost.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             "debug",
             [
                 f"run.dir={folder}/run",
-                f"train.steps={WARM + updates}",
+                f"train.steps={warm + updates}",
                 f"train.steps_per_generation={PER_ROUND if kind == SAMPLED else 1}",
-                f"rollout.max_completion_length={LENGTH + 1 if kind == GIVEN else 100}",
+                f"rollout.max_completion_length={letters + 1 if kind == GIVEN else letters // 2}",
                 "train.packing=false",  # each size of a stream would be compiled first
                 "rollout.num_generations=4",
                 "optimizer.learning_rate=1e-9",  # lengths, and so programs, stay as they are
@@ -68,14 +76,14 @@ def trace(kind: str, updates: int) -> tuple[list[float], dict[str, list[Span]]]:
         options.python_tracer_level = 0
 
         def traced(*arguments):
-            if trainer.policy.updates == WARM:
+            if trainer.policy.updates == warm:
                 jax.profiler.start_trace(folder, profiler_options=options)
             return update(*arguments)
 
         trainer.policy.update = traced
         draw = random.Random(0)
         if kind == GIVEN:  # each group once: every batch is new to the reference
-            trainer.train_offline([group(draw) for _ in range(8 * (WARM + updates))])
+            trainer.train_offline([group(draw, letters) for _ in range(8 * (warm + updates))])
         else:
             trainer.train([{"prompt": text(draw, 16)} for _ in range(64)], letter_share)
         jax.profiler.stop_trace()
@@ -87,8 +95,8 @@ def text(draw: random.Random, length: int) -> str:
     return "".join(draw.choices("abcdef", k=length))
 
 
-def group(draw: random.Random) -> dict:
-    completions = [text(draw, LENGTH) for _ in range(4)]
+def group(draw: random.Random, letters: int) -> dict:
+    completions = [text(draw, letters) for _ in range(4)]
     return {"prompt": text(draw, 16), "completions": completions, "rewards": [0, 1, 2, 3]}
 
 
@@ -97,7 +105,7 @@ def read(events: list[dict]) -> tuple[list[float], dict[str, list[Span]]]:
     for event in sorted(events, key=lambda event: event.get("ts", 0)):
         start, length = event.get("ts", 0) / 1e3, event.get("dur", 0) / 1e3
         inside = sent and start <= sent[-1][1]
-        if event.get("name") == "PjitFunction(step)" and not inside:
+        if event.get("name") == "PjitFunction(train_step)" and not inside:
             sent.append((start, start + length))
         details = event.get("args", {})
         if "hlo_module" in details and "dur" in event:

@@ -81,6 +81,7 @@ def make_programs(
         micro_batches=train.micro_batches,
         completion_parts=train.completion_parts,
     )
+    step.__name__ = "train_step"  # pyright: ignore[reportAttributeAccessIssue]  # for profiles
     layout = shardings(mesh, jax.eval_shape(init, param_shapes(shape)))
     reference_dtype = jnp.dtype("float32" if averaged else dtype)
     return Programs(

@@ -11,16 +11,17 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[2]
+QUICK = os.environ["GVPO_TESTS_XLA_FLAGS"]  # one device, little of LLVM: where nothing is timed
 pytestmark = pytest.mark.slow
 
 
-def run(script, *arguments, **variables):
+def run(script, *arguments, XLA_FLAGS=QUICK):
     command = [sys.executable, str(ROOT / "experiments" / script / "run.py"), "--small"]
     subprocess.run(
         [*command, *map(str, arguments)],
         check=True,
         cwd=ROOT,
-        env=os.environ | variables,
+        env=os.environ | {"XLA_FLAGS": XLA_FLAGS},
         capture_output=True,
     )
 
@@ -84,7 +85,7 @@ def test_bench(tmp_path):
     """Ours, plain PyTorch, TRL and Tunix at the same small work; that it is the same is checked."""
     bench = [sys.executable, str(ROOT / "experiments" / "bench" / "run.py")]
     options = ["--only", "small", "--rounds", "1", "--out", str(tmp_path / "results.json")]
-    subprocess.run([*bench, *options], check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
+    subprocess.run([*bench, *options], check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK})
     results = json.loads((tmp_path / "results.json").read_text())
     for task, contestants in (("train", 4), ("rollout", 3)):
         rows = results[f"small/{task}/cpu"]["contestants"]
