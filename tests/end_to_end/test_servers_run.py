@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import small_run
 import test_distributed as processes
 from http_stub import OWN_EOS, Logits, StubServer, network_of
 
@@ -46,24 +47,13 @@ def server() -> StubServer:
 
 
 def config(run_dir, *stubs: StubServer, **settings):
-    base = {
-        "run__dir": str(run_dir),
+    servers = {
         "servers__kind": "vllm",
         "servers__urls": [stub.url for stub in stubs],
         "servers__timeout": 20.0,
         "servers__retries": 0,
-        "rollout__num_generations": 4,
-        "rollout__max_completion_length": 6,
-        "data__max_prompt_length": 32,
-        "optimizer__learning_rate": 3e-3,
-        "train__steps": 4,
-        "train__batch_size": 2,
-        "eval__batch_size": 4,
-        "eval__success_reward": 0.5,
-        "mesh__fsdp": 1,
-        "log__completions_every": 1,
     }
-    return override(Config(), **base | settings)
+    return small_run.config(run_dir, **servers | settings)
 
 
 def train(run_dir, *stubs: StubServer, **settings) -> Trainer:

@@ -7,7 +7,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_trainer import ROWS, assert_same_run, config, letter_share
+from small_run import config
+from test_trainer import ROWS, assert_same_run, letter_share
 
 from gvpo_jax.collect.metrics import reward_metrics
 from gvpo_jax.collect.replay import ReplayBuffer

@@ -12,6 +12,7 @@ import filelock
 import jax
 import numpy as np
 import pytest
+from small_run import config
 
 from gvpo_jax.commands import export
 from gvpo_jax.config import Config
@@ -31,23 +32,6 @@ ROWS = [
     for word in ("ash", "birch", "cedar", "fir", "oak")
 ]
 CLOCKS = {"step_time", "tokens_per_second"}
-
-
-def config(run_dir, **settings):
-    base = {
-        "run__dir": str(run_dir),
-        "rollout__num_generations": 4,
-        "rollout__max_completion_length": 6,
-        "data__max_prompt_length": 32,
-        "optimizer__learning_rate": 3e-3,
-        "train__steps": 4,
-        "train__batch_size": 2,
-        "eval__batch_size": 4,
-        "eval__success_reward": 0.5,
-        "mesh__fsdp": 1,
-        "log__completions_every": 1,
-    }
-    return override(Config(), **base | settings)
 
 
 def train(run_dir, **settings):
