@@ -76,7 +76,7 @@ def train_one(run_dir, *settings):
     return out
 
 
-def assert_same(a: Path, b: Path):
+def assert_same(a: Path, b: Path, *, step: int):
     for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
         assert x.keys() == y.keys()
         for name in x:
@@ -91,25 +91,24 @@ def assert_same(a: Path, b: Path):
     trainers = []
     for run in (a, b):
         trainer = Trainer(load_config(run / "config.yaml"), load_model("debug"))
-        assert trainer.restore(run) == 2
+        assert trainer.restore(run) == step
         trainers.append(trainer)
     for x, y in zip(*(jax.tree.leaves(t.policy.state.params) for t in trainers), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_resume_as_one_and_back(tmp_path):
+def test_two_processes_train_as_one_which_goes_on_alone_and_as_two_again(tmp_path):
     """Without replay: a buffer is dealt out over the processes, so it draws other groups."""
-    plain = ["replay.completions=0", "replay.groups=0"]
+    plain = ["replay.completions=0", "replay.groups=0", "train.steps=3"]
     train_one(tmp_path / "one", *plain)
-    first, second = train_two(tmp_path / "two", *plain)
-    assert_same(tmp_path / "one", tmp_path / "two")
+    first, second = train_two(tmp_path / "mixed", *plain, "train.stop_at=1")
     assert "step" in first
     assert set(re.findall("[A-Za-z]+", second)) <= GLOO
-    assert "process_id: null" in (tmp_path / "two" / "config.yaml").read_text()
-    train_two(tmp_path / "mixed", *plain, "train.stop_at=1")
-    train_one(tmp_path / "mixed", *plain)
-    assert_same(tmp_path / "one", tmp_path / "mixed")
+    assert "process_id: null" in (tmp_path / "mixed" / "config.yaml").read_text()
+    train_one(tmp_path / "mixed", *plain, "train.stop_at=2")
+    train_two(tmp_path / "mixed", *plain)
+    assert_same(tmp_path / "one", tmp_path / "mixed", step=3)
 
 
 @pytest.mark.slow
