@@ -26,13 +26,18 @@ the whole completion, and in what the sum is divided by. Defaults are the papers
 kl_coef is 0 everywhere, also where a paper has a penalty.
 """
 
+from __future__ import annotations  # signatures show ArrayLike, not what it stands for
+
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from gvpo_jax.precision import float_type, valid
 
 STD_OFFSET = 1e-4  # TRL's: added to a standard deviation before dividing by it
 MAX_LOG_RATIO = 40.0  # keeps exp, and the square of its gradient, finite in float32
@@ -200,18 +205,36 @@ def objective_loss(
         ValueError: shapes differ, k < 2, or log-probs that the objective needs are None.
     """
     where_gk = jnp.ones(jnp.shape(rewards), bool) if where is None else where
-    advantages_gk = objective.advantages(rewards, where_gk)
-    total = objective.total(logps, old_logps, ref_logps, advantages_gk, mask, where_gk)
-    return total / objective.count(advantages_gk, mask, where_gk)
+    with jax.numpy_dtype_promotion("standard"):  # the caller may forbid to mix dtypes
+        advantages_gk = objective.advantages(rewards, where_gk)
+        total = objective.total(logps, old_logps, ref_logps, advantages_gk, mask, where_gk)
+        return total / objective.count(advantages_gk, mask, where_gk)
 
 
-def dpo_loss(logps, ref_logps, rewards, *, mask, where=None, beta=0.1):
+def dpo_loss(
+    logps: ArrayLike,
+    ref_logps: ArrayLike,
+    rewards: ArrayLike,
+    *,
+    mask: ArrayLike,
+    where: ArrayLike | None = None,
+    beta: float = 0.1,
+) -> jax.Array:
     """The loss of `dpo(beta)`; arrays, result and errors as for `objective_loss`."""
     return objective_loss(dpo(beta), logps, None, ref_logps, rewards, mask=mask, where=where)
 
 
 def _loss_of(make_objective: Callable[..., Objective]) -> Callable[..., jax.Array]:
-    def loss(logps, old_logps, rewards, *, mask, where=None, ref_logps=None, **options):
+    def loss(
+        logps: ArrayLike,
+        old_logps: ArrayLike | None,
+        rewards: ArrayLike,
+        *,
+        mask: ArrayLike,
+        where: ArrayLike | None = None,
+        ref_logps: ArrayLike | None = None,
+        **options,
+    ) -> jax.Array:
         return objective_loss(
             make_objective(**options), logps, old_logps, ref_logps, rewards, mask=mask, where=where
         )
@@ -219,10 +242,16 @@ def _loss_of(make_objective: Callable[..., Objective]) -> Callable[..., jax.Arra
     name = make_objective.__name__
     loss.__name__ = loss.__qualname__ = f"{name}_loss"
     loss.__doc__ = f"The loss of `{name}(**options)`; see `objective_loss`."
+    shown = inspect.signature(loss)
+    options = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for option in inspect.signature(make_objective).parameters.values()
+    ]
+    given = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    loss.__signature__ = shown.replace(parameters=[*given, *options])  # pyright: ignore
     return loss
 
 
-# f(logps, old_logps, rewards, *, mask, where=None, ref_logps=None, **options of the objective)
 grpo_loss = _loss_of(grpo)
 dr_grpo_loss = _loss_of(dr_grpo)
 dapo_loss = _loss_of(dapo)
@@ -286,16 +315,15 @@ def _mean_over_tokens(x_gkt, mask_gkt):
 
 def _difference(logps_gkt, others_gkt, mask_gkt):
     """Log-ratio per token, 0 where the mask is False; no gradient to the others (None: itself)."""
-    logps_gkt = jnp.asarray(logps_gkt)
-    others_gkt = logps_gkt if others_gkt is None else jnp.asarray(others_gkt)
-    if others_gkt.shape != logps_gkt.shape:
+    others_gkt = logps_gkt if others_gkt is None else others_gkt
+    if jnp.shape(others_gkt) != jnp.shape(logps_gkt):
         raise ValueError(
-            f"log-probs of shape {others_gkt.shape} compared with logps of shape "
-            f"{logps_gkt.shape}; give both as [g, k, t]"
+            f"log-probs of shape {jnp.shape(others_gkt)} compared with logps of shape "
+            f"{jnp.shape(logps_gkt)}; give both as [g, k, t]"
         )
-    dtype = jnp.result_type(logps_gkt, others_gkt, jnp.float32)
-    difference = logps_gkt.astype(dtype) - jax.lax.stop_gradient(others_gkt).astype(dtype)
-    return jnp.where(mask_gkt, difference, 0)
+    logps_gkt, others_gkt = valid(logps_gkt, mask_gkt), valid(others_gkt, mask_gkt)
+    dtype = float_type(logps_gkt, others_gkt)
+    return logps_gkt.astype(dtype) - jax.lax.stop_gradient(others_gkt).astype(dtype)
 
 
 def _as_they_are(rewards_gk, where_gk):
@@ -330,12 +358,10 @@ def _centre(x_gk, members_gk):
 
 def _rewards(rewards_gk, where_gk):
     """Rewards in float32 or wider, 0 at what doesn't count; and what counts."""
-    rewards_gk = jnp.asarray(rewards_gk)
-    _check_groups("rewards", rewards_gk.shape, "where", jnp.shape(where_gk))
+    _check_groups("rewards", jnp.shape(rewards_gk), "where", jnp.shape(where_gk))
     members_gk = _members(where_gk)
-    dtype = jnp.result_type(rewards_gk, jnp.float32)
-    rewards_gk = jax.lax.stop_gradient(rewards_gk).astype(dtype)
-    return jnp.where(members_gk, rewards_gk, 0), members_gk
+    rewards_gk = jax.lax.stop_gradient(valid(rewards_gk, members_gk))
+    return rewards_gk.astype(float_type(rewards_gk)), members_gk
 
 
 def _members(where_gk):

@@ -12,13 +12,22 @@ pi* ~ pi_ref exp(R/beta).
 With `huber_delta` the Huber function H takes the place of the half square: w^2/2 up to |w| = delta,
 then delta * (|w| - delta/2). The gradient's weights become clip(w, -delta, delta), centred again;
 one outlier moves a step less, and the optimum stays, because w = 0 there. Not in the paper.
+
+**The last axis must hold whole groups.** Under `jit` it may be sharded: XLA adds up over devices.
+Inside `shard_map` each device sees its own part only. A group that is cut there needs `axis_name`.
 """
+
+from __future__ import annotations  # signatures show ArrayLike, not what it stands for
+
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
+
+from gvpo_jax.precision import float_type, valid
 
 
 def gvpo_weights(
@@ -29,6 +38,8 @@ def gvpo_weights(
     beta: ArrayLike = 0.1,
     where: ArrayLike | None = None,
     huber_delta: ArrayLike | None = None,
+    k: int | None = None,
+    axis_name: Hashable = None,
 ) -> jax.Array:
     """Weight of every completion: centred reward minus centred implicit reward; 0 at the optimum.
 
@@ -43,16 +54,20 @@ def gvpo_weights(
         beta: strength of the pull towards the reference, in units of reward per nat.
         where: `[..., k]` booleans, False at what is no valid completion (its numbers may be NaN).
         huber_delta: size, in units of reward, up to which a residual counts in full; None: any.
+        k: how many completions a group has; checked. It finds flat `[G * k]` rows that `group` has
+            not folded, and `[G, k, T]` log-probs of tokens that nobody has summed.
+        axis_name: inside `shard_map`, the mesh axis over which groups are cut, or several. The last
+            axis then holds this device's completions of each group.
 
     Returns:
         `[..., k]` float32 (float64 for float64 input); 0 at invalid completions and in groups with
         fewer than two valid ones.
 
     Raises:
-        ValueError: shapes differ, k < 2, beta <= 0, or huber_delta <= 0.
+        ValueError: shapes differ, k < 2 or not the k given, beta <= 0, or huber_delta <= 0.
     """
-    residuals = _residuals(logps, ref_logps, rewards, beta, where, huber_delta)[0]
-    return jax.lax.stop_gradient(_huber_weights(residuals, where, huber_delta))
+    residuals = _residuals(logps, ref_logps, rewards, beta, where, huber_delta, k, axis_name)[0]
+    return jax.lax.stop_gradient(_huber_weights(residuals, where, huber_delta, axis_name))
 
 
 def gvpo_loss(
@@ -63,6 +78,8 @@ def gvpo_loss(
     beta: ArrayLike = 0.1,
     where: ArrayLike | None = None,
     huber_delta: ArrayLike | None = None,
+    k: int | None = None,
+    axis_name: Hashable = None,
 ) -> jax.Array:
     """The loss to differentiate: `-beta * sum_i w_i * l_i / (k-1)`, averaged over the groups.
 
@@ -72,18 +89,22 @@ def gvpo_loss(
 
     Args: as for `gvpo_weights`. Gradients flow to `logps` alone.
 
+    With `axis_name` every device has the whole groups' value, and `jax.grad`, inside `shard_map` or
+    around it, gives each device the gradient of its own completions. Inside, that takes
+    `shard_map`'s default `check_vma=True`. Average over other mesh axes yourself, as without it.
+
     Returns:
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, k < 2, beta <= 0, or huber_delta <= 0.
+        ValueError: as for `gvpo_weights`.
     """
     residuals, per_group, num_groups = _residuals(
-        logps, ref_logps, rewards, beta, where, huber_delta
+        logps, ref_logps, rewards, beta, where, huber_delta, k, axis_name
     )
-    weights = jax.lax.stop_gradient(_huber_weights(residuals, where, huber_delta))
-    logps = _valid(logps, where).astype(weights.dtype)
-    return -jnp.sum(beta * weights * logps * per_group) / num_groups
+    weights = jax.lax.stop_gradient(_huber_weights(residuals, where, huber_delta, axis_name))
+    beta, logps = (x.astype(weights.dtype) for x in (jnp.asarray(beta), valid(logps, where)))
+    return -_over_devices(jnp.sum(beta * weights * logps * per_group), axis_name) / num_groups
 
 
 def gvpo_mse(
@@ -94,6 +115,8 @@ def gvpo_mse(
     beta: ArrayLike = 0.1,
     where: ArrayLike | None = None,
     huber_delta: ArrayLike | None = None,
+    k: int | None = None,
+    axis_name: Hashable = None,
 ) -> jax.Array:
     """The same objective as a regression: `1/2 * sum_i w_i^2 / (k-1)`, averaged over the groups.
 
@@ -101,34 +124,37 @@ def gvpo_mse(
     value can be read: it starts near half the rewards' variance inside the groups and is 0 where
     beta * log-ratio explains every reward difference.
 
-    Args: as for `gvpo_weights`. Gradients flow to `logps` alone.
+    Args: as for `gvpo_weights`. Gradients flow to `logps` alone; with `axis_name` as for
+    `gvpo_loss`.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, k < 2, beta <= 0, or huber_delta <= 0.
+        ValueError: as for `gvpo_weights`.
     """
     ref_logps, rewards = jax.lax.stop_gradient((ref_logps, rewards))
     residuals, per_group, num_groups = _residuals(
-        logps, ref_logps, rewards, beta, where, huber_delta
+        logps, ref_logps, rewards, beta, where, huber_delta, k, axis_name
     )
-    return jnp.sum(_huber(residuals, huber_delta) * per_group) / num_groups
+    total = jnp.sum(_huber(residuals, huber_delta) * per_group)
+    return _over_devices(total, axis_name) / num_groups
 
 
-def _residuals(logps, ref_logps, rewards, beta, where, huber_delta):
+def _residuals(logps, ref_logps, rewards, beta, where, huber_delta, k, axis_name):
     """Residuals [..., k], 1/(k-1) of each group [..., 1], and the number of groups that count."""
-    logps, ref_logps, rewards = (jnp.asarray(x) for x in (logps, ref_logps, rewards))
-    _check_shapes(logps, ref_logps, rewards, where)
+    _check_shapes(logps, ref_logps, rewards, where, k, axis_name)
     _check_positive(beta=beta, huber_delta=huber_delta)
-    dtype = jnp.result_type(logps, ref_logps, rewards, jnp.float32)
-    logps, ref_logps, rewards = (
-        _valid(x, where).astype(dtype) for x in (logps, ref_logps, rewards)
+    logps, ref_logps, rewards = (valid(x, where) for x in (logps, ref_logps, rewards))
+    dtype = float_type(logps, ref_logps, rewards)
+    logps, ref_logps, rewards, beta = (
+        x.astype(dtype) for x in (logps, ref_logps, rewards, jnp.asarray(beta))
     )
-    count = jnp.sum(_mask(rewards, where), axis=-1, keepdims=True)
+    count = _sum_of_group(_mask(rewards, where), axis_name)
     counts = count >= 2
     # Centring the difference centres both: mean(R) - beta * mean(rho) = mean(R - beta * rho).
-    residuals = jnp.where(counts, _center(rewards - beta * (logps - ref_logps), where), 0)
+    centred = _center(rewards - beta * (logps - ref_logps), where, axis_name)
+    residuals = jnp.where(counts, centred, 0)
     per_group = jnp.where(counts, 1 / jnp.maximum(count - 1, 1), 0)
     return residuals, per_group, jnp.maximum(jnp.sum(counts.astype(dtype)), 1)
 
@@ -136,46 +162,61 @@ def _residuals(logps, ref_logps, rewards, beta, where, huber_delta):
 def _huber(residuals, delta):
     if delta is None:
         return 0.5 * residuals**2
-    clipped = jnp.clip(residuals, -delta, delta)
+    clipped = _clip(residuals, delta)
     return clipped * (residuals - 0.5 * clipped)
 
 
-def _huber_weights(residuals, where, delta):
+def _huber_weights(residuals, where, delta, axis_name):
     """Centred again, because every log-prob moves all residuals of its group through their mean."""
     if delta is None:
         return residuals
-    return _center(jnp.clip(residuals, -delta, delta), where)
+    return _center(_clip(residuals, delta), where, axis_name)
 
 
-def _center(x, where):
+def _clip(residuals, delta):
+    delta = jnp.asarray(delta).astype(residuals.dtype)
+    return jnp.clip(residuals, -delta, delta)
+
+
+def _center(x, where, axis_name):
     mask = _mask(x, where)
-    count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-    return (x - jnp.sum(x * mask, axis=-1, keepdims=True) / count) * mask
+    count = jnp.maximum(_sum_of_group(mask, axis_name), 1)
+    return (x - _sum_of_group(x * mask, axis_name) / count) * mask
+
+
+def _sum_of_group(x, axis_name):
+    return _over_devices(jnp.sum(x, axis=-1, keepdims=True), axis_name)
+
+
+def _over_devices(x, axis_name):
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def _mask(x, where):
     return jnp.ones_like(x) if where is None else jnp.asarray(where).astype(bool).astype(x.dtype)
 
 
-def _valid(x, where):
-    """Zeros in place of what does not count: a NaN there reaches neither value nor gradient."""
-    return jnp.asarray(x) if where is None else jnp.where(jnp.asarray(where).astype(bool), x, 0)
-
-
-def _check_shapes(logps, ref_logps, rewards, where):
-    arrays = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards}
-    if where is not None:
-        arrays["where"] = jnp.asarray(where)
+def _check_shapes(logps, ref_logps, rewards, where, k, axis_name):
+    arrays = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards, "where": where}
+    shape = jnp.shape(logps)
     for name, array in arrays.items():
-        if array.shape != logps.shape:
+        if array is not None and jnp.shape(array) != shape:
             raise ValueError(
-                f"{name} has shape {array.shape} but logps has shape {logps.shape}; "
+                f"{name} has shape {jnp.shape(array)} but logps has shape {shape}; "
                 "give every array as [..., k], one number per completion"
             )
-    if logps.ndim == 0 or logps.shape[-1] < 2:
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    if not shape or shape[-1] * devices < 2:
         raise ValueError(
-            f"a group needs k >= 2 completions on the last axis, got logps of shape {logps.shape} "
-            f"and rewards of shape {rewards.shape}"
+            f"a group needs k >= 2 completions on the last axis, got logps of shape {shape} "
+            f"and rewards of shape {jnp.shape(rewards)}"
+        )
+    if k is not None and shape[-1] * devices != k:
+        cut = f" on each of {devices} devices" if devices > 1 else ""
+        raise ValueError(
+            f"k={k}, but the last axis of logps, of shape {shape}, holds {shape[-1]}{cut}; fold "
+            "flat rows [G * k] with gvpo_jax.group, sum [G, k, T] over its tokens, and name the "
+            "mesh axis that cuts groups as axis_name"
         )
 
 

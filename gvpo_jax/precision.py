@@ -1,7 +1,10 @@
-"""Products of low-precision arrays, summed and returned in float32 on every backend."""
+"""What arithmetic takes place in: float32 or wider, whatever comes in, and clean where masked."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
 
 def einsum_f32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -24,3 +27,22 @@ def einsum_f32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
         cpu=lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32)),
         default=product,
     )
+
+
+def float_type(*arrays: jax.Array) -> jnp.dtype:
+    """float32, or float64 where an array is; also for a caller who forbids dtypes to be mixed."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays, jnp.float32)
+
+
+def valid(x: ArrayLike, where: ArrayLike | None) -> jax.Array:
+    """Zeros in place of what does not count: a NaN there reaches neither value nor gradient.
+
+    NumPy's arrays are cleaned by NumPy: `jax_debug_nans` looks at all that goes to a device.
+    """
+    if where is None:
+        return jnp.asarray(x)
+    if isinstance(x, jax.Array) or isinstance(where, Tracer):
+        x = jnp.asarray(x)
+        return jnp.where(jnp.asarray(where).astype(bool), x, jnp.zeros_like(x))
+    return jnp.asarray(np.where(np.asarray(where).astype(bool), x, 0))

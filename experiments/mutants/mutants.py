@@ -50,8 +50,8 @@ MUTANTS = (
     Mutant(
         "the sign of the loss turned",
         "loss.py",
-        "return -jnp.sum(",
-        "return jnp.sum(",
+        "return -_over_devices(",
+        "return _over_devices(",
         LOSS,
     ),
     Mutant(
@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         "beta not in front of the loss",
         "loss.py",
-        "-jnp.sum(beta * weights",
-        "-jnp.sum(weights",
+        "jnp.sum(beta * weights",
+        "jnp.sum(weights",
         LOSS,
     ),
     Mutant(
@@ -85,28 +85,28 @@ MUTANTS = (
     Mutant(
         "the log-ratio not centred",
         "loss.py",
-        "_center(rewards - beta * (logps - ref_logps), where)",
-        "_center(rewards, where) - beta * (logps - ref_logps)",
+        "_center(rewards - beta * (logps - ref_logps), where, axis_name)",
+        "_center(rewards, where, axis_name) - beta * (logps - ref_logps)",
         LOSS,
     ),
     Mutant(
         "the rewards not centred",
         "loss.py",
-        "_center(rewards - beta * (logps - ref_logps), where)",
-        "rewards - _center(beta * (logps - ref_logps), where)",
+        "_center(rewards - beta * (logps - ref_logps), where, axis_name)",
+        "rewards - _center(beta * (logps - ref_logps), where, axis_name)",
         LOSS,
     ),
     Mutant(
         "centred over the batch, not inside the group",
         "loss.py",
-        "(x - jnp.sum(x * mask, axis=-1, keepdims=True) / count)",
+        "(x - _sum_of_group(x * mask, axis_name) / count)",
         "(x - jnp.sum(x * mask) / jnp.sum(mask))",
         LOSS,
     ),
     Mutant(
         "missing completions counted in the mean, as zeros",
         "loss.py",
-        "count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)",
+        "count = jnp.maximum(_sum_of_group(mask, axis_name), 1)",
         "count = x.shape[-1]",
         LOSS,
     ),
@@ -134,15 +134,22 @@ MUTANTS = (
     Mutant(
         "bfloat16 inputs computed in bfloat16",
         "loss.py",
-        "(logps, ref_logps, rewards, jnp.float32)",
-        "(logps, ref_logps, rewards)",
+        "dtype = float_type(logps, ref_logps, rewards)",
+        "dtype = logps.dtype",
+        LOSS,
+    ),
+    Mutant(
+        "groups that are cut over devices not added up",
+        "loss.py",
+        "return x if axis_name is None else jax.lax.psum(x, axis_name)",
+        "return x",
         LOSS,
     ),
     Mutant(
         "clipped residuals not centred again (Huber)",
         "loss.py",
-        "_center(jnp.clip(residuals, -delta, delta), where)",
-        "jnp.clip(residuals, -delta, delta)",
+        "_center(_clip(residuals, delta), where, axis_name)",
+        "_clip(residuals, delta)",
         LOSS,
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """Every baseline against its formula written as loops over numbers; relations between them."""
 
 import functools
+import inspect
 import math
 
 import baseline_loops
@@ -287,6 +288,34 @@ def test_the_loss_by_name_is_the_objective_s_value(name, batch):
     options = OPTIONS[name] | {"ref_logps": batch["ref_logps"]}
     np.testing.assert_array_equal(loss(*arrays, mask=batch["mask"], **options), value(name, batch))
     assert loss.__name__ == f"{name}_loss"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nan_that_does_not_count_is_no_alarm_in_eager_mode_either(name, batch):
+    hidden = dirty(batch, WHERE)
+    with jax.debug_nans(True):
+        assert np.isfinite(value(name, hidden, WHERE))
+        grad = jax.grad(lambda x: value(name, hidden, WHERE, logps=x))(batch["logps"])
+        assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_dtypes_mix_where_promotion_is_strict(name, batch):
+    mixed = batch | {
+        "logps": jnp.asarray(batch["logps"], jnp.float32),
+        "old_logps": jnp.asarray(batch["old_logps"], jnp.bfloat16),
+        "rewards": np.round(batch["rewards"]).astype(np.int32),
+    }
+    expected = value(name, mixed, WHERE)
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(value(name, mixed, WHERE), expected)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_signatures_name_every_option(name):
+    shown = inspect.signature(getattr(baselines, f"{name}_loss")).parameters
+    assert set(inspect.signature(getattr(baselines, name)).parameters) < set(shown)
+    assert "options" not in shown
 
 
 def test_dpo_reads_a_reference_and_no_sampler(batch):

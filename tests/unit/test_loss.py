@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,3 +273,90 @@ def test_wrong_shapes_small_groups_and_beta_are_refused(f):
             f(x, x, x, beta=number)
         with pytest.raises(ValueError, match="huber_delta must be > 0"):
             f(x, x, x, huber_delta=number)
+
+
+LOSSES = (gvpo_loss, gvpo_mse)
+WHERE = np.array(
+    [[1, 1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0, 0, 0]], bool
+)
+
+
+@pytest.fixture
+def wide():
+    """Three groups of eight: logps, ref_logps, rewards."""
+    rng = np.random.default_rng(3)
+    logps = rng.normal(-8, 3, (3, 8))
+    return logps, logps - rng.normal(0, 2, (3, 8)), rng.normal(0, 1, (3, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"huber_delta": 0.3}])
+@pytest.mark.parametrize(("sizes", "axes"), [((2,), "k"), ((8,), "k"), ((2, 4), ("k", "l"))])
+def test_groups_cut_over_devices_equal_whole_ones(wide, sizes, axes, options):
+    names = (axes,) if isinstance(axes, str) else axes
+    mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    cut, everywhere = jax.P(None, axes), jax.P()
+
+    def over(f, out):
+        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(cut,) * 4, out_specs=out))
+
+    def whole(f):
+        return lambda *a: f(*a[:3], beta=BETA, where=a[3], **options)
+
+    def parts(f):
+        return lambda *a: f(*a[:3], beta=BETA, where=a[3], k=8, axis_name=axes, **options)
+
+    arrays = *wide, WHERE
+    np.testing.assert_allclose(
+        over(parts(gvpo_weights), cut)(*arrays), whole(gvpo_weights)(*arrays), atol=1e-12
+    )
+    for f in LOSSES:
+        value, grad = jax.value_and_grad(whole(f))(*arrays)
+        inside = over(jax.value_and_grad(parts(f)), (everywhere, cut))(*arrays)
+        around = jax.value_and_grad(over(parts(f), everywhere))(*arrays)
+        for found in (inside, around):
+            np.testing.assert_allclose(found[0], value, atol=1e-12)
+            np.testing.assert_allclose(found[1], grad, atol=1e-12)
+
+
+def test_k_finds_groups_that_were_not_folded_tokens_not_summed_and_groups_cut(wide):
+    logps, ref, rewards = wide
+    for f in (*LOSSES, gvpo_weights):
+        f(*wide, k=8)
+        with pytest.raises(ValueError, match=r"k=8, .* holds 24; fold flat rows"):
+            f(logps.ravel(), ref.ravel(), rewards.ravel(), k=8)
+        tokens = [np.repeat(x[..., None], 5, -1) for x in wide]
+        with pytest.raises(ValueError, match=r"holds 5; .* sum \[G, k, T\] over its tokens"):
+            f(*tokens, k=8)
+    mesh = jax.make_mesh((2,), ("k",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.shard_map(
+        lambda *a: gvpo_loss(*a, k=8), mesh=mesh, in_specs=jax.P(None, "k"), out_specs=jax.P()
+    )
+    with pytest.raises(ValueError, match=r"holds 4; .* name the mesh axis"):
+        cut(*wide)
+
+
+def test_nan_behind_the_mask_is_no_alarm_in_eager_mode_either(wide):
+    dirty = [np.where(WHERE, x, np.nan) for x in wide]
+    with jax.debug_nans(True):
+        for f in (*LOSSES, gvpo_weights):
+            assert np.isfinite(f(*dirty, where=WHERE)).all()
+        for f in LOSSES:
+            grad = jax.grad(lambda x, f=f: f(x, *dirty[1:], where=WHERE))(wide[0])
+            assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("rewards", [np.float32, np.int32, bool, jnp.bfloat16])
+@pytest.mark.parametrize("logps", [np.float32, np.float16, jnp.bfloat16])
+def test_dtypes_mix_where_promotion_is_strict(wide, logps, rewards):
+    arrays = [jnp.asarray(x, d) for x, d in zip(wide, (logps, np.float32, rewards), strict=True)]
+    for f in (*LOSSES, gvpo_weights):
+        expected = f(*arrays, beta=0.1, where=WHERE, huber_delta=0.2)
+        with jax.numpy_dtype_promotion("strict"):
+            found = f(*arrays, beta=np.float64(0.1), where=WHERE, huber_delta=jnp.float32(0.2))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_signatures_can_be_read():
+    shown = str(inspect.signature(gvpo_loss))
+    assert "ArrayLike" in shown
+    assert "Union" not in shown
