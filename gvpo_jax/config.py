@@ -3,12 +3,14 @@
 `gvpo-jax train --help` and docs/settings.md list them all.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
-from gvpo_jax.data.reasoning_gym import TaskConfig
+from gvpo_jax.data.reasoning_gym import (
+    TaskConfig as TaskConfig,
+)  # for those who import it from here
 from gvpo_jax.data.rows import DataConfig
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import ModelConfig
@@ -29,27 +31,6 @@ if TYPE_CHECKING:  # these bring in flax, which a misspelt config should not wai
 
     from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
     from gvpo_jax.training.programs import Programs
-
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "DistributedConfig",
-    "EvalConfig",
-    "LogConfig",
-    "LossConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ReferenceConfig",
-    "ReplayConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "ServersConfig",
-    "TaskConfig",
-    "TrainConfig",
-]
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        check_limits({f.name: getattr(self, f.name) for f in fields(self)})
+        check_limits(self)
         _check_loss(self)
         _check_sources(self)
         _check_servers(self)
@@ -95,13 +76,7 @@ class Config:
             )
 
     def programs(self, model: "DecoderFns", shape: "DecoderConfig", mesh: "Mesh") -> "Programs":
-        """What a run compiles to train.
-
-        Args:
-            model: the decoder's functions on this mesh.
-            shape: the decoder's shape.
-            mesh: where they run.
-        """
+        """What a run compiles to train; for the arguments see `make_programs`."""
         from gvpo_jax.training.programs import make_programs
 
         return make_programs(

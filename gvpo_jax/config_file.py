@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from gvpo_jax.config import Config
-from gvpo_jax.data.reasoning_gym import TaskConfig
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
 from gvpo_jax.rundir.files import write_text
-from gvpo_jax.settings import describe
+from gvpo_jax.settings import all_settings, describe
 
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
 
-
-# Settings of earlier versions, and their names today.
-_RENAMED = {
-    "rollout.engine": "servers.kind",
-    "rollout.servers": "servers.urls",
-    **{
-        f"rollout.{name}": f"servers.{name}"
-        for name in (
-            "weights_dir", "weights_dtype", "timeout", "retries", "concurrency",
-            "logp_tolerance", "api_key_env",
-        )
-    },
+# Settings that earlier versions had in the section `rollout`, and their names in `servers` today.
+_MOVED = {
+    "engine": "kind", "servers": "urls", "weights_dir": "weights_dir", "timeout": "timeout",
+    "weights_dtype": "weights_dtype", "retries": "retries", "concurrency": "concurrency",
+    "logp_tolerance": "logp_tolerance", "api_key_env": "api_key_env",
 }  # fmt: skip
 
 
@@ -50,9 +41,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     file = _find(Path(path))
     given = [_parse_override(override) for override in overrides]
     try:
-        schema = OmegaConf.structured(Config)
-        layers = (_with_new_names(layer) for layer in (OmegaConf.load(file), *given))
-        config = _as_config(OmegaConf.merge(schema, *layers))
+        config = _merged(Config, OmegaConf.load(file), *given)
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     except MarkedYAMLError as error:
@@ -60,13 +49,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not a readable YAML config:{line} {error.problem}") from None
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable YAML config: {_one_line(error)}") from None
-    data = dataclasses.replace(
-        config.data,
-        path=_beside(file, config.data.path),
-        eval_path=_beside(file, config.data.eval_path),
-        groups_path=_beside(file, config.data.groups_path),
-    )
-    return dataclasses.replace(config, data=data)
+    names = ("path", "eval_path", "groups_path")
+    found = {name: _beside(file, getattr(config.data, name)) for name in names}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 
 def override(config: Config, **values: Any) -> Config:
@@ -80,8 +65,7 @@ def override(config: Config, **values: Any) -> Config:
         section, _, key = name.partition("__")
         changes.setdefault(section, {})[key] = value
     try:
-        given = _with_new_names(OmegaConf.create(changes))
-        return _as_config(OmegaConf.merge(OmegaConf.structured(config), given))
+        return _merged(config, OmegaConf.create(changes))
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
 
@@ -93,20 +77,14 @@ def to_yaml(config: Config) -> str:
 
 def difference(a: Config, b: Config) -> list[str]:
     """Keys, as `section.key`, in which two configs differ in a way that a resumed run must not."""
-    return [
-        f"{section.name}.{field.name}"
-        for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(getattr(a, section.name))
-        if not field.metadata["free"]
-        and getattr(getattr(a, section.name), field.name)
-        != getattr(getattr(b, section.name), field.name)
-    ]
+    pairs = zip(all_settings(a), all_settings(b), strict=True)
+    return [x.key for x, y in pairs if x.value != y.value and not x.about["free"]]
 
 
 def settings_page() -> str:
     """All settings as a page of documentation; `python -m gvpo_jax.config_file` prints it."""
     lines = [_PAGE]
-    for name, settings in itertools.groupby(describe(Config), lambda s: s.key.split(".")[0]):
+    for name, settings in itertools.groupby(describe(Config()), lambda s: s[0].split(".")[0]):
         about = (getattr(Config(), name).__doc__ or "").partition("\n")[0]
         lines += ["", f"## {name}", "", about, ""]
         lines += ["| setting | type | default | limits | meaning |", "|---|---|---|---|---|"]
@@ -125,7 +103,10 @@ Give any of these in the YAML file, as `section.key=value` behind a command, or 
 
 def settings_help() -> str:
     """All settings as `--help` shows them."""
-    rows = [f"  {s.key}={s.default}  ({s.type})\n      {s.description}" for s in describe(Config)]
+    rows = [
+        f"  {key}={default}  ({kind})\n      {meaning}"
+        for key, kind, default, _, meaning in describe(Config())
+    ]
     return "\n".join(["settings, each with its default:", *rows])
 
 
@@ -210,8 +191,10 @@ def _beside(file: Path, path: str | None) -> str | None:
     return next((str(place.absolute()) for place in places if place.exists()), path)
 
 
-def _as_config(merged: Any) -> Config:
-    config = OmegaConf.to_object(merged)
+def _merged(base: Any, *layers: Any) -> Config:
+    """The config that `base` is, or is the class of, with these layers on top."""
+    layers = tuple(_with_new_names(layer) for layer in layers)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), *layers))
     assert isinstance(config, Config)
     return config
 
@@ -221,37 +204,28 @@ def _with_new_names(layer: Any) -> Any:
     if not OmegaConf.is_dict(layer):
         return layer
     plain: Any = OmegaConf.to_container(layer)
-    for old, new in _RENAMED.items():
-        section, key = old.split(".")
-        if isinstance(plain.get(section), dict) and key in plain[section]:
-            value = plain[section].pop(key)
-            value = "none" if (key, value) == ("engine", "in_process") else value
-            there, name = new.split(".")
-            plain[there] = (plain.get(there) or {}) | {name: value}
+    given = plain.get("rollout")
+    for old, new in _MOVED.items():
+        if isinstance(given, dict) and old in given:
+            value = given.pop(old)
+            value = "none" if (old, value) == ("engine", "in_process") else value
+            plain["servers"] = (plain.get("servers") or {}) | {new: value}
     return OmegaConf.create(plain)
-
-
-_RECORDS = {
-    record.__name__: record
-    for record in (Config, TaskConfig, *(type(getattr(Config(), f.name)) for f in fields(Config)))
-}
 
 
 def _one_line(error: Exception) -> str:
     """OmegaConf's first sentence and the key it is about, without the lines on its own types."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next(
-        (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), ""
-    )
     message = lines[0] if lines else type(error).__name__
     if "is not a ListConfig" in message:
         message = "needs a list, e.g. [a, b]"
     if "incompatible container types" in message:
         message = "a list stands where a mapping belongs, or the reverse: sections are mappings, "
         message += "data.tasks and rewards.funcs are lists, with a dash before each entry"
-    if (stranger := re.fullmatch(r"Key '.*' not in '(\w+)'", message)) and stranger[1] in _RECORDS:
-        known = ", ".join(f.name for f in fields(_RECORDS[stranger[1]]))
-        message += f", which has {known}"
+    record = getattr(error, "object_type", None)
+    if re.fullmatch(r"Key '.*' not in '\w+'", message) and dataclasses.is_dataclass(record):
+        message += f", which has {', '.join(field.name for field in dataclasses.fields(record))}"
+    key = getattr(error, "full_key", None)
     return f"{key}: {message}" if key and key not in message else message
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from gvpo_jax.errors import UserError
 
@@ -40,24 +40,48 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_limits(sections: Mapping[str, Any]) -> None:
-    """That every setting of these sections lies within its limits; NaN and infinities lie outside.
+class Setting(NamedTuple):
+    """One setting of a config: `section.name`, its value and type, and what `setting` was told."""
+
+    key: str
+    value: Any
+    type: Any
+    about: Mapping[str, Any]
+
+
+def all_settings(config: Any) -> Iterator[Setting]:
+    """Every setting of a config, whose fields are sections, in order."""
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        for field in dataclasses.fields(section):
+            key, value = f"{part.name}.{field.name}", getattr(section, field.name)
+            yield Setting(key, value, field.type, field.metadata)
+
+
+def check_limits(config: Any) -> None:
+    """That every setting of a config lies within its limits; NaN and infinities lie outside.
 
     Raises:
         UserError: one does not; names key, limit and value.
     """
-    for name, section in sections.items():
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            problem = None if value is None else _problem(value, field.metadata)
-            if problem:
-                hint = field.metadata["hint"]
-                text = f"{name}.{field.name} must be {problem}, got {value}"
-                raise UserError(f"{text}; {hint}" if hint else text)
+    for key, value, _, about in all_settings(config):
+        problem = None if value is None else _problem(value, about)
+        if problem:
+            text = f"{key} must be {problem}, got {value}"
+            raise UserError(f"{text}; {about['hint']}" if about["hint"] else text)
+
+
+def describe(config: Any) -> Iterator[tuple[str, str, str, str, str]]:
+    """Key, type, value, limits and meaning of every setting, as a person reads them."""
+    words = {None: "null", True: "true", False: "false"}
+    for key, value, kind, about in all_settings(config):
+        plain = value is None or isinstance(value, bool)
+        shown = words[value] if plain else str(value)
+        yield key, _type_name(kind), shown, _limits(about), about["description"]
 
 
 def _problem(value: Any, limits: Mapping[str, Any]) -> str | None:
-    least, most, above, below = (limits.get(name) for name in ("least", "most", "above", "below"))
+    least, most, above, below = (limits[name] for name in ("least", "most", "above", "below"))
     low = above if least is None else least
     if most is not None and low is not None and not low <= value <= most:
         return f"between {low} and {most}"
@@ -66,34 +90,6 @@ def _problem(value: Any, limits: Mapping[str, Any]) -> str | None:
     if above is not None and not above < value <= _MAX:
         return f"> {above}"
     return f"< {below}" if below is not None and not value < below else None
-
-
-class Setting(NamedTuple):
-    """One setting as a person reads it."""
-
-    key: str
-    type: str
-    default: str
-    limits: str
-    description: str
-
-
-def describe(config: type) -> Iterator[Setting]:
-    """All settings of a config class whose fields are sections, in order."""
-    for section, cls in get_type_hints(config).items():
-        types = get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            made = field.default_factory
-            default = field.default if made is dataclasses.MISSING else made()
-            words = {None: "null", True: "true", False: "false"}
-            plain = default is None or isinstance(default, bool)
-            yield Setting(
-                f"{section}.{field.name}",
-                _type_name(types[field.name]),
-                words[default] if plain else str(default),
-                _limits(field.metadata),
-                field.metadata["description"],
-            )
 
 
 def _type_name(hint: Any) -> str:
