@@ -69,7 +69,7 @@ class Config:
                 f"train.batch_size={train.batch_size} does not divide into "
                 f"train.micro_batches={train.micro_batches}; use a multiple"
             )
-        if rewards.weights and len(rewards.weights) != len(rewards.funcs):
+        if rewards.weights and rewards.funcs and len(rewards.weights) != len(rewards.funcs):
             raise UserError(
                 f"rewards.weights has {len(rewards.weights)} numbers for "
                 f"{len(rewards.funcs)} functions"

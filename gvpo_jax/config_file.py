@@ -2,16 +2,14 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
+import yaml
 
 from gvpo_jax.config import Config
+from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
@@ -31,27 +29,33 @@ _MOVED = {
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file with `key=value` overrides on top.
 
-    Data files that are not found from the working directory are looked for beside the config. A
-    path that does not exist but names a config that came with the package (`quickstart`,
-    `configs/quickstart.yaml`) is taken from there.
+    A config that does not exist but names one that came with the package (`quickstart`,
+    `configs/quickstart.yaml`) is taken from there. Files that settings name are looked for from the
+    working directory, then beside the config; `~` is the home folder.
 
     Raises:
         UserError: no such file, no YAML, an unknown key, or a value out of range.
     """
     file = _find(Path(path))
-    given = [_parse_override(override) for override in overrides]
+    given = [read_override(override) for override in overrides]
     try:
-        config = _merged(Config, OmegaConf.load(file), *given)
-    except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
-    except MarkedYAMLError as error:
+        values = read_yaml(file.read_text("utf-8-sig"))
+        values = {} if values is None else values
+        for key, value in given if isinstance(values, dict) else ():
+            put(values, key, value)
+        config = as_record(Config, _with_new_names(values))
+    except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise UserError(f"{path} is not a readable YAML config:{line} {error.problem}") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable YAML config: {_one_line(error)}") from None
-    names = ("path", "eval_path", "groups_path")
-    found = {name: _beside(file, getattr(config.data, name)) for name in names}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
+        raise UserError(
+            f"{path} is not a readable YAML config:{line} {error.problem}; indent with spaces, the "
+            "same for all keys of a section, and put a text that holds ': ' or ' #' in quotes"
+        ) from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable YAML config: {reason}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return _with_paths(config, beside=file.parent)
 
 
 def override(config: Config, **values: Any) -> Config:
@@ -60,19 +64,31 @@ def override(config: Config, **values: Any) -> Config:
     Raises:
         UserError: an unknown key or a value out of range.
     """
-    changes: dict[str, dict[str, Any]] = {}
+    changes: dict[str, Any] = {}
     for name, value in values.items():
-        section, _, key = name.partition("__")
-        changes.setdefault(section, {})[key] = value
-    try:
-        return _merged(config, OmegaConf.create(changes))
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from None
+        put(changes, name.split("__", 1), value)
+    return _with_paths(as_record(Config, _with_new_names(changes), base=config), beside=None)
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, resolved, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole config, resolved, as YAML that `load_config` reads as the same."""
+    values = dataclasses.asdict(config)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts every text in quotes that would be something else without them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    quotes = None if as_any(Bare(text)) == text else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def difference(a: Config, b: Config) -> list[str]:
@@ -98,7 +114,12 @@ _PAGE = """# Settings
 
 Give any of these in the YAML file, as `section.key=value` behind a command, or as
 `section__key=value` to `Trainer.from_pretrained`. This page is made by
-`python -m gvpo_jax.config_file > docs/settings.md`."""
+`python -m gvpo_jax.config_file > docs/settings.md`.
+
+A text is what was typed behind the first `=`: `007`, `yes`, `${x}` and `Answer: #` stay as they are.
+Quote it for your shell alone. A list is written `[a, b]`, or as one entry without brackets, and
+`data.tasks.0.weight=2` changes its first entry. `null` unsets a setting that may be null. A file is
+looked for in the working directory, then beside the config; `~` is the home folder."""
 
 
 def settings_help() -> str:
@@ -174,59 +195,79 @@ def _find(path: Path) -> Path:
     raise UserError(f"there is no config file {path}")
 
 
-def _parse_override(override: str) -> Any:
-    try:
-        if "=" in override:
-            return OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, YAMLError):
-        pass
-    raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=10")
+def _with_paths(config: Config, beside: Path | None) -> Config:
+    """Every setting that names a file: from here or beside the config, absolute if it is there."""
+    sections = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    for key, value, _, about in all_settings(config):
+        section, name = key.split(".")
+        if about["path"] and value is not None:
+            found = _RESOLVE[about["path"]](value, key, beside)
+            if found != value:
+                sections[section] = dataclasses.replace(sections[section], **{name: found})
+    return dataclasses.replace(config, **sections)
 
 
-def _beside(file: Path, path: str | None) -> str | None:
-    """A relative path, looked for from here and then beside the config, made absolute."""
-    if path is None:
+def _input(path: str, key: str, beside: Path | None) -> str | None:
+    if not path:
         return None
-    places = (Path(path), file.parent / path)
-    return next((str(place.absolute()) for place in places if place.exists()), path)
+    places = [Path(path).expanduser(), *([beside / path] if beside else [])]
+    return next((str(place.absolute()) for place in places if place.exists()), str(places[0]))
 
 
-def _merged(base: Any, *layers: Any) -> Config:
-    """The config that `base` is, or is the class of, with these layers on top."""
-    layers = tuple(_with_new_names(layer) for layer in layers)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), *layers))
-    assert isinstance(config, Config)
-    return config
+def _output(path: str, key: str, beside: Path | None) -> str:
+    if not path:
+        raise UserError(f"{key} is empty: give the path of a folder")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def _with_new_names(layer: Any) -> Any:
-    """Settings under the names that they have today, with what stands there as it is."""
-    if not OmegaConf.is_dict(layer):
-        return layer
-    plain: Any = OmegaConf.to_container(layer)
-    given = plain.get("rollout")
+def _model(name: str, key: str, beside: Path | None) -> str:
+    """A folder or file; `debug`, names of packages and of the hub stay as they are."""
+    found = _input(name, key, beside) if name != "debug" and "://" not in name else None
+    return found if found and Path(found).exists() else name
+
+
+def _functions(specs: list[str], key: str, beside: Path | None) -> list[str]:
+    """`path/to/file.py:function`; `module:function` stays as it is."""
+    parts = [spec.rpartition(":") for spec in specs]
+    return [
+        f"{_input(where, key, beside)}:{name}" if where.endswith(".py") else spec
+        for spec, (where, _, name) in zip(specs, parts, strict=True)
+    ]
+
+
+def _template(text: str, key: str, beside: Path | None) -> str:
+    """A text that puts nothing in is the path of a file with one."""
+    if not text or "{" in text:
+        return text
+    file = _input(text, key, beside)
+    try:
+        assert file is not None
+        return Path(file).read_text("utf-8-sig")
+    except (OSError, ValueError):
+        raise UserError(
+            f"{key}={text}: neither a readable file nor a Jinja template, which puts the messages "
+            "in with {{ }} or {% %}"
+        ) from None
+
+
+_RESOLVE = {
+    "input": _input,
+    "output": _output,
+    "model": _model,
+    "functions": _functions,
+    "template": _template,
+}
+
+
+def _with_new_names(values: Any) -> Any:
+    """Settings under the names that they have today."""
+    given = values.get("rollout") if isinstance(values, dict) else None
     for old, new in _MOVED.items():
         if isinstance(given, dict) and old in given:
             value = given.pop(old)
             value = "none" if (old, value) == ("engine", "in_process") else value
-            plain["servers"] = (plain.get("servers") or {}) | {new: value}
-    return OmegaConf.create(plain)
-
-
-def _one_line(error: Exception) -> str:
-    """OmegaConf's first sentence and the key it is about, without the lines on its own types."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
-    if "is not a ListConfig" in message:
-        message = "needs a list, e.g. [a, b]"
-    if "incompatible container types" in message:
-        message = "a list stands where a mapping belongs, or the reverse: sections are mappings, "
-        message += "data.tasks and rewards.funcs are lists, with a dash before each entry"
-    record = getattr(error, "object_type", None)
-    if re.fullmatch(r"Key '.*' not in '\w+'", message) and dataclasses.is_dataclass(record):
-        message += f", which has {', '.join(field.name for field in dataclasses.fields(record))}"
-    key = getattr(error, "full_key", None)
-    return f"{key}: {message}" if key and key not in message else message
+            put(values, ["servers", new], value)
+    return values
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def setting(
     below: float | None = None,
     hint: str = "",
     free: bool = False,
+    path: Literal["", "input", "output", "model", "functions", "template"] = "",
 ) -> Any:
     """A field of a config section.
 
@@ -32,8 +33,9 @@ def setting(
         below: what the value must stay under.
         hint: what to do about a value out of range.
         free: a resumed run may change it: it touches neither what was computed nor what will be.
+        path: what kind of file it names; "": none.
     """
-    metadata = {"description": description, "free": free, "hint": hint}
+    metadata = {"description": description, "free": free, "hint": hint, "path": path}
     metadata |= {"least": least, "most": most, "above": above, "below": below}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)

@@ -29,11 +29,15 @@ Row = dict[str, Any]
 class DataConfig:
     """Rows to train on and to be judged by, and how their prompts become tokens."""
 
-    path: str | None = setting(None, "JSONL or parquet with a column `prompt`, or ...")
-    eval_path: str | None = setting(None, "Held-out rows, with the same columns.")
+    path: str | None = setting(
+        None, "JSONL or parquet with a column `prompt`, or ...", path="input"
+    )
+    eval_path: str | None = setting(None, "Held-out rows, with the same columns.", path="input")
     tasks: list[TaskConfig] = setting([], "... tasks that rows are drawn from, or ...")
     groups_path: str | None = setting(
-        None, "... groups that were sampled elsewhere, see gvpo_jax.collect.offline."
+        None,
+        "... groups that were sampled elsewhere, see gvpo_jax.collect.offline.",
+        path="input",
     )
     bad_samples: Literal["error", "skip"] = setting(
         "error",
@@ -50,7 +54,11 @@ class DataConfig:
     chat_template: Literal["auto", "never", "always"] = setting(
         "auto", "auto: for lists of messages only; always: a text is one user message."
     )
-    template: str | None = setting(None, "A Jinja chat template in place of the tokenizer's own.")
+    template: str | None = setting(
+        None,
+        "A Jinja chat template, or its file, in place of the tokenizer's own.",
+        path="template",
+    )
     system_prompt: str | None = setting(
         None, "Opens every templated prompt that has no system message of its own."
     )

@@ -21,6 +21,7 @@ class ModelConfig:
     name: str = setting(
         "debug",
         "A hub name, a folder of safetensors, a .gguf file, package://PACKAGE/FILE.gguf, or debug.",
+        path="model",
     )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "Of the computation; parameters stay float32."

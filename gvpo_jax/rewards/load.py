@@ -18,7 +18,7 @@ from gvpo_jax.settings import setting
 class RewardConfig:
     """The reward functions."""
 
-    funcs: list[str] = setting([], "module:function, or path/file.py:function.")
+    funcs: list[str] = setting([], "module:function, or path/file.py:function.", path="functions")
     weights: list[float] = setting([], "One for each function; empty: all 1.")
     on_error: Literal["raise", "skip"] = setting(
         "raise", "skip leaves out, and counts, the completions on which a function fails."

@@ -22,7 +22,10 @@ class RunConfig:
     """The run's folder, and what holds for all of the run."""
 
     dir: str = setting(
-        "runs/run", "Holds everything the run writes; a second start on it resumes.", free=True
+        "runs/run",
+        "Holds everything the run writes; a second start on it resumes.",
+        free=True,
+        path="output",
     )
     seed: int = setting(0, "Of data order and sampling.", least=0, most=2**31 - 1)
     compilation_cache: str | None = setting(

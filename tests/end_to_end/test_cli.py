@@ -107,9 +107,9 @@ def _start():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("epochs=3", "'epochs' not in 'Config', which has run, model"),
-        ("los.beta=1", "Key 'los' not in 'Config'. Did you mean"),
-        ("loss.bata=1", "loss.bata: Key 'bata' not in 'LossConfig'. Did you mean: 'beta'?"),
+        ("epochs=3", "unknown setting epochs: a config has run, model"),
+        ("los.beta=1", "unknown setting los: did you mean 'loss'?"),
+        ("loss.bata=1", "unknown setting loss.bata: did you mean 'beta'?"),
         ("loss.beta=0", "loss.beta must be > 0, got 0.0"),
         ("rollout.num_generations=1", "rollout.num_generations must be at least 2, got 1"),
         ("rollout.top_p=0", "rollout.top_p must be > 0"),

@@ -2,6 +2,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gvpo_jax.config import Config
@@ -53,40 +55,124 @@ def test_tasks_and_their_settings(write):
     (task,) = load_config(file).data.tasks
     assert (task.name, task.weight, task.question) == ("gcd", 2.0, "")
     assert task.settings == {"min_value": 1, "ops": ["+", "-"]}
-    assert type(task.settings) is dict  # plain values: nothing of OmegaConf gets out
+    assert type(task.settings) is dict
     assert type(task.settings["ops"]) is list
 
 
 @pytest.mark.parametrize(
     ("text", "given", "message"),
     [
-        ("los: {beta: 1}", [], "c.yaml: Key 'los' not in 'Config'. Did you mean.*'loss'"),
-        ("loss: {bata: 1}", [], "c.yaml: loss.bata: .*Did you mean: 'beta'?"),
-        ("", ["rollout.num_generation=8"], "rollout.num_generation: .*Did you mean.*'num_gener"),
-        ("data: {tasks: [{nam: gcd}]}", [], "Did you mean: 'name'?"),
-        ("", ["epochs=3"], "'epochs' not in 'Config', which has run, model, data,"),
-        ("", ["train.epochs=3"], "'epochs' not in 'TrainConfig', which has steps, batch_size,"),
+        ("los: {beta: 1}", [], "c.yaml: unknown setting los: did you mean 'loss'?"),
+        ("loss: {bata: 1}", [], "c.yaml: unknown setting loss.bata: did you mean 'beta'?"),
+        ("", ["rollout.num_generation=8"], "rollout.num_generation: did you mean 'num_generatio"),
+        ("data: {tasks: [{nam: gcd}]}", [], "data.tasks.0.nam: did you mean 'name'?"),
+        ("", ["epochs=3"], "unknown setting epochs: a config has run, model, data,"),
+        ("", ["train.epochs=3"], "unknown setting train.epochs: train has steps, batch_size,"),
+        ("", ["train.steps.x=3"], "train.steps must be a whole number"),
     ],
 )
 def test_a_misspelt_key_is_told_its_neighbour(write, text, given, message):
-    assert re.search(message, refused(write(text), *given))
+    assert message in refused(write(text), *given)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("loss.beta=x", "loss.beta: Value 'x' .*could not be converted to Float"),
-        ("train.steps=1.5", "train.steps: .*could not be converted to Integer"),
-        ("train.steps=", "train.steps: Incompatible value 'None'"),
-        ("optimizer.name=adm", "optimizer.name: Invalid value 'adm', expected one of .*'adamw'"),
-        ("rewards.funcs=a:b", "rewards.funcs: needs a list"),
-        ("loss=3", "LossConfig"),
+        ("loss.beta=x", "loss.beta must be a number, got 'x'"),
+        ("train.steps=1.5", "train.steps must be a whole number, got '1.5'"),
+        ("train.steps=", "train.steps must be a whole number, got ''"),
+        ("train.steps=inf", "train.steps must be a whole number, got 'inf'"),
+        ("train.packing=maybe", "train.packing must be true or false, got 'maybe'"),
+        ("optimizer.name=adamm", "must be one of adamw, adafactor, sgd, got 'adamm'; did you mean"),
+        ("rewards.weights=1;2", "rewards.weights.0 must be a number, got '1;2'"),
+        ("rewards.weights=[1, x]", "rewards.weights.1 must be a number, got 'x'"),
+        ("data.tasks=gcd", "data.tasks.0 is a section, a mapping like {name: value}; got 'gcd'"),
+        ("data.tasks.0.weight=2", "data.tasks must be a list: put a dash before each entry"),
+        ("loss=3", "loss is a section, a mapping like {name: value}; got '3'"),
         ("loss.beta", "'loss.beta' is not an override: write key=value"),
-        ("train.steps=[", r"'train.steps=\[' is not an override: write key=value"),
+        ("=3", "'=3' is not an override: write key=value"),
+        ("rollout.stop_token_ids=[1", "rollout.stop_token_ids: '[1' is no list or mapping"),
+        ("run.dir=", "run.dir is empty: give the path of a folder"),
     ],
 )
 def test_a_wrong_type_names_its_key(write, given, message):
-    assert re.search(message, refused(write(""), given))
+    assert message in refused(write(""), given)
+
+
+TEXTS = [
+    "Put the answer after ####", "Answer: yes or no", "{think} first", "[INST] be brief", "*bold*",
+    "%d", "@user", "line one\nline two", "- be brief", "yes", "1.0", "007", "1e3", "'quoted' words",
+    "Use ${answer} as a mark", "${oc.env:HOME}", "$x$ and $\\boxed{}$", " spaces ", "null and void",
+    "it's 5:30", "a, b", "`code`", "| table |", "> quote", "& more", "!important", "? why", "t\tt",
+    "\u00fc\u2028x", "a=b=c", "2026-07-01", "12:30", "0x10", "\x1b[31m", "\ud83d", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_what_was_typed(write, text):
+    given = load_config(write(""), [f"data.system_prompt={text}"])
+    assert given.data.system_prompt == text
+    assert override(Config(), data__system_prompt=text) == given
+    assert load_config(write(to_yaml(given))) == given
+    tasks = override(Config(), data__tasks=[{"name": "a", "settings": {"x": text, "y": [text]}}])
+    assert load_config(write(to_yaml(tasks))) == tasks
+    if text.strip() == text != "":
+        run = load_config(write(""), [f"run.dir={text}"])
+        assert run.run.dir == text
+        assert load_config(write(to_yaml(run))).run.dir == text
+
+
+def test_unquoted_texts_in_yaml_stay_texts_too(write):
+    file = write("run: {dir: 007}\nmodel: {name: on}\ndata: {system_prompt: '${HOME} 1'}")
+    config = load_config(file, ["data.template={{ messages }} # all"])
+    assert (config.run.dir, config.model.name) == ("007", "on")
+    assert config.data.system_prompt == "${HOME} 1"
+    assert config.data.template == "{{ messages }} # all"
+
+
+@pytest.mark.parametrize(
+    ("typed", "number"),
+    [("10", 10), ("010", 10), ("1_000", 1000), ("1e3", 1000), ("10.0", 10), (" 10 ", 10)],
+)
+def test_whole_numbers_are_decimal(write, typed, number):
+    assert load_config(write(f"train: {{steps: {typed}}}")).train.steps == number
+    assert load_config(write(""), [f"train.steps={typed}"]).train.steps == number
+    assert load_config(write(""), [f" train.steps ={typed}"]).train.steps == number
+
+
+def test_numbers_of_other_libraries_and_single_entries_are_taken():
+    config = override(
+        Config(),
+        train__steps=np.int64(7),
+        loss__beta=jnp.float32(0.5),
+        rewards__weights=np.array([1.0, 2.0]),
+        rollout__stop_token_ids=3,
+        run__dir=Path("runs") / "x",
+        train__packing=np.bool_(False),
+    )
+    assert (config.train.steps, config.loss.beta, config.run.dir) == (7, 0.5, "runs/x")
+    assert (config.rewards.weights, config.rollout.stop_token_ids) == ([1.0, 2.0], [3])
+    assert config.train.packing is False
+    assert type(config.train.steps) is int
+    for wrong in ({"train__steps": True}, {"run__dir": 3}, {"train__packing": 2}):
+        with pytest.raises(UserError, match="must be"):
+            override(config, **wrong)
+
+
+def test_values_without_a_type_of_their_own_are_what_yaml_says(write):
+    text = "{a: 1, b: 1e3, c: yes, d: null, e: '1', f: [off, x], g: {h: 0.5}, i: 007}"
+    (task,) = load_config(write(f"data: {{tasks: [{{name: t, settings: {text}}}]}}")).data.tasks
+    expected = {"a": 1, "b": 1000.0, "c": True, "d": None, "e": "1", "f": [False, "x"]}
+    assert task.settings == expected | {"g": {"h": 0.5}, "i": 7}
+
+
+def test_entries_of_lists_are_reached_by_their_place(write):
+    file = write("data: {tasks: [{name: a}, {name: b}]}\nrewards: {funcs: [a:b, c:d]}")
+    config = load_config(file, ["data.tasks.1.weight=2", "rewards.funcs.0=x:y"])
+    assert [task.weight for task in config.data.tasks] == [1.0, 2.0]
+    assert config.rewards.funcs == ["x:y", "c:d"]
+    assert "data.tasks has 2 entries" in refused(file, "data.tasks.2.weight=2")
+    assert "data.tasks has 2 entries" in refused(file, "data.tasks.x=2")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +204,10 @@ def test_a_wrong_type_names_its_key(write, given, message):
         ("replay.groups=8", "replay.groups=8 must be less than train.batch_size=8"),
         ("replay.capacity=0", "replay.capacity must be at least 1, got 0"),
         ("run.seed=-1", "run.seed must be between 0 and 2147483647, got -1"),
-        ("rewards.weights=[1.0]", "rewards.weights has 1 numbers for 0 functions"),
     ],
 )
 def test_a_value_out_of_range_names_key_and_limit(write, given, message):
-    assert refused(write(""), given).startswith(message)
+    assert message in refused(write(""), given)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +236,16 @@ def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
     [
         ("loss:\n  beta: [0.1\n", "c.yaml is not a readable YAML config: line 3: "),
         ("loss: {beta: 0.1, beta: 0.2}", "line 1: found duplicate key beta"),
-        ("- 1\n", "c.yaml: a list stands where a mapping belongs"),
-        ("data: {tasks: {name: gcd}}", "data.tasks and rewards.funcs are lists, with a dash"),
-        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("loss:\n\tbeta: 1\n", "cannot start any token; indent with spaces"),
+        ("loss:\n  beta: 1\n   name: gvpo\n", "line 3: mapping values are not allowed here; inden"),
+        ("- 1\n", "c.yaml: a config is made of sections, a mapping like {name: value}; got"),
+        ("3", "c.yaml: a config is made of sections"),
+        ("data: {tasks: {name: gcd}}", "data.tasks must be a list: put a dash before each"),
+        ("!!python/object/apply:os.getcwd []", "line 1: could not read the tag"),
+        ("data: {path: !x y}", "line 1: could not read the tag !x; put a text with ! in quotes"),
+        ("a: &a [*a]", "line 1: a value contains itself"),
+        ("[" * 5000, "c.yaml is not a readable YAML config: "),
+        ("rollout: {engine: vllm}\nservers: 3", "servers"),
     ],
 )
 def test_a_broken_file_names_its_line(write, text, message):
@@ -179,6 +271,38 @@ def test_data_is_found_from_here_or_beside_the_config(tmp_path, monkeypatch):
     (tmp_path / "here" / "rows.jsonl").touch()
     assert load_config(config).data.path == str(tmp_path / "here" / "rows.jsonl")
     assert load_config(config, [f"data.path={beside}"]).data.path == str(beside)
+
+
+def test_every_path_is_found_beside_the_config_or_at_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("there/model", "home"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "there" / "my.py").touch()
+    (tmp_path / "there" / "chat.jinja").write_text("{{ messages }}\n\n")
+    config = tmp_path / "there" / "c.yaml"
+    config.write_text(
+        "model: {name: model}\nrewards: {funcs: ['my.py:f', 'a.b:c', 'no.py:f']}\n"
+        "data: {template: chat.jinja}\nrun: {dir: ~/runs/x}\nservers: {weights_dir: ~/w}"
+    )
+    read = load_config(config)
+    assert read.model.name == str(tmp_path / "there" / "model")
+    assert read.rewards.funcs == [f"{tmp_path}/there/my.py:f", "a.b:c", "no.py:f"]
+    assert read.data.template == "{{ messages }}\n\n"
+    assert read.run.dir == f"{tmp_path}/home/runs/x"
+    assert read.servers.weights_dir == f"{tmp_path}/home/w"
+    (tmp_path / "home" / "my.py").touch()
+    given = load_config(config, ["rewards.funcs=~/my.py:f", "model.name=debug", "data.path="])
+    assert given.rewards.funcs == [f"{tmp_path}/home/my.py:f"]
+    assert (given.model.name, given.data.path) == ("debug", None)
+    assert override(Config(), run__dir="~/x").run.dir == f"{tmp_path}/home/x"
+    assert "data.template=gone.jinja: neither a readable file nor a Jinja" in refused(
+        config, "data.template=gone.jinja"
+    )
+    monkeypatch.chdir(tmp_path / "home")  # the run goes on from elsewhere
+    kept = tmp_path / "home" / "config.yaml"
+    kept.write_text(to_yaml(read))
+    assert load_config(kept) == read
 
 
 @pytest.mark.parametrize("name", ["debug", "debug.yaml", "configs/debug.yaml", "configs/debug"])
@@ -226,9 +350,9 @@ def test_override_is_a_copy_that_is_checked():
     base = Config()
     assert override(base, loss__beta=0.2, run__dir="x").loss.beta == 0.2
     assert base.loss.beta == 0.1
-    with pytest.raises(UserError, match="Did you mean: 'beta'"):
+    with pytest.raises(UserError, match="did you mean 'beta'"):
         override(base, loss__bata=0.2)
-    with pytest.raises(UserError, match="'nothing' not in"):
+    with pytest.raises(UserError, match="unknown setting nothing"):
         override(base, nothing=1)
     with pytest.raises(UserError, match="beta must be > 0"):
         override(base, loss__beta=0)

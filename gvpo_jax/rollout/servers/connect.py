@@ -32,6 +32,7 @@ class ServersConfig:
         "Folder for new weights, which every server sees under this path; null: `weights` in "
         "run.dir.",
         free=True,
+        path="output",
     )
     weights_dtype: Literal["float32", "bfloat16"] = setting("float32", "Of the weights' files.")
     timeout: float = setting(
