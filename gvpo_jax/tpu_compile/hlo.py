@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,8 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-)
+_CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|(?:true|false)_computation)=%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
@@ -23,6 +23,7 @@ _CONSTANT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 _BETWEEN_SLICES = re.compile(
     r'_xla_megascale_target="\{([\d,:]+)\}.*_xla_megascale_transfer_type="(\w+)"'
 )
+_NAMED = 8  # of the largest buffers
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -84,20 +85,18 @@ def collectives(hlo: str, *, devices: int, slices: int = 1, trips: int = 1) -> l
     """
     computations = _computations(hlo)
     runs = _runs(computations, trips)
-    seen: dict[str, tuple[tuple[str, int, bool], float, float, float]] = {}
+    seen: dict[str, tuple[float, tuple[str, int, bool], tuple[float, float]]] = {}
     for name, lines in computations.items():
+        count = runs.get(name, 0.0)
         for line in lines:
-            if (found := _collective(name, line, devices, slices)) is None:
-                continue
-            channel, key, size, wire = found
-            count = runs.get(name, 0.0)
-            if channel not in seen or seen[channel][1] < count:
-                seen[channel] = (key, count, size, wire)
-    totals: dict[tuple[str, int, bool], list[float]] = defaultdict(lambda: [0, 0, 0])
-    for key, count, size, wire in seen.values():
-        for i, value in enumerate((count, count * size, count * wire)):
-            totals[key][i] += value
-    rows = [Collective(*key, int(c), size, wire) for key, (c, size, wire) in totals.items()]
+            if found := _collective(name, line, devices, slices):
+                channel, key, sizes = found
+                if channel not in seen or seen[channel][0] < count:
+                    seen[channel] = (count, key, sizes)
+    totals: dict[tuple[str, int, bool], Any] = defaultdict(lambda: np.zeros(3))
+    for count, key, sizes in seen.values():
+        totals[key] += count * np.array([1, *sizes])
+    rows = [Collective(*key, int(n), size, wire) for key, (n, size, wire) in totals.items()]
     return sorted(rows, key=lambda row: -row.wire_bytes)
 
 
@@ -105,15 +104,14 @@ def loops(hlo: str) -> dict[str, int | None]:
     """Name of each loop's body -> how often it runs there, None where the text does not tell."""
     computations = _computations(hlo)
     return {
-        body: trips
+        body[1]: _trips(line, computations)
         for lines in computations.values()
         for line in lines
-        if (found := _INSTRUCTION.match(line)) and found[3] == "while"
-        for body, trips in [_loop(line, computations)]
+        if " while(" in line and (body := _BODY.search(line))
     }
 
 
-def memory(assignment: str, hlo: str = "", *, most: int = 8) -> Memory:
+def memory(assignment: str, hlo: str) -> Memory:
     """What a dumped buffer assignment holds in HBM.
 
     `memory_analysis()` of the compiled program can't take its place: there is none where a program
@@ -122,31 +120,30 @@ def memory(assignment: str, hlo: str = "", *, most: int = 8) -> Memory:
     Args:
         assignment: text of XLA's "buffer-assignment" dump.
         hlo: text of the optimized module, to say where buffers come from.
-        most: buffers to name.
     """
-    origins, rows = _origins(hlo), []
-    names = ("arguments", "outputs", "aliased", "temporaries", "constants", "total")
-    sums = dict.fromkeys(names, 0)
-    for size, kind, values in _allocations(assignment):
-        given, kept = "parameter" in kind, "maybe-live-out" in kind
-        sums["arguments"] += size * given
-        sums["outputs"] += size * kept
-        sums["aliased"] += size * (given and kept)
-        sums["temporaries"] += size * ("temp" in kind)
-        sums["constants"] += size * ("constant" in kind)
-        sums["total"] += size
-        rows += _rows(kind, values, origins)
-    return Memory(**sums, largest=_largest(rows, most))
+    allocations = list(_allocations(assignment))
+
+    def held(*words: str) -> int:
+        return sum(size for size, kind, _ in allocations if all(word in kind for word in words))
+
+    return Memory(
+        arguments=held("parameter"),
+        outputs=held("maybe-live-out"),
+        aliased=held("parameter", "maybe-live-out"),
+        temporaries=held("temp"),
+        constants=held("constant"),
+        total=held(),
+        largest=_largest(allocations, _origins(hlo)),
+    )
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
     """Name -> lines; the entry is also there as "ENTRY"."""
     found: dict[str, list[str]] = {}
-    lines: list[str] | None = None
+    lines: list[str] = []
     for line in hlo.splitlines():
-        if line[:1] in (" ", "}", ""):
-            if lines is not None and line[:1] == " ":
-                lines.append(line)
+        if line.startswith(" "):
+            lines.append(line)
         elif head := _COMPUTATION.match(line):
             lines = found.setdefault(head[2], [])
             if head[1]:
@@ -167,30 +164,25 @@ def _runs(computations: dict[str, list[str]], trips: int) -> dict[str, float]:
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [part.strip().lstrip("%") for part in branches.split(",")]
-            here = times
-            if called and " while(" in line:
-                here *= _loop(line, computations)[1] or trips
-            todo += [(target, here) for target in called]
+            rounds = (_trips(line, computations) or trips) if " while(" in line else 1
+            todo += [(target, times * rounds) for target in called]
     return runs
 
 
-def _loop(line: str, computations: dict[str, list[str]]) -> tuple[str, int | None]:
-    body = re.search(r"\bbody=%?([\w.\-]+)", line)
-    condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
-    name = body[1] if body else ""
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
     if known := _TRIPS.search(line):
-        return name, int(known[1])
+        return int(known[1])
     # On TPU the count is gone from the text; a loop runs until its counter reaches a constant.
-    bounds = []
-    todo = [condition[1]] if condition else []
+    bounds, todo = [0], re.findall(r"\bcondition=%?([\w.\-]+)", line)
     while todo:
         for inner in computations.get(todo.pop(), []):
-            bounds += [int(found) for found in _CONSTANT.findall(inner)]
+            bounds += map(int, _CONSTANT.findall(inner))
             todo += re.findall(r"\bcalls=%?([\w.\-]+)", inner)
-    return name, max(bounds) if bounds and max(bounds) > 0 else None
+    return max(bounds) or None
 
 
 def _collective(computation: str, line: str, devices: int, slices: int):
+    """Its channel, (kind, devices, between_slices) and (bytes, wire_bytes); None: it is none."""
     found = _INSTRUCTION.match(line)
     if not found:
         return None
@@ -217,7 +209,7 @@ def _collective(computation: str, line: str, devices: int, slices: int):
     wire = size * received.get(kind, 1)
     # Channels of sends and receives are counted by themselves.
     channel = None if opcode == "recv" else re.search(r"channel_id=(\d+)", line)
-    return (channel[1] if channel else name), (kind, group, between), size, wire
+    return (channel[1] if channel else name), (kind, group, between), (size, wire)
 
 
 def _count(ranges: str) -> int:
@@ -234,15 +226,13 @@ def _groups(line: str, devices: int, slices: int) -> tuple[int, bool]:
 
 
 def _replica_groups(line: str, devices: int) -> np.ndarray:
-    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line):
-        return _matrix(found[1])
-    if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", line):
-        return _matrix(found[1])
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        ids = np.arange(devices).reshape([int(n) for n in found[3].split(",")])
-        if found[4]:
-            ids = ids.transpose([int(n) for n in found[4].split(",")])
-        return ids.reshape(int(found[1]), int(found[2]))
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line)
+    if found := pairs or re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", line):
+        rows = [_ints(row) for row in re.findall(r"\{([\d,]+)\}", found[1])]
+        return np.array(rows or [[0]])
+    if found := re.search(r"replica_groups=\[(\d+,\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        ids = np.arange(devices).reshape(_ints(found[2]))
+        return (ids.transpose(_ints(found[3])) if found[3] else ids).reshape(_ints(found[1]))
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", line):
         return _mesh_groups(found, devices)
     return np.arange(devices)[None]
@@ -253,25 +243,23 @@ def _mesh_groups(found: re.Match[str], devices: int) -> np.ndarray:
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
     ids = np.arange(devices)
     if given := re.search(r"\[(\d+(?:,\d+)*)\]", found[2]):
-        listed = [int(n) for n in given[1].split(",")]
-        ids = np.array(listed) if len(listed) == devices else ids
+        listed = np.array(_ints(given[1]))
+        ids = listed if len(listed) == devices else ids
     along = [name for name in re.findall(r"'([^']+)'", found[3]) if name in sizes]
     order = [name for name in sizes if name not in along] + along
-    places = list(sizes)
-    grid = ids.reshape(list(sizes.values())).transpose([places.index(name) for name in order])
+    grid = ids.reshape(list(sizes.values())).transpose([list(sizes).index(name) for name in order])
     return grid.reshape(-1, math.prod(sizes[name] for name in along))
 
 
-def _matrix(text: str) -> np.ndarray:
-    rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", text)]
-    return np.array(rows or [[0]])
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
 
 
 def _size(dtype: str, dims: str) -> float:
     """Bytes; a type's first number is its bits: bf16, f8e4m3fn, s4."""
     digits = re.search(r"\d+", dtype)
     bits = 8 if dtype == "pred" else int(digits[0]) if digits else 0
-    return bits / 8 * math.prod(int(n) for n in dims.split(",") if n)
+    return bits / 8 * math.prod(_ints(dims))
 
 
 def _origins(hlo: str) -> dict[str, str]:
@@ -292,24 +280,19 @@ def _allocations(text: str) -> Iterable[tuple[int, str, list[str]]]:
             yield int(found[1]), found[3], [line for line in lines if line.startswith(" value:")]
 
 
-def _rows(
-    kind: str, values: list[str], origins: dict[str, str]
-) -> Iterable[tuple[int, int, str, str]]:
-    """(size, offset, shape, origin) of what an allocation holds: one row, or one per temporary."""
-    what = "argument " if "parameter" in kind else "result " if "live-out" in kind else ""
-    for line in values if "temp" in kind else values[:1]:
-        found = re.search(r"<\d+ (\S+) .*\(size=(\d+),offset=(\d+)\): (.*)$", line)
-        if found is None:
-            continue
-        name, shape = found[1].split("{")[0], re.sub(r"\{[^}]*\}", "", found[4])
-        yield int(found[2]), int(found[3]), shape, what + origins.get(name, name)
-
-
-def _largest(rows: list[tuple[int, int, str, str]], most: int) -> tuple[Buffer, ...]:
-    """Buffers of one shape and origin are one row; those at one place in memory count once."""
-    places: dict[tuple[int, str, str], set[int]] = defaultdict(set)
-    for i, (size, offset, shape, origin) in enumerate(rows):
-        place = -i - 1 if origin.startswith(("argument", "result")) else offset
-        places[size, shape, re.sub(r"\d+", "N", origin)].add(place)
+def _largest(
+    allocations: Iterable[tuple[int, str, list[str]]], origins: dict[str, str]
+) -> tuple[Buffer, ...]:
+    """Values of one shape and origin are one row; those at one place in memory count once."""
+    places = defaultdict(set)
+    for number, (_, kind, values) in enumerate(allocations):
+        what = "argument " if "parameter" in kind else "result " if "live-out" in kind else ""
+        for line in values if "temp" in kind else values[:1]:
+            if found := re.search(r"<\d+ (\S+) .*\(size=(\d+),offset=(\d+)\): (.*)$", line):
+                name, shape = found[1].split("{")[0], re.sub(r"\{[^}]*\}", "", found[4])
+                origin = re.sub(r"\d+", "N", what + origins.get(name, name))
+                # Arguments and results lie apart; small thread-local values would fill the list.
+                place = (number if what else None, found[3])
+                places[int(found[2]), shape, origin].add(place)
     buffers = [Buffer(size, len(at), shape, origin) for (size, shape, origin), at in places.items()]
-    return tuple(sorted(buffers, key=lambda b: -b.bytes * b.count)[:most])
+    return tuple(sorted(buffers, key=lambda b: -b.bytes * b.count)[:_NAMED])
