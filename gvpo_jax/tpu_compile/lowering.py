@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from gvpo_jax.config import Config
 from gvpo_jax.data.batch import Batch, Sizes
@@ -76,7 +77,11 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
             than the model was made for.
     """
     sizes = batch_sizes(config)
-    _check(config, model, mesh, sizes)
+    check_hosts(mesh, "mesh.tensor")
+    part, k = sizes["score"].groups, sizes["score"].k
+    check_batch(mesh, part, k, f"train.batch_size / train.micro_batches = {part}")
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    check_length(model, longest, "the model")
     functions = config.model.functions(model, mesh, config.rollout.cache_dtype)
     programs = config.programs(functions, model, mesh)
     state = shapes_on(mesh, jax.eval_shape(programs.init, param_shapes(model)))
@@ -90,14 +95,10 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
     snapshot = params if ahead else 0
     beside = snapshot + (copied + device_bytes(kept) if ahead and in_process else 0)
-
-    def lower_step():
-        return programs.step.lower(state, Batch(**_arrays(mesh, sizes["train"], Batch._fields)))
-
-    def lower_score():
-        names = ("prompts", "prompt_lengths", "completions")
-        return programs.token_logps.lower(reference, _arrays(mesh, sizes["score"], names))
-
+    batch = Batch(**_arrays(mesh, sizes["train"], Batch._fields))
+    scored = _arrays(mesh, sizes["score"], ("prompts", "prompt_lengths", "completions"))
+    lower_step = functools.partial(programs.step.lower, state, batch)
+    lower_score = functools.partial(programs.token_logps.lower, reference, scored)
     training = [
         Program("train step", lower_step, fixed + beside, config.train.micro_batches),
         Program("reference scoring", lower_score, all_state + beside, 1),
@@ -116,14 +117,8 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
 
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of laid out arrays, or of their shapes, on one device."""
-
-    def of(x) -> int:
-        count = 1
-        for size in x.sharding.shard_shape(x.shape):
-            count *= size
-        return count * x.dtype.itemsize
-
-    return sum(map(of, jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:
@@ -133,21 +128,10 @@ def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:
     """
     state, prompts = kept["state"], kept["prompts"]
     looked_up = {"embed"} if "head" in weights else set()
-    multiplied = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
-        {name: x for name, x in weights.items() if name not in looked_up},
-    )
+    multiplied = {name: x for name, x in weights.items() if name not in looked_up}
+    multiplied = jax.tree.map(lambda x: x.update(dtype=dtype), multiplied)
     prefix = prompts.prefix if state.prefix is None else state.prefix
     return device_bytes((multiplied, state.cache, prefix))
-
-
-def _check(config: Config, model: DecoderConfig, mesh: Mesh, sizes: dict[str, Sizes]) -> None:
-    check_hosts(mesh, "mesh.tensor")
-    part = sizes["score"]
-    name = f"train.batch_size / train.micro_batches = {part.groups}"
-    check_batch(mesh, part.groups, part.k, name)
-    needed = config.data.max_prompt_length + config.rollout.max_completion_length
-    check_length(model, needed, "the model")
 
 
 def _rollout(config: Config, sampling: SamplingModel, params, sizes: Sizes):
@@ -159,30 +143,21 @@ def _rollout(config: Config, sampling: SamplingModel, params, sizes: Sizes):
     steps = groups // size[0] * -(-sizes.k // size[1]) * sizes.t
     options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
+    lengths = arrays["prompt_lengths"]
     first, then = compiled(model, _STOP_IDS, mesh)
 
     start = functools.partial(prefill, model, mesh=mesh, **options)
-    state, prompts = jax.eval_shape(start, params, arrays["prompts"], arrays["prompt_lengths"])
-    kept = {"state": state, "prompts": prompts}
-    kept = _with_shardings(kept, batch_shardings(mesh, kept, *size))
-
-    def lower_prefill():
-        given = arrays["prompts"], arrays["prompt_lengths"]
-        return first.lower(params, *given, **options)
-
-    def lower_decode():
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-        return then.lower(
-            params,
-            arrays["prompt_lengths"],
-            arrays["prompt_ids"],
-            key,
-            kept["prompts"],
-            state=kept["state"],
-            sampling=config.rollout.params(),
-        )
-
+    state, kept_prompts = jax.eval_shape(start, params, arrays["prompts"], lengths)
+    kept = {"state": state, "prompts": kept_prompts}
+    kept = _laid_out(kept, batch_shardings(mesh, kept, *size))
+    key = _laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+    lower_prefill = functools.partial(first.lower, params, arrays["prompts"], lengths, **options)
+    lower_decode = functools.partial(
+        then.lower,
+        *(params, lengths, arrays["prompt_ids"], key, kept["prompts"]),
+        state=kept["state"],
+        sampling=config.rollout.params(),
+    )
     return lower_prefill, lower_decode, kept, steps
 
 
@@ -202,11 +177,8 @@ def _arrays(mesh: Mesh, s: Sizes, names) -> dict[str, Any]:
         "version": (gk, jnp.int32),
     }
     tree = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in names}
-    return _with_shardings(tree, batch_shardings(mesh, tree, s.groups, s.k))
+    return _laid_out(tree, batch_shardings(mesh, tree, s.groups, s.k))
 
 
-def _with_shardings(tree: Any, layout: Any) -> Any:
-    def put(x, sharding: NamedSharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(put, tree, layout)
+def _laid_out(shapes: Any, layout: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, layout)
