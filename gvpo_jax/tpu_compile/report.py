@@ -18,25 +18,13 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from gvpo_jax.config import Config
-from gvpo_jax.data.batch import Sizes
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.known import model_shape
 from gvpo_jax.tpu_compile.advice import to_fit, to_speed_up
 from gvpo_jax.tpu_compile.hlo import collectives, loops, memory
 from gvpo_jax.tpu_compile.lowering import Program, batch_sizes, run_programs
-from gvpo_jax.tpu_compile.roofline import (
-    CHIPS,
-    RESERVED,
-    Chip,
-    Shape,
-    Work,
-    decode_work,
-    estimate,
-    prefill_work,
-    score_work,
-    train_work,
-)
+from gvpo_jax.tpu_compile.roofline import CHIPS, RESERVED, Chip, Work, estimate, program_work
 
 # Nothing here may look for a TPU, or for the service that tells one its topology.
 _ENVIRONMENT = {
@@ -87,11 +75,13 @@ def compile_run(
         raise UserError(f"--slices must be at least 1, got {slices}")
     chip, devices = _devices(topology, slices)
     model = model_shape(config.model.name, model_config)
-    mesh, sizes, shape = config.mesh.mesh(devices), batch_sizes(config), _shape(model)
+    mesh = config.mesh.mesh(devices)
+    batch = {name: dataclasses.asdict(sizes) for name, sizes in batch_sizes(config).items()}
+    remat, two_passes = config.model.remat != "none", config.train.completion_parts > 1
     rows = []
     for program in run_programs(config, model, mesh):
         if not only or program.name.startswith(tuple(only)):
-            work = _work(program.name, shape, config, sizes)
+            work = program_work(program.name, model, batch, remat=remat, two_passes=two_passes)
             rows.append(_row(program, chip, work, mesh.size, slices))
     fits = all(row["fits"] for row in rows)
     advice = to_speed_up(config, rows) if fits else to_fit(config, rows, dict(mesh.shape))
@@ -103,7 +93,7 @@ def compile_run(
         "chip": dataclasses.asdict(chip),
         "model": Path(model_config).name if model_config else config.model.name,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(model))),
-        "batch": {name: dataclasses.asdict(size) for name, size in sizes.items()},
+        "batch": batch,
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
         "programs": rows,
         "fits": fits,
@@ -142,17 +132,16 @@ def _devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
 
 def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) -> dict[str, Any]:
     start = time.monotonic()
-    lowered = program.lower()
-    compiled, error, dump = _compile(lowered)
+    hlo, buffers, costs, error = _compile(program.lower())
     seconds = time.monotonic() - start
-    hlo, held = dump["hlo"], memory(dump["buffers"], dump["hlo"])
+    held = memory(buffers, hlo)
     traffic = collectives(hlo, devices=devices, slices=slices, trips=program.loop)
-    costs = _costs(compiled)
-    accessed = program.reads or costs["bytes_accessed"] or held.arguments + held.outputs
+    accessed = costs.get("bytes accessed")
+    read = program.reads or accessed or held.arguments + held.outputs
     limits = estimate(
         chip,
         flops=work.executed / devices,
-        hbm_bytes=accessed * program.loop,
+        hbm_bytes=read * program.loop,
         ici_bytes=sum(c.wire_bytes for c in traffic if not c.between_slices),
         dcn_bytes=sum(c.wire_bytes for c in traffic if c.between_slices),
     )
@@ -165,7 +154,7 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
         "error": error,
         "hbm": sums | {"beside": program.beside, "peak": peak, "usable": usable},
         "largest": list(largest),
-        "cost_analysis": costs,
+        "cost_analysis": {"flops": costs.get("flops"), "bytes_accessed": accessed},
         "main_loop": program.loop,
         "loops": loops(hlo),
         "flops": dataclasses.asdict(work),
@@ -176,9 +165,9 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
     }
 
 
-def _compile(lowered: Any) -> tuple[Any, str | None, dict[str, str]]:
-    """The program, or None and why it does not fit; and the compiler's own account of it."""
-    compiled, error = None, None
+def _compile(lowered: Any) -> tuple[str, str, dict[str, float], str | None]:
+    """The program's text, its buffers, XLA's cost analysis, and why it does not fit, if so."""
+    costs, error = {}, None
     with tempfile.TemporaryDirectory(prefix="gvpo-jax-compile-") as folder, _without_cache():
         try:
             compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -186,9 +175,10 @@ def _compile(lowered: Any) -> tuple[Any, str | None, dict[str, str]]:
             if "RESOURCE_EXHAUSTED" not in str(caught):
                 raise
             error = str(caught).strip().partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        hlo = compiled.as_text() if compiled is not None else _dumped(folder, "optimizations.txt")
-        buffers = _dumped(folder, "optimizations-buffer-assignment.txt")
-        return compiled, error, {"hlo": hlo or "", "buffers": buffers}
+            hlo = _dumped(folder, "optimizations.txt")
+        else:
+            hlo, costs = compiled.as_text() or "", compiled.cost_analysis() or {}
+        return hlo, _dumped(folder, "optimizations-buffer-assignment.txt"), costs, error
 
 
 @contextlib.contextmanager
@@ -209,37 +199,6 @@ def _dumped(folder: str, ending: str) -> str:
     """The dump with this ending, of the largest module."""
     found = sorted(Path(folder).glob(f"*.after_{ending}"), key=lambda file: file.stat().st_size)
     return found[-1].read_text() if found else ""
-
-
-def _costs(compiled: Any) -> dict[str, float | None]:
-    costs = {} if compiled is None else compiled.cost_analysis() or {}
-    return {"flops": costs.get("flops"), "bytes_accessed": costs.get("bytes accessed")}
-
-
-def _shape(m: DecoderConfig) -> Shape:
-    queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    return Shape(
-        layers=m.num_layers,
-        matmul_params_per_layer=m.hidden_size * (2 * queries + 2 * keys + 3 * m.intermediate_size),
-        attention_width=queries,
-        head_params=m.vocab_size * m.hidden_size,
-    )
-
-
-def _work(name: str, shape: Shape, config: Config, sizes: dict[str, Sizes]) -> Work:
-    if name == "train step":
-        return train_work(
-            shape,
-            **dataclasses.asdict(sizes["train"]),
-            remat=config.model.remat != "none",
-            two_passes=config.train.completion_parts > 1,
-        )
-    if name == "reference scoring":
-        return score_work(shape, **dataclasses.asdict(sizes["score"]))
-    rollout = sizes["rollout"]
-    if name == "rollout: prefill":
-        return prefill_work(shape, groups=rollout.groups, p=rollout.p)
-    return decode_work(shape, **dataclasses.asdict(rollout))
 
 
 def _libtpu_version() -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gvpo_jax.models.decoder import DecoderConfig
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -81,6 +83,34 @@ class Shape:
     head_params: int  # vocabulary x hidden size
 
 
+def program_work(
+    name: str,
+    model: DecoderConfig,
+    batch: dict[str, dict[str, int]],
+    *,
+    remat: bool,
+    two_passes: bool,
+) -> Work:
+    """Of a run's program, by its name; batch: "train", "score" and "rollout" -> g, k, p and t."""
+    d = model.hidden_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shape = Shape(
+        layers=model.num_layers,
+        matmul_params_per_layer=d * (2 * queries + 2 * keys + 3 * model.intermediate_size),
+        attention_width=queries,
+        head_params=model.vocab_size * d,
+    )
+    match name:
+        case "train step":
+            return train_work(shape, **batch["train"], remat=remat, two_passes=two_passes)
+        case "reference scoring":
+            return score_work(shape, **batch["score"])
+        case "rollout: prefill":
+            return prefill_work(shape, groups=batch["rollout"]["groups"], p=batch["rollout"]["p"])
+        case _:
+            return decode_work(shape, **batch["rollout"])
+
+
 def forward_flops(s: Shape, *, groups: int, k: int, p: int, t: int, tokens_scored: int) -> float:
     """FLOP of one forward pass over prompts of p and k completions of t - 1 tokens each.
 
@@ -88,8 +118,8 @@ def forward_flops(s: Shape, *, groups: int, k: int, p: int, t: int, tokens_score
     layers, 4 x width per pair of a query and a key (the whole square, though blocks that the causal
     mask hides are skipped), 2 per parameter of the head and scored token.
     """
-    tokens = groups * (p + k * max(t - 1, 0))
-    pairs = groups * (p * p + k * max(t - 1, 0) * (p + max(t - 1, 0)))
+    tokens = groups * (p + k * (t - 1))
+    pairs = groups * (p * p + k * (t - 1) * (p + t - 1))
     layers = s.layers * (2 * s.matmul_params_per_layer * tokens + 4 * s.attention_width * pairs)
     return layers + 2 * s.head_params * tokens_scored
 
@@ -130,12 +160,7 @@ def decode_work(s: Shape, *, groups: int, k: int, p: int, t: int) -> Work:
 
 
 def estimate(
-    chip: Chip,
-    *,
-    flops: float,
-    hbm_bytes: float,
-    ici_bytes: float,
-    dcn_bytes: float,
+    chip: Chip, *, flops: float, hbm_bytes: float, ici_bytes: float, dcn_bytes: float
 ) -> Estimate:
     """Seconds on one chip, from what each chip computes, moves and receives."""
     return Estimate(
