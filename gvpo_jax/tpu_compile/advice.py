@@ -7,7 +7,7 @@ from gvpo_jax.config import Config
 
 def to_fit(config: Config, rows: list[dict[str, Any]], mesh: dict[str, int]) -> list[str]:
     """Settings that lower memory, those that cost least first."""
-    c, found = config, []
+    c, r, found = config, config.rollout, []
     misfits = {row["name"] for row in rows if not row["fits"]}
     if c.model.dtype == "float32":
         found.append("model.dtype=bfloat16: activations and KV cache take half")
@@ -19,31 +19,28 @@ def to_fit(config: Config, rows: list[dict[str, Any]], mesh: dict[str, int]) -> 
             found.append(
                 f"train.micro_batches={2 * c.train.micro_batches}: half as many groups at once"
             )
-        elif c.train.completion_parts < c.rollout.num_generations:
+        elif c.train.completion_parts < r.num_generations:
             found.append(
                 f"train.completion_parts={2 * c.train.completion_parts}: half of each group's "
                 "completions at once, for one more forward pass"
             )
     if mesh["data"] > 1:
         found.append("mesh.data=1 mesh.fsdp=-1: parameters and moments are cut over all devices")
-    if c.rollout.lookahead:
+    if r.lookahead:
         found.append("rollout.lookahead=0: one copy of the parameters less")
     if any(name.startswith("rollout") for name in misfits):
-        found += _less_cache(config)
+        if r.slots is None:
+            found.append("rollout.slots=N: N completions are drawn at a time, and no more are kept")
+        if c.train.steps_per_generation > 1:
+            found.append(
+                "train.steps_per_generation lower: a rollout samples fewer prompts at once"
+            )
+        if r.cache_dtype != "int8":
+            found.append("rollout.cache_dtype=int8: keys and values in half of bfloat16's memory")
+        found.append("train.batch_size, or mesh.tensor > 1: less KV cache on a device")
     found.append("rollout.max_completion_length and data.max_prompt_length: shorter")
     found.append("a topology with more chips: parameters, moments and the batch are cut finer")
     return found
-
-
-def _less_cache(config: Config) -> list[str]:
-    found, r = [], config.rollout
-    if r.slots is None:
-        found.append("rollout.slots=N: N completions are drawn at a time, and no more are kept")
-    if config.train.steps_per_generation > 1:
-        found.append("train.steps_per_generation lower: a rollout samples fewer prompts at once")
-    if r.cache_dtype != "int8":
-        found.append("rollout.cache_dtype=int8: keys and values in half of bfloat16's memory")
-    return [*found, "train.batch_size, or mesh.tensor > 1: less KV cache on a device"]
 
 
 def to_speed_up(config: Config, rows: list[dict[str, Any]]) -> list[str]:

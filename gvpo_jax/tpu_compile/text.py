@@ -24,14 +24,13 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _program_lines(row: dict[str, Any]) -> list[str]:
-    h, s = row["hbm"], row["seconds"]
+    h, s = {name: _gib(size) for name, size in row["hbm"].items()}, row["seconds"]
     verdict = "fits" if row["fits"] else "DOES NOT FIT"
     lines = [
-        f"{row['name']}: {verdict}, {_gib(h['peak'])} of {_gib(h['usable'])} GiB a chip "
+        f"{row['name']}: {verdict}, {h['peak']} of {h['usable']} GiB a chip "
         f"(compiled in {row['compile_seconds']} s)",
-        f"  HBM, GiB: arguments {_gib(h['arguments'])}, outputs {_gib(h['outputs'])} "
-        f"(of these in place {_gib(h['aliased'])}), temporaries {_gib(h['temporaries'])}, "
-        f"beside it {_gib(h['beside'])}",
+        f"  HBM, GiB: arguments {h['arguments']}, outputs {h['outputs']} (of these in place "
+        f"{h['aliased']}), temporaries {h['temporaries']}, beside it {h['beside']}",
         f"  FLOP: {row['flops']['model']:.3g} of the model, {row['flops']['executed']:.3g} done",
         f"  at least {s['estimate']:.3g} s, bound by {row['bound']} (compute {s['compute']:.3g}, "
         f"hbm {s['hbm']:.3g}, ici {s['ici']:.3g}, dcn {s['dcn']:.3g}); MFU at most "
