@@ -48,18 +48,10 @@ class _Frame:
     x_low: float
     x_high: float
     y_ticks: list[float]
-    width: int
-    height: int
+    right: int
+    bottom: int
     left: int = 44
     top: int = 20
-
-    @property
-    def right(self) -> int:
-        return self.width - 10
-
-    @property
-    def bottom(self) -> int:
-        return self.height - 26
 
     def x(self, value: float) -> float:
         share = (value - self.x_low) / (self.x_high - self.x_low)
@@ -85,8 +77,9 @@ def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
 def chart(spec: Chart) -> str:
     """The chart as an <svg> element for an HTML page."""
     frame = _frame(spec)
+    width, height = spec.size
     parts = [
-        f'<svg class="chart {spec.color}" viewBox="0 0 {frame.width} {frame.height}" role="img"'
+        f'<svg class="chart {spec.color}" viewBox="0 0 {width} {height}" role="img"'
         f' aria-label="{escape(spec.label)}">',
         _axes(frame, spec),
     ]
@@ -106,22 +99,22 @@ def _frame(spec: Chart) -> _Frame:
     x_low, x_high = spec.x_range or (min(xs, default=0), max(xs, default=1))
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    return _Frame(x_low, x_high, ticks(min(ys, default=0), max(ys, default=1)), *spec.size)
+    y_ticks, (width, height) = ticks(min(ys, default=0), max(ys, default=1)), spec.size
+    return _Frame(x_low, x_high, y_ticks, right=width - 10, bottom=height - 26)
 
 
 def _axes(frame: _Frame, spec: Chart) -> str:
-    left, right, below = frame.left, frame.right, frame.height - 9
+    left, right, below = frame.left, frame.right, frame.bottom + 17
     parts = []
     for value in frame.y_ticks:
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(_text("tick", left - 7, y + 4, spec.y_format(value)))
     for value in ticks(frame.x_low, frame.x_high, count=5):
-        if not (frame.x_low <= value <= frame.x_high and value.is_integer()):
-            continue
-        x = frame.x(value)
-        anchor = "end" if x > right - 12 else "middle"
-        parts.append(_text("tick", x, below, f"{value:g}", anchor))
+        if frame.x_low <= value <= frame.x_high and value.is_integer():
+            x = frame.x(value)
+            anchor = "end" if x > right - 12 else "middle"
+            parts.append(_text("tick", x, below, f"{value:g}", anchor))
     parts.append(_text("tick axis", left - 7, below, "step"))
     return "".join(parts)
 
@@ -166,17 +159,14 @@ def _band(frame: _Frame, line: Line) -> str:
 
 def _hover(frame: _Frame, line: Line) -> str:
     """A strip around each value, of full height, which shows dot and text under the pointer."""
-    at = [i for i, y in enumerate(line.ys) if y is not None]
-    xs = [frame.x(line.xs[i]) for i in at]
-    edges = [frame.left, *((a + b) / 2 for a, b in pairwise(xs)), frame.right]
-    parts = []
-    for n, i in enumerate(at):
-        x, y, title = xs[n], frame.y(line.ys[i] or 0.0), escape(line.titles[i])
-        strip = f'x="{edges[n]:.1f}" width="{edges[n + 1] - edges[n]:.1f}"'
-        parts.append(
-            f'<g class="hit"><title>{title}</title><rect {strip} height="{frame.height}"/>'
-            f'<line class="guide" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.bottom}"/>'
-            f'<circle cx="{x}" cy="{y}" r="4"/>'
-            f'<text x="{frame.right}" y="11" text-anchor="end">{title}</text></g>'
-        )
-    return "".join(parts)
+    values = zip(line.xs, line.ys, line.titles, strict=True)
+    hits = [(frame.x(x), frame.y(y), escape(title)) for x, y, title in values if y is not None]
+    edges = [frame.left, *((a + b) / 2 for (a, *_), (b, *_) in pairwise(hits)), frame.right]
+    return "".join(
+        f'<g class="hit"><title>{title}</title>'
+        f'<rect x="{start:.1f}" width="{end - start:.1f}" height="{frame.bottom + 26}"/>'
+        f'<line class="guide" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.bottom}"/>'
+        f'<circle cx="{x}" cy="{y}" r="4"/>'
+        f'<text x="{frame.right}" y="11" text-anchor="end">{title}</text></g>'
+        for (x, y, title), (start, end) in zip(hits, pairwise(edges), strict=False)
+    )
