@@ -1,7 +1,7 @@
 """95% intervals for scores of several samples per question."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _Z = 1.959963984540054  # the 97.5% point of the normal distribution
@@ -21,7 +21,7 @@ class Interval:
         return not math.isnan(self.low)
 
 
-def mean_interval(scores_by_question: Sequence[Sequence[float]]) -> Interval:
+def mean_interval(scores_by_question: Iterable[Sequence[float]]) -> Interval:
     """Mean score with a 95% interval over questions, of which the given ones are a sample.
 
     Every question weighs the same. Samples of one question are alike, so counting them as
@@ -31,12 +31,11 @@ def mean_interval(scores_by_question: Sequence[Sequence[float]]) -> Interval:
     scores get Student's interval over the questions' means. Raises ValueError without any score.
     """
     scores = [list(group) for group in scores_by_question if len(group)]
-    if not scores:
-        raise ValueError("an interval needs at least one score")
     means = [sum(group) / len(group) for group in scores]
-    if any(not 0 <= score <= 1 for group in scores for score in group):
+    if not scores or any(not 0 <= score <= 1 for group in scores for score in group):
         return _student(means)
-    return _wilson(sum(means) / len(means), _effective_samples(scores, means))
+    mean = sum(means) / len(means)
+    return _wilson(mean, _effective_samples(mean, means, sum(map(len, scores))))
 
 
 def difference_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
@@ -48,9 +47,8 @@ def difference_interval(before: Sequence[float], after: Sequence[float]) -> Inte
     return _student([b - a for a, b in zip(before, after, strict=True)])
 
 
-def _effective_samples(scores: list[list[float]], means: list[float]) -> float:
-    questions, samples = len(scores), sum(map(len, scores))
-    mean = sum(means) / questions
+def _effective_samples(mean: float, means: list[float], samples: int) -> float:
+    questions = len(means)
     spread = sum((m - mean) ** 2 for m in means) / questions
     if questions == 1 or mean * (1 - mean) == 0:
         return questions
