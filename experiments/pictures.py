@@ -91,10 +91,10 @@ def curves(run_dirs: Sequence[Path]) -> Figure:
 
 def _rewards(run_dir: Path) -> Curve:
     check_run(run_dir)
-    points = series(read_metrics(run_dir), "reward")
-    if not any(value is not None for value in points.values):
+    line = series(read_metrics(run_dir), "reward")
+    if not any(value is not None for value in line.ys):
         raise UserError(f"{run_dir} has no step with a reward yet; draw it after its first steps")
-    return dict(zip(points.steps, points.values, strict=True))
+    return {int(step): reward for step, reward in zip(line.xs, line.ys, strict=True)}
 
 
 def _held_out(run_dir: Path) -> HeldOut:

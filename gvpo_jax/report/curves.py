@@ -1,13 +1,13 @@
 """Curves of a run: which metrics are drawn, and how."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
 from gvpo_jax.report.charts import Chart, Line, chart
 from gvpo_jax.report.intervals import Interval, mean_interval
-from gvpo_jax.report.scores import Rows, finite, scores_by_question, span
+from gvpo_jax.report.scores import Rows, Show, finite, scale_of, scores_by_question, span
 from gvpo_jax.rundir.files import Evaluation
 from gvpo_jax.rundir.formats import compact, duration, percent, percent_tick
 
@@ -22,8 +22,8 @@ class Metric:
     name: str
     title: str
     note: str
-    show: Callable[[float], str] = compact
-    tick: Callable[[float], str] = compact
+    show: Show = compact
+    tick: Show = compact
     include: tuple[float, ...] = ()
     kind: Literal["noisy", "exact"] = "noisy"
 
@@ -39,22 +39,8 @@ class Figure:
     warning: str = ""
 
 
-@dataclass(frozen=True)
-class Points:
-    """A metric over steps, None where it was not finite; spans: the extremes of joined steps."""
-
-    steps: list[int]
-    values: list[float | None]
-    spans: list[tuple[float, float] | None]
-    titles: list[str]
-
-
-_QUIET = (
-    "rewards/failed",
-    "rewards/abstained",
-    "skipped_groups",
-    "source/policy/staleness",
-)  # drawn only where they ever happened
+# Drawn only where they ever happened.
+_QUIET = ("rewards/failed", "rewards/abstained", "skipped_groups", "source/policy/staleness")
 _SHARE: Mapping[str, Any] = {"show": percent, "tick": percent_tick, "include": (0.0,)}
 REWARD = Metric("reward", "Training reward", "Mean reward of the completions sampled at each step.")
 METRICS = (
@@ -130,21 +116,24 @@ def other_figures(rows: Rows) -> list[Figure]:
     return _figures(rows, [Metric(name, name, "") for name in others])
 
 
-def series(rows: Rows, name: str) -> Points:
-    """A metric over steps, neighbouring steps joined to their mean where there are many."""
+def series(rows: Rows, name: str, show: Show = compact) -> Line:
+    """A metric over steps, neighbouring ones joined to their mean where there are many.
+
+    None where it was not finite; spans: the extremes of joined steps.
+    """
     found = [(row["step"], finite(row[name])) for row in rows if name in row]
     size = -(-len(found) // _MOST_POINTS) or 1
-    points = Points([], [], [], [])
+    xs, ys, spans, titles = [], [], [], []
     for start in range(0, len(found), size):
         part = found[start : start + size]
         values = [value for _, value in part if value is not None]
         mean = fmean(values) if values else None
-        points.steps.append(part[-1][0])
-        points.values.append(mean)
-        points.spans.append((min(values), max(values)) if values and size > 1 else None)
+        xs.append(part[-1][0])
+        ys.append(mean)
+        spans.append((min(values), max(values)) if values and size > 1 else None)
         steps = f"step {part[0][0]}" if size == 1 else f"steps {part[0][0]} to {part[-1][0]}, mean"
-        points.titles.append(f"{steps}: " + ("not finite" if mean is None else "{}"))
-    return points
+        titles.append(f"{steps}: {'not finite' if mean is None else show(mean)}")
+    return Line(xs, ys, "bold", spans, titles)
 
 
 def running_mean(values: Sequence[float | None], *, window: int) -> list[float | None]:
@@ -172,13 +161,11 @@ def held_out_curve(
     """Held-out score by step, with its interval where the answers themselves are there."""
     curve: dict[int, tuple[float, Interval | None]] = {}
     for row in rows:
-        value = finite(row.get("eval/accuracy"))
-        if value is not None:
+        if (value := finite(row.get("eval/accuracy"))) is not None:
             curve[row["step"]] = (value, None)
     for evaluation in evaluations:
-        scores = scores_by_question(evaluation.rows)
-        if scores:
-            interval = mean_interval(list(scores.values()))
+        if scores := scores_by_question(evaluation.rows):
+            interval = mean_interval(scores.values())
             curve[evaluation.step] = (interval.mean, interval)
     return dict(sorted(curve.items()))
 
@@ -189,21 +176,21 @@ def is_number(value: Any) -> bool:
 
 
 def _figures(
-    rows: Rows, metrics: Sequence[Metric], size: tuple[int, int] = (340, 190)
+    rows: Rows, metrics: Iterable[Metric], size: tuple[int, int] = (340, 190)
 ) -> list[Figure]:
     """Metrics that some row holds."""
     figures = []
     for metric in metrics:
-        found = series(rows, metric.name)
-        if not found.steps:
+        line = series(rows, metric.name, metric.show)
+        if not line.xs:
             continue
-        shown = [metric.show(value) for value in found.values if value is not None]
-        label = f"{metric.title} over steps {found.steps[0]} to {found.steps[-1]}"
+        shown = [metric.show(value) for value in line.ys if value is not None]
+        label = f"{metric.title} over steps {line.xs[0]} to {line.xs[-1]}"
         label += f", from {shown[0]} to {shown[-1]}" if shown else ""
-        lines, include = _metric_lines(found, metric), metric.include
-        picture = chart(Chart(lines, label, "train", metric.tick, include, size=size))
+        lines = _smoothed(line) if metric.kind == "noisy" else [line]
+        picture = chart(Chart(lines, label, "train", metric.tick, metric.include, size=size))
         missing = sum(1 for row in rows if metric.name in row and not is_number(row[metric.name]))
-        warning = f"Not finite at {missing} of {len(found.steps)} points." if missing else ""
+        warning = f"Not finite at {missing} of {len(line.xs)} points." if missing else ""
         last = shown[-1] if shown else ""
         figures.append(Figure(metric.title, last, metric.note, picture, warning))
     return figures
@@ -213,35 +200,25 @@ def _held_out_figure(rows: Rows, evaluations: Sequence[Evaluation]) -> list[Figu
     curve = held_out_curve(rows, evaluations)
     if not curve:
         return []
-    share = all(0 <= value <= 1 for value, _ in curve.values())
-    show, tick = (percent, percent_tick) if share else (compact, compact)
+    values, intervals = zip(*curve.values(), strict=True)
+    scale = scale_of(values)
+    shown = [scale.show(value) for value in values]
     titles = [
-        f"step {step}: {show(value)}" + (f" {span(interval, show)}" if interval else "")
-        for step, (value, interval) in curve.items()
+        f"step {step}: {value}" + (f" {span(interval, scale.show)}" if interval else "")
+        for step, value, interval in zip(curve, shown, intervals, strict=True)
     ]
-    values = [show(value) for value, _ in curve.values()]
-    title = "Held-out accuracy" if share else "Held-out reward"
-    label = f"{title} from {values[0]} to {values[-1]}"
-    spans = [(i.low, i.high) if i and i.known else None for _, i in curve.values()]
-    line = Line(list(curve), [value for value, _ in curve.values()], "dots", spans, titles)
+    label = f"{scale.title} from {shown[0]} to {shown[-1]}"
+    spans = [(i.low, i.high) if i and i.known else None for i in intervals]
+    line = Line(list(curve), values, "dots", spans, titles)
     ends = (0, max(1, *curve, *(row["step"] for row in rows[-1:])))
-    picture = chart(Chart([line], label, "eval", tick, x_range=ends, size=_LARGE))
+    picture = chart(Chart([line], label, "eval", scale.tick, x_range=ends, size=_LARGE))
     note = "Questions never trained on. Pale bars: 95% intervals over the questions."
-    return [Figure(title, values[-1], note, picture)]
+    return [Figure(scale.title, shown[-1], note, picture)]
 
 
-def _metric_lines(points: Points, metric: Metric) -> list[Line]:
-    """The lines of a metric's chart, the last of them with titles for the pointer."""
-    titles = [
-        title.format(metric.show(value)) if value is not None else title
-        for title, value in zip(points.titles, points.values, strict=True)
-    ]
-    spans = points.spans if any(points.spans) else []
-    window = window_of(len(points.values)) if metric.kind == "noisy" else 1
+def _smoothed(line: Line) -> list[Line]:
+    """Its running mean, and the line itself behind it, which has the titles for the pointer."""
+    window = window_of(len(line.ys))
     if window == 1:
-        return [Line(points.steps, points.values, "bold", spans, titles)]
-    smooth = running_mean(points.values, window=window)
-    return [
-        Line(points.steps, smooth, "bold"),
-        Line(points.steps, points.values, "faint", spans, titles),
-    ]
+        return [line]
+    return [Line(line.xs, running_mean(line.ys, window=window)), replace(line, look="faint")]

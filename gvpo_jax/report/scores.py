@@ -1,6 +1,6 @@
 """Held-out scores before and after training: headline numbers, and ranges task by task."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -10,6 +10,7 @@ from gvpo_jax.rundir.files import Evaluation, to_json
 from gvpo_jax.rundir.formats import compact, percent, percent_tick, points
 
 Rows = Sequence[Mapping[str, Any]]
+Show = Callable[[float], str]
 Scores = dict[str, list[float]]
 
 
@@ -58,38 +59,40 @@ class Ranges:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What a mean score is called, and how it is written in text and at an axis."""
+
+    title: str
+    show: Show
+    tick: Show
+
+
+_ACCURACY = Scale("Held-out accuracy", percent, percent_tick)
+_REWARD = Scale("Held-out reward", compact, compact)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The first and the last evaluation of a run, or only one; scores: of each, by question."""
 
     evaluations: list[Evaluation]
     scores: list[Scores]
-
-    @property
-    def is_share(self) -> bool:
-        """Whether every score lies in [0, 1], so that their mean reads as an accuracy."""
-        groups = [group for scores in self.scores for group in scores.values()]
-        return all(0 <= score <= 1 for group in groups for score in group)
-
-    @property
-    def show(self) -> Callable[[float], str]:
-        """How a mean score is written."""
-        return percent if self.is_share else compact
-
-    @property
-    def title(self) -> str:
-        """What a mean score is called."""
-        return "Held-out accuracy" if self.is_share else "Held-out reward"
+    scale: Scale
 
 
-def scores_by_question(rows: Rows) -> dict[str, list[float]]:
+def scale_of(scores: Iterable[float]) -> Scale:
+    """Accuracy where every score lies in [0, 1]."""
+    return _ACCURACY if all(0 <= score <= 1 for score in scores) else _REWARD
+
+
+def scores_by_question(rows: Rows) -> Scores:
     """Scores of answers by question: `correct` as 1 or 0 where rows tell it, else their reward.
 
     Answers with neither are left out.
     """
-    scores: dict[str, list[float]] = {}
+    scores: Scores = {}
     for row in rows:
-        score = finite(row.get("correct", row.get("reward")))
-        if score is not None:
+        if (score := finite(row.get("correct", row.get("reward")))) is not None:
             scores.setdefault(question_key(row), []).append(score)
     return scores
 
@@ -114,11 +117,14 @@ def finite(value: Any) -> float | None:
 def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
     """First against last evaluation with any scored answer; None where there is none."""
     scored = [(e, scores) for e in evaluations if (scores := scores_by_question(e.rows))]
+    if not scored:
+        return None
     ends = [*scored[:1], *scored[1:][-1:]]
-    return Comparison([e for e, _ in ends], [scores for _, scores in ends]) if ends else None
+    scale = scale_of(score for _, scores in ends for group in scores.values() for score in group)
+    return Comparison([e for e, _ in ends], [scores for _, scores in ends], scale)
 
 
-def span(interval: Interval, show: Callable[[float], str]) -> str:
+def span(interval: Interval, show: Show) -> str:
     """An interval as [low, high]; empty where it has none."""
     return f"[{show(interval.low)}, {show(interval.high)}]" if interval.known else ""
 
@@ -127,16 +133,16 @@ def score_tiles(compared: Comparison | None) -> list[Tile]:
     """Headline numbers of the held-out answers: before, after and the paired change."""
     if compared is None:
         return []
-    show, scores, label = compared.show, compared.scores, compared.evaluations[-1].label
-    intervals = [mean_interval(list(of_one.values())) for of_one in scores]
+    title, show, label = compared.scale.title, compared.scale.show, compared.evaluations[-1].label
+    intervals = [mean_interval(scores.values()) for scores in compared.scores]
     spans = " and ".join(span(interval, show) for interval in intervals)
-    means = [show(interval.mean) for interval in intervals]
-    if len(means) == 1:
-        note = f"{label}; 95% interval {spans}; {_size(scores[0])}"
-        return [Tile(compared.title, means[0], note, look="main")]
-    title = compared.title + ("" if label == "after" else f", {label}")
-    note = f"95% intervals {spans}; {_size(scores[1])}"
-    return [Tile(title, means[1], note, means[0], look="main"), *_change(compared)]
+    *before, mean = (show(interval.mean) for interval in intervals)
+    size = _size(compared.scores[-1])
+    if not before:
+        return [Tile(title, mean, f"{label}; 95% interval {spans}; {size}", look="main")]
+    title += "" if label == "after" else f", {label}"
+    main = Tile(title, mean, f"95% intervals {spans}; {size}", before[0], look="main")
+    return [main, *_change(compared)]
 
 
 def task_ranges(compared: Comparison | None) -> Ranges | None:
@@ -148,19 +154,17 @@ def task_ranges(compared: Comparison | None) -> Ranges | None:
     for task in ["", *dict.fromkeys(str(task) for task in tasks if task)]:
         scores = [scores_by_question(_of_task(e.rows, task)) for e in compared.evaluations]
         if all(scores):
-            intervals = [mean_interval(list(of_one.values())) for of_one in scores]
+            intervals = [mean_interval(of_one.values()) for of_one in scores]
             found.append((task or "all", intervals, len(scores[-1])))
     if len(found) == 2:  # a single task is all there is
         found = found[:1]
-    low, high = (
-        (0.0, 1.0) if compared.is_share else _ends([i for _, pair, _ in found for i in pair])
-    )
-    tick = percent_tick if compared.is_share else compact
+    scale = compared.scale
+    low, high = (0.0, 1.0) if scale is _ACCURACY else _ends([i for _, two, _ in found for i in two])
     return Ranges(
-        title=compared.title + (" by task" if len(found) > 1 else ""),
+        title=scale.title + (" by task" if len(found) > 1 else ""),
         keys=list(zip("ba", (e.label for e in compared.evaluations), strict=False)),
-        lanes=[_lane(*each, show=compared.show, low=low, high=high) for each in found],
-        ends=[tick(value) for value in (low, (low + high) / 2, high)],
+        lanes=[_lane(*each, show=scale.show, low=low, high=high) for each in found],
+        ends=[scale.tick(value) for value in (low, (low + high) / 2, high)],
     )
 
 
@@ -173,7 +177,7 @@ def _change(compared: Comparison) -> list[Tile]:
         [fmean(before[key]) for key in shared], [fmean(after[key]) for key in shared]
     )
     show, unit, low, high = compact, "", gain.low, gain.high
-    if compared.is_share:  # Student's interval does not know that shares end at 0 and 1
+    if compared.scale is _ACCURACY:  # Student's interval does not know that shares end at 0 and 1
         show, unit, low, high = points, "points", max(low, -1.0), min(high, 1.0)
     note = f"95% interval {show(low)} to {show(high)}, paired by question"
     return [Tile("Change", show(gain.mean), note, unit=unit)]
@@ -202,13 +206,7 @@ def _ends(intervals: Sequence[Interval]) -> tuple[float, float]:
 
 
 def _lane(
-    name: str,
-    intervals: Sequence[Interval],
-    count: int,
-    *,
-    show: Callable[[float], str],
-    low: float,
-    high: float,
+    name: str, intervals: Sequence[Interval], count: int, *, show: Show, low: float, high: float
 ) -> Lane:
     def place(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.2f}%"

@@ -291,10 +291,10 @@ def test_running_mean_by_hand():
 
 def test_long_series_are_joined_to_means_with_their_extremes():
     rows = [{"step": n, "a": float(n % 4)} for n in range(1, 641)]
-    points = series(rows, "a")
-    assert len(points.values) == 160
-    assert (points.steps[0], points.values[0], points.spans[0]) == (4, 1.5, (0.0, 3.0))
-    assert points.titles[0].startswith("steps 1 to 4, mean")
+    line = series(rows, "a")
+    assert len(line.ys) == 160
+    assert (line.xs[0], line.ys[0], line.spans[0]) == (4, 1.5, (0.0, 3.0))
+    assert line.titles[0] == "steps 1 to 4, mean: 1.5"
 
 
 def test_held_out_curve_takes_files_before_metrics():
