@@ -1,11 +1,13 @@
 """The answers that the report shows: before and after training, and groups as they were sampled."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gvpo_jax.report.scores import Comparison, Rows, column, question_key
+import numpy as np
+
+from gvpo_jax.report.scores import Comparison, Rows, column, finite, question_key
 from gvpo_jax.rundir.formats import compact
 
 _QUESTIONS, _ANSWERS, _GROUPS, _GROUP_ROWS = 6, 4, 3, 16
@@ -13,11 +15,11 @@ _QUESTIONS, _ANSWERS, _GROUPS, _GROUP_ROWS = 6, 4, 3, 16
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion; centred: its reward minus the group's mean, where that is shown."""
+    """One completion; centred: its reward minus the mean of its side."""
 
     text: str
     reward: float | None
-    centred: str = ""
+    centred: str
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Side:
     """Answers to a question; title: of which evaluation; mean: of all rewards there are."""
 
     answers: list[Answer]
-    title: str = ""
-    mean: str = ""
+    title: str
+    mean: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Question:
     prompt: str
     prefix: str
     expected: str | None
-    facts: list[str]
+    facts: Sequence[str]
     sides: list[Side]
 
 
@@ -45,29 +47,28 @@ class Question:
 class Answers:
     """A section of the report; without cards it is left out."""
 
-    heading: str = ""
-    lead: str = ""
-    cards: list[Question] = field(default_factory=list)
+    heading: str
+    lead: str
+    cards: list[Question]
 
 
-def held_out_answers(compared: Comparison | None) -> Answers:
+def held_out_answers(compared: Comparison | None) -> Answers | None:
     """Answers to the same questions before and after training, side by side."""
     if compared is None:
-        return Answers()
+        return None
     first, *_ = found = [_by_question(evaluation.rows) for evaluation in compared.evaluations]
     shared = [key for key in first if all(key in rows for rows in found)]
     by_task = sorted(shared, key=lambda key: str(column(first[key][0], "task")))
-    chosen = _evenly(by_task, _QUESTIONS)
     labels = [evaluation.label.capitalize() for evaluation in compared.evaluations]
-    cards = [
-        _question(
-            first[key][0],
-            [_side(title, rows[key]) for title, rows in zip(labels, found, strict=True)],
-        )
-        for key in chosen
-    ]
+    cards = []
+    for place in np.linspace(0, len(shared) - 1, min(len(shared), _QUESTIONS)).round():
+        key = by_task[int(place)]
+        sides = [
+            _side(rows[key], _ANSWERS, label) for rows, label in zip(found, labels, strict=True)
+        ]
+        cards.append(_question(first[key][0], sides))
     heading = "Before and after" if len(found) > 1 else "Held-out answers"
-    lead = f"{len(chosen)} of {len(shared)} held-out questions, not chosen by their results."
+    lead = f"{len(cards)} of {len(shared)} held-out questions, not chosen by their results."
     return Answers(heading, lead, cards)
 
 
@@ -82,23 +83,22 @@ def latest_groups(step: int, rows: Rows) -> Answers:
 
 
 def _group(rows: Rows) -> Question:
-    rewards = _rewards(rows)
-    mean = fmean(rewards) if rewards else 0.0
+    side = _side(rows, _GROUP_ROWS)
     facts = [f"{len(rows)} completions"]
-    facts += [f"mean reward {compact(mean)}"] if rewards else []
+    facts += [f"mean reward {side.mean}"] if side.mean else []
     facts += [f"showing {_GROUP_ROWS}"] if len(rows) > _GROUP_ROWS else []
+    return _question(rows[0], [side], facts)
+
+
+def _side(rows: Rows, most: int, title: str = "") -> Side:
+    rewards = [finite(row.get("reward")) for row in rows]
+    known = [reward for reward in rewards if reward is not None]
+    mean = fmean(known) if known else 0.0
     answers = []
-    for row in rows[:_GROUP_ROWS]:
-        reward = _reward(row)
+    for row, reward in zip(rows[:most], rewards, strict=False):
         centred = "" if reward is None else f"{reward - mean:+.2f}".replace("-", "\u2212")
         answers.append(Answer(_text(row.get("completion")), reward, centred))
-    return _question(rows[0], [Side(answers)], facts)
-
-
-def _side(title: str, rows: Rows) -> Side:
-    rewards = _rewards(rows)
-    answers = [Answer(_text(row.get("completion")), _reward(row)) for row in rows[:_ANSWERS]]
-    return Side(answers, title, compact(fmean(rewards)) if rewards else "")
+    return Side(answers, title, compact(mean) if known else "")
 
 
 def _question(row: Mapping[str, Any], sides: list[Side], facts: Sequence[str] = ()) -> Question:
@@ -108,7 +108,7 @@ def _question(row: Mapping[str, Any], sides: list[Side], facts: Sequence[str] = 
         prompt=_text(row.get("prompt")),
         prefix=_text(column(row, "answer_prefix")),
         expected=None if solution in (None, "") else _text(solution)[:200],
-        facts=list(facts),
+        facts=facts,
         sides=sides,
     )
 
@@ -118,21 +118,6 @@ def _by_question(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
     for row in rows:
         found.setdefault(question_key(row), []).append(row)
     return found
-
-
-def _evenly(keys: Sequence[str], count: int) -> list[str]:
-    if len(keys) <= count:
-        return list(keys)
-    return [keys[round(i * (len(keys) - 1) / (count - 1))] for i in range(count)]
-
-
-def _reward(row: Mapping[str, Any]) -> float | None:
-    reward = row.get("reward")
-    return reward if isinstance(reward, int | float) else None
-
-
-def _rewards(rows: Rows) -> list[float]:
-    return [reward for row in rows if (reward := _reward(row)) is not None]
 
 
 def _text(value: object) -> str:
