@@ -56,7 +56,8 @@ def _templates() -> jinja2.Environment:
 def _contents(run_dir: Path) -> dict[str, Any]:
     """What page.html shows."""
     rows, summary, settings = read_metrics(run_dir), read_summary(run_dir), read_settings(run_dir)
-    last, total = rows[-1]["step"] if rows else 0, _total_steps(settings)
+    last, train = rows[-1]["step"] if rows else 0, settings.get("train")
+    total = train.get("steps") if isinstance(train, dict) else None
     end = summary.get("steps", last)
     finished = bool(summary) and end >= last
     evaluations = read_evaluations(run_dir, end)
@@ -66,7 +67,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "finished": finished,
         "state": "finished" if finished else f"step {last}" + (f" of {total}" if total else ""),
         "model": _model(summary.get("model", settings.get("model", ""))),
-        "tiles": [*score_tiles(compared), _steps_tile(rows, last, total), *_tiles(rows, summary)],
+        "tiles": [*score_tiles(compared), *_tiles(rows, summary, last, total)],
         "scores": task_ranges(compared),
         "large": main_figures(rows, evaluations),
         "small": metric_figures(rows),
@@ -77,23 +78,19 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _steps_tile(rows: Rows, last: int, total: int | None) -> Tile:
-    tokens = _numbers(rows, "num_tokens")
+def _tiles(rows: Rows, summary: Mapping[str, Any], last: int, total: int | None) -> list[Tile]:
+    tokens, times = _numbers(rows, "num_tokens"), _numbers(rows, "step_time")
     note = f"{compact(tokens[-1])} tokens" if tokens else ""
-    return Tile("Steps", f"{last}", note, unit=f"of {total}" if total else "")
-
-
-def _tiles(rows: Rows, summary: Mapping[str, Any]) -> list[Tile]:
-    tiles, times = [], _numbers(rows, "step_time")
+    tiles = [Tile("Steps", f"{last}", note, unit=f"of {total}" if total else "")]
     seconds = summary.get("wall_seconds", sum(times) if times else None)
     if is_number(seconds):
         note = f"{duration(median(times))} a step (median)" if times else ""
         tiles.append(Tile("Wall time", duration(seconds), note))
     if rewards := _numbers(rows, "reward"):
         part = -(-len(rewards) // 10)
-        first, last = compact(fmean(rewards[:part])), compact(fmean(rewards[-part:]))
+        first, newest = compact(fmean(rewards[:part])), compact(fmean(rewards[-part:]))
         note = f"means of the first and last {part} steps" if part > 1 else "first and last step"
-        tiles.append(Tile("Training reward", last, note, first))
+        tiles.append(Tile("Training reward", newest, note, first))
     return tiles
 
 
@@ -129,12 +126,6 @@ def _setting(value: Any) -> str:
 
 def _model(model: Any) -> str:
     return str(model.get("name", "") if isinstance(model, dict) else model)
-
-
-def _total_steps(settings: Mapping[str, Any]) -> int | None:
-    train = settings.get("train")
-    steps = train.get("steps") if isinstance(train, dict) else None
-    return steps if isinstance(steps, int) else None
 
 
 def _numbers(rows: Rows, name: str) -> list[float]:
