@@ -4,7 +4,6 @@ A dialect is three functions. Each is handed `post(path, body, read)`, see `Clie
 it reads is checked to the last token: what a server says wrongly must not reach the loss.
 """
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -46,19 +45,14 @@ class NoPromptLogps(Exception):
     """The server does not give log-probs of given tokens."""
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What a kind of server understands.
+class Dialect(NamedTuple):
+    """What a kind of server understands."""
 
-    Attributes:
-        sample: `(post, ask) -> k checked samples`.
-        token_logps: `(post, tokens) -> log-probs of tokens[1:]` at temperature 1; may raise
-            NoPromptLogps.
-        load: `(post, folder)`: take the weights in the folder, forget what was cached.
-    """
-
+    # k checked samples.
     sample: Callable[[Post, Ask], list[Sampled]]
+    # Log-probs of tokens[1:] at temperature 1; may raise NoPromptLogps.
     token_logps: Callable[[Post, Sequence[int]], list[float]]
+    # Take the weights in the folder, forget what was cached.
     load: Callable[[Post, str], None]
 
 
@@ -73,9 +67,7 @@ def check(samples: list[Sampled], ask: Ask) -> list[Sampled]:
         _check_tokens(tokens, stopped, ask)
         if len(logps) != len(tokens):
             raise BadReply(f"{len(logps)} log-probs of {len(tokens)} tokens")
-        for logp in logps:
-            if not (isinstance(logp, int | float) and _NEVER < logp <= _ROUNDING):
-                raise BadReply(f"{logp} as a log-prob")
+        _check_logps(logps, above=_NEVER)
     return [sample._replace(stopped=sample.tokens[-1] in ask.stop_ids) for sample in samples]
 
 
@@ -102,34 +94,41 @@ def _check_tokens(tokens: list[int], stopped: bool, ask: Ask) -> None:
         )
 
 
+def _check_logps(logps: list[Any], *, above: float = -math.inf) -> list[float]:
+    for logp in logps:
+        if not (isinstance(logp, int | float) and above < logp <= _ROUNDING):
+            raise BadReply(f"{logp} as a log-prob")
+    return logps
+
+
 def seed_for(*numbers: int, bits: int) -> int:
     """A seed of so many bits from a few numbers, spread evenly."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - bits)
 
 
-def _plain(sampling: SamplingParams) -> dict[str, Any]:
+def _common(ask: Ask) -> dict[str, Any]:
     """Every option that changes probabilities: a server's own defaults may come from the model."""
     return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "min_p": sampling.min_p,
+        "temperature": ask.sampling.temperature,
+        "top_p": ask.sampling.top_p,
+        "top_k": ask.sampling.top_k or -1,
+        "min_p": ask.sampling.min_p,
         "repetition_penalty": 1.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
+        "stop_token_ids": list(ask.stop_ids),
+        "skip_special_tokens": False,
     }
 
 
 def _vllm_sample(post: Post, ask: Ask, *, seeded: bool) -> list[Sampled]:
-    body = _plain(ask.sampling) | {
+    body = _common(ask) | {
         "prompt": list(ask.prompt),
         "n": ask.k,
         "max_tokens": ask.max_completion_length,
         "min_tokens": 0,
         "ignore_eos": True,  # the stop tokens are ours, not those that the server thinks of
-        "stop_token_ids": list(ask.stop_ids),
-        "skip_special_tokens": False,
         "logprobs": 1,
         "return_token_ids": True,  # from 0.10.2 on
         "return_tokens_as_token_ids": True,  # before it
@@ -161,15 +160,15 @@ def _vllm_read(reply: Any, prompt: Sequence[int]) -> list[Sampled]:
 def _vllm_token_logps(post: Post, tokens: Sequence[int]) -> list[float]:
     body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 1}
 
-    def read(reply: Any) -> list[float] | None:
+    def read(reply: Any) -> list[float]:
         (choice,) = reply["choices"]
         rows = choice.get("prompt_logprobs")
         if not rows:
-            return None
+            raise NoPromptLogps
         pairs = zip(tokens[1:], rows[1:], strict=True)
-        return _finite([row[str(token)]["logprob"] for token, row in pairs])
+        return _check_logps([row[str(token)]["logprob"] for token, row in pairs])
 
-    return _scored(post("/v1/completions", body, read))
+    return post("/v1/completions", body, read)
 
 
 def _vllm_load(post: Post, folder: str) -> None:
@@ -192,12 +191,10 @@ def _token_id(name: str) -> int | None:
 def _sglang_sample(post: Post, ask: Ask) -> list[Sampled]:
     # k requests, not n=k: that would give all of them one seed, and a server with
     # --enable-deterministic-inference the same completion k times.
-    common = _plain(ask.sampling) | {
+    common = _common(ask) | {
         "max_new_tokens": ask.max_completion_length,
         "min_new_tokens": 0,
-        "stop_token_ids": list(ask.stop_ids),
         "ignore_eos": not ask.stop_ids,  # here it switches all stop tokens off
-        "skip_special_tokens": False,
     }
     seeds = (seed_for(*ask.key, place, bits=31) for place in range(ask.k))
     body = {
@@ -226,15 +223,15 @@ def _sglang_token_logps(post: Post, tokens: Sequence[int]) -> list[float]:
         "logprob_start_len": 0,
     }
 
-    def read(reply: Any) -> list[float] | None:
+    def read(reply: Any) -> list[float]:
         triples = reply["meta_info"].get("input_token_logprobs")
         if not triples:
-            return None
+            raise NoPromptLogps
         if [token for _, token, *_ in triples] != list(tokens):
             raise BadReply("log-probs of other tokens than those asked for")
-        return _finite([logp for logp, *_ in triples[1:]])
+        return _check_logps([logp for logp, *_ in triples[1:]])
 
-    return _scored(post("/generate", body, read))
+    return post("/generate", body, read)
 
 
 def _sglang_load(post: Post, folder: str) -> None:
@@ -253,23 +250,10 @@ def _stopped(reason: str | None) -> bool:
     return reason == "stop"
 
 
-def _finite(logps: list[Any]) -> list[float]:
-    for logp in logps:
-        if not (isinstance(logp, int | float) and math.isfinite(logp) and logp <= _ROUNDING):
-            raise BadReply(f"{logp} as a log-prob")
-    return logps
-
-
-def _scored(logps: list[float] | None) -> list[float]:
-    if logps is None:
-        raise NoPromptLogps
-    return logps
-
-
 _VLLM = Dialect(functools.partial(_vllm_sample, seeded=True), _vllm_token_logps, _vllm_load)
 DIALECTS: dict[str, Dialect] = {
     "vllm": _VLLM,
     # tpu-inference refuses requests with a seed.
-    "vllm-tpu": dataclasses.replace(_VLLM, sample=functools.partial(_vllm_sample, seeded=False)),
+    "vllm-tpu": _VLLM._replace(sample=functools.partial(_vllm_sample, seeded=False)),
     "sglang": Dialect(_sglang_sample, _sglang_token_logps, _sglang_load),
 }
