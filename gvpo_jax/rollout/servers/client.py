@@ -35,20 +35,13 @@ class Client:
 
     Connection errors, answers cut short, time-outs and statuses 429 and 5xx are tried again after a
     pause that doubles each time, with jitter.
-
-    Args:
-        url: e.g. "http://host:8000".
-        timeout: seconds that one try may take.
-        retries: tries after the first.
-        first_pause: seconds before the second try.
-        headers: sent along, e.g. an authorization.
     """
 
-    url: str
-    timeout: float = 600.0
-    retries: int = 6
-    first_pause: float = 0.5
-    headers: Mapping[str, str] = field(default_factory=dict)
+    url: str  # e.g. "http://host:8000"
+    timeout: float = 600.0  # seconds that one try may take
+    retries: int = 6  # tries after the first
+    first_pause: float = 0.5  # seconds before the second try
+    headers: Mapping[str, str] = field(default_factory=dict)  # sent along, e.g. an authorization
 
     def __post_init__(self):
         self._httpx = _httpx()
@@ -152,12 +145,7 @@ class Fleet:
     """
 
     def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        concurrency: int = 64,
-        api_key: str | None = None,
-        **client: Any,
+        self, urls: list[str], *, concurrency: int = 64, api_key: str | None = None, **client: Any
     ):
         if not urls:
             raise UserError("no servers are given")
