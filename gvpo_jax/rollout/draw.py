@@ -44,8 +44,7 @@ def _inverse_cdf(weights_bv, uniforms_b):
     ends = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
     aim = uniforms_b[:, None] * ends[:, -1:]
     block = _first_above(ends, aim)
-    start = jnp.take_along_axis(ends, jnp.maximum(block - 1, 0), axis=-1)
-    start = jnp.where(block == 0, 0, start)
+    start = jnp.take_along_axis(jnp.pad(ends, ((0, 0), (1, 0))), block, axis=-1)
     inside = jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0]
     place = _first_above(jnp.cumsum(inside, axis=-1), aim - start)
     # Rounding can carry the aim past the block's sum: fall back on its last token with any weight.

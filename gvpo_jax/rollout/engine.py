@@ -66,19 +66,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn from the model's distribution.
+    """How the next token is drawn from the model's distribution."""
 
-    Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the most likely tokens up to this total probability; 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens up to this total probability; 1 keeps all
+    min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest; 0 keeps all
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -119,8 +112,7 @@ class Engine(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """What there is to tell about the weights that this thread sampled from last."""
-        ...
+        return {}
 
     def close(self) -> None:
         """End what is under way; the engine can still be used."""
-        ...

@@ -24,35 +24,23 @@ from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lan
 from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.precision import einsum_f32
 from gvpo_jax.rollout.draw import draw
-from gvpo_jax.rollout.engine import SamplingParams
+from gvpo_jax.rollout.engine import Engine, SamplingParams
 
 
 class DecodeState(NamedTuple):
-    """What decoding carries from step to step; donated, so that the cache is updated in place.
+    """What decoding carries from step to step; donated, so that the cache is updated in place."""
 
-    Attributes:
-        cache: the rows' keys and values, a ring of t places that all rows write in step.
-        prefix: the prompts' that the lanes are at; None where each lane has but one.
-        hidden_srd: predicts the rows' next tokens.
-        item_sr: which of its lane's n completions a row draws; n: none.
-        drawn_sr: how many tokens of it there are.
-        group_s: which of its m groups a lane is at.
-        next_s: the lane's first completion that no row has taken.
-        completions_snt, logps_snt, lengths_sn: what was drawn.
-        at: steps done.
-    """
-
-    cache: Any
-    prefix: Any
-    hidden_srd: jax.Array
-    item_sr: jax.Array
-    drawn_sr: jax.Array
-    group_s: jax.Array
-    next_s: jax.Array
-    completions_snt: jax.Array
+    cache: Any  # the rows' keys and values, a ring of t places that all rows write in step
+    prefix: Any  # the prompts' that the lanes are at; None where each lane has but one
+    hidden_srd: jax.Array  # predicts the rows' next tokens
+    item_sr: jax.Array  # which of its lane's n completions a row draws; n: none
+    drawn_sr: jax.Array  # how many tokens of it there are
+    group_s: jax.Array  # which of its m groups a lane is at
+    next_s: jax.Array  # the lane's first completion that no row has taken
+    completions_snt: jax.Array  # what was drawn, as in the next two
     logps_snt: jax.Array
     lengths_sn: jax.Array
-    at: jax.Array
+    at: jax.Array  # steps done
 
 
 class Prompts(NamedTuple):
@@ -64,35 +52,31 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingModel:
-    """What sampling needs of a model; it may cut the weights otherwise than training does.
+    """What sampling needs of a model; it may cut the weights otherwise than training does."""
 
-    Attributes:
-        functions: the decoder, not jitted, see `gvpo_jax.models.decoder.DecoderFns`.
-        mesh: where it runs; default: the first device.
-        prepare: the policy's parameters -> those to sample with; jitted.
-    """
-
-    functions: Any
+    functions: Any  # the decoder, not jitted, see `gvpo_jax.models.decoder.DecoderFns`
+    # Where it runs; default: the first device.
     mesh: Mesh = field(default_factory=lambda: MeshConfig(fsdp=1).mesh(jax.local_devices()[:1]))
+    # The policy's parameters -> those to sample with; jitted.
     prepare: Callable[[Any], Any] = lambda params: params
 
 
-class InProcessEngine:
+@dataclass(eq=False, repr=False)
+class InProcessEngine(Engine):
     """Rollout engine over a model given as functions.
 
     Prompts are padded to the next bucket (powers of two from 16, and halfway between), so a run of
     mixed lengths compiles a handful of programs.
-
-    Args:
-        model: what to sample from.
-        stop_ids: tokens that end a completion and belong to it.
-        slots: completions drawn at a time, see `gvpo_jax.parallel.layout.lanes`; None: all.
     """
 
-    def __init__(self, model: SamplingModel, stop_ids: Sequence[int], *, slots: int | None = None):
-        self._mesh, self._prepare = model.mesh, model.prepare
-        self._stop_ids, self._slots = tuple(stop_ids), slots
-        self._prefill, self._decode = compiled(model.functions, self._stop_ids, self._mesh)
+    model: SamplingModel
+    stop_ids: Sequence[int]  # tokens that end a completion and belong to it
+    # Completions drawn at a time, see `gvpo_jax.parallel.layout.lanes`; None: all.
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        functions, mesh = self.model.functions, self.model.mesh
+        self._prefill, self._decode = compiled(functions, self.stop_ids, mesh)
 
     def generate(
         self,
@@ -108,21 +92,17 @@ class InProcessEngine:
     ) -> Groups:
         """See `Engine.generate`."""
         given, k, processes = len(prompts), num_generations, jax.process_count()
-        wanted = fill_up(self._mesh, given, k) * processes
-        size, wanted = lanes(wanted, k, self._slots, group_shards(self._mesh))
+        mesh = self.model.mesh
+        wanted = fill_up(mesh, given, k) * processes
+        size, wanted = lanes(wanted, k, self.slots, group_shards(mesh))
         filling = wanted // processes - given
         prompts_gp, lengths_g = pad_prompts([*prompts, *[prompts[0]] * filling], longest_prompt)
         ids = np.asarray([*prompt_ids, *[prompt_ids[0]] * filling], np.uint32)
         batch = {"prompts": prompts_gp, "prompt_lengths": lengths_g, "prompt_ids": ids}
-        batch, params = place_batch(self._mesh, batch, k), self._prepare(params)
+        batch, params = place_batch(mesh, batch, k), self.model.prepare(params)
         lengths_g = batch["prompt_lengths"]
         state, computed = self._prefill(
-            params,
-            batch["prompts"],
-            lengths_g,
-            k=k,
-            max_completion_length=max_completion_length,
-            size=size,
+            params, batch["prompts"], lengths_g, k=k, t=max_completion_length, size=size
         )
         key = jax.random.key(seed)
         state = self._decode(
@@ -133,41 +113,25 @@ class InProcessEngine:
             np.asarray(x).reshape(given + filling, k, *x.shape[2:])[:given] for x in drawn
         )
         last = np.take_along_axis(completions, lengths[..., None] - 1, axis=2)[..., 0]
+        stopped = np.isin(last, self.stop_ids)
         return make_groups(
-            prompts,
-            completions,
-            lengths,
-            source=Source.POLICY,
-            stopped=np.isin(last, self._stop_ids),
-            old_logps=logps,
+            prompts, completions, lengths, source=Source.POLICY, stopped=stopped, old_logps=logps
         )
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: the weights are the policy's own."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 def compiled(model: Any, stop_ids: Sequence[int], mesh: Mesh):
     """`prefill` and `decode`, jitted."""
+    first = functools.partial(prefill, model, mesh=mesh)
+    then = functools.partial(decode, model, stop_ids=tuple(stop_ids), mesh=mesh)
     return (
-        jax.jit(
-            functools.partial(prefill, model, mesh=mesh),
-            static_argnames=("k", "max_completion_length", "size"),
-        ),
-        jax.jit(
-            functools.partial(decode, model, stop_ids=tuple(stop_ids), mesh=mesh),
-            static_argnames=("sampling",),
-            donate_argnames=("state",),
-        ),
+        jax.jit(first, static_argnames=("k", "t", "size")),
+        jax.jit(then, static_argnames=("sampling",), donate_argnames=("state",)),
     )
 
 
-def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, size, mesh):
+def prefill(model, params, prompts_gp, lengths_g, *, k, t, size, mesh):
     """Run every prompt once: the state before the first token, and the prompts' keys and values."""
-    (s, r), t = size, max_completion_length
+    s, r = size
     m = prompts_gp.shape[0] // s
     hidden_gd, prefix = model.prefill(params, prompts_gp, lengths_g)
     zero_s = jnp.zeros(s, jnp.int32)
@@ -184,9 +148,7 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, max_completion_length, s
         lengths_sn=jnp.zeros((s, m * k), jnp.int32),
         at=jnp.zeros((), jnp.int32),
     )
-    laid_out = {"state": state, "prompts": Prompts(hidden_gd, prefix)}
-    laid_out = constrain_batch(mesh, laid_out, s, r)
-    return laid_out["state"], laid_out["prompts"]
+    return constrain_batch(mesh, (state, Prompts(hidden_gd, prefix)), s, r)
 
 
 def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, stop_ids, mesh):
@@ -200,18 +162,20 @@ def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, st
 
     def step(state: DecodeState) -> DecodeState:
         tokens_sr, logps_sr = _draw_tokens(state, head_vd, key, ids_g, k, sampling)
-        state = _book(state, tokens_sr, logps_sr)
-        before, place = state.drawn_sr, state.at % t
-        group_s = state.group_s
-        state, goes_on_sr = _hand_out(state, _ends(state, tokens_sr, stop_ids), k)
+        booked = _book(state, tokens_sr, logps_sr)
+        full_sr = booked.drawn_sr + 1 == t
+        ends_sr = functools.reduce(jnp.logical_or, [tokens_sr == x for x in stop_ids], full_sr)
+        state, goes_on_sr = _hand_out(booked, ends_sr, k)
         if state.prefix is not None:
-            state = _load(state, prompts.prefix, state.group_s != group_s)
+            state = _load(state, prompts.prefix, state.group_s != booked.group_s)
         prefix = prompts.prefix if state.prefix is None else state.prefix
         lengths_s = _of_lanes(lengths_g, state.group_s)
         # The last tokens need no successors, so the model is not run on them.
         hidden, cache = jax.lax.cond(
             jnp.any(goes_on_sr),
-            lambda cache: model.decode(params, tokens_sr, lengths_s, prefix, cache, before, place),
+            lambda cache: model.decode(
+                params, tokens_sr, lengths_s, prefix, cache, booked.drawn_sr, booked.at % t
+            ),
             lambda cache: (state.hidden_srd, cache),
             state.cache,
         )
@@ -219,9 +183,8 @@ def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, st
         hidden = jnp.where(goes_on_sr[..., None], hidden, first)
         return state._replace(hidden_srd=hidden, cache=cache, at=state.at + 1)
 
-    state = constrain_batch(mesh, {"state": state}, s, r)["state"]
-    state = jax.lax.while_loop(unfinished, step, state)
-    return constrain_batch(mesh, {"state": state}, s, r)["state"]
+    state = jax.lax.while_loop(unfinished, step, constrain_batch(mesh, state, s, r))
+    return constrain_batch(mesh, state, s, r)
 
 
 def _draw_tokens(state: DecodeState, head_vd, key, ids_g, k, sampling):
@@ -255,23 +218,15 @@ def _book(state: DecodeState, tokens_sr, logps_sr) -> DecodeState:
         )
 
     @jax.vmap
-    def write_token(lane, items, positions, values):
-        return lane.at[items, positions].set(values, mode="drop")
+    def write(lane, places, values):
+        return lane.at[places].set(values, mode="drop")
 
-    at = (state.item_sr, state.drawn_sr)
-    counted = jax.vmap(lambda lane, items, values: lane.at[items].set(values, mode="drop"))
+    places = (state.item_sr, state.drawn_sr)
     return state._replace(
-        completions_snt=write_token(state.completions_snt, *at, tokens_sr),
-        logps_snt=write_token(state.logps_snt, *at, logps_sr),
-        lengths_sn=counted(state.lengths_sn, state.item_sr, state.drawn_sr + 1),
+        completions_snt=write(state.completions_snt, places, tokens_sr),
+        logps_snt=write(state.logps_snt, places, logps_sr),
+        lengths_sn=write(state.lengths_sn, state.item_sr, state.drawn_sr + 1),
     )
-
-
-def _ends(state: DecodeState, tokens_sr, stop_ids):
-    ends_sr = state.drawn_sr + 1 == state.completions_snt.shape[2]
-    for stop_id in stop_ids:
-        ends_sr |= tokens_sr == stop_id
-    return ends_sr
 
 
 def _hand_out(state: DecodeState, ends_sr, k):
@@ -300,14 +255,11 @@ def _load(state: DecodeState, of_all, moved_s) -> DecodeState:
     """The prompts' keys and values of the groups that lanes have just moved on to."""
 
     def load(prefix):
-        def pick(old, new):
-            return jnp.where(moved_s.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        new = _of_lanes(of_all, state.group_s)
+        return jax.tree.map(lambda new, old: jax.vmap(jnp.where)(moved_s, new, old), new, prefix)
 
-        return jax.tree.map(pick, prefix, _of_lanes(of_all, state.group_s))
-
-    return state._replace(
-        prefix=jax.lax.cond(jnp.any(moved_s), load, lambda prefix: prefix, state.prefix)
-    )
+    prefix = jax.lax.cond(jnp.any(moved_s), load, lambda prefix: prefix, state.prefix)
+    return state._replace(prefix=prefix)
 
 
 def _of_lanes(tree, group_s):

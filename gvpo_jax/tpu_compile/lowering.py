@@ -141,7 +141,7 @@ def _rollout(config: Config, sampling: SamplingModel, params, sizes: Sizes):
     size, groups = lanes(groups, sizes.k, config.rollout.slots, group_shards(mesh))
     sizes = dataclasses.replace(sizes, groups=groups)
     steps = groups // size[0] * -(-sizes.k // size[1]) * sizes.t
-    options = {"k": sizes.k, "max_completion_length": sizes.t, "size": size}
+    options = {"k": sizes.k, "t": sizes.t, "size": size}
     arrays = _arrays(mesh, sizes, ("prompts", "prompt_lengths", "prompt_ids"))
     lengths = arrays["prompt_lengths"]
     first, then = compiled(model, _STOP_IDS, mesh)
