@@ -118,8 +118,7 @@ def centred_rewards(rewards: Any, num_generations: int) -> np.ndarray:
         UserError: the rewards do not divide into groups.
     """
     rewards = np.asarray(rewards, np.float64)
-    if rewards.size % num_generations:
-        raise UserError(_torn(rewards.size, num_generations))
+    _check_whole(rewards.size, num_generations)
     rewards_gk = rewards.reshape(-1, num_generations)
     return (rewards_gk - rewards_gk.mean(-1, keepdims=True)).reshape(-1).astype(np.float32)
 
@@ -143,7 +142,7 @@ def gvpo_policy_loss(
     _check_example(train_example, k, pad_id, eos_id)
     tunix = _tunix()
     options = {"temperature": getattr(algo_config, "temperature", None), **options}
-    logps_bt = _token_logps(tunix, model, train_example, pad_id, eos_id, options)
+    logps_bt = _token_logps(tunix, model, train_example, pad_id, eos_id, **options)
     mask_bt = train_example.completion_mask.astype(bool)
     diff_bt = jnp.where(mask_bt, logps_bt - train_example.ref_per_token_logps, 0)
     log_ratio_gk = group(jnp.sum(diff_bt, axis=-1), k)
@@ -172,26 +171,26 @@ _PACKED = (
 )
 
 
-def _torn(rows: int, k: int) -> str:
-    return f"{rows} completions do not divide into groups of num_generations={k}"
+def _check_whole(rows: int, k: int) -> None:
+    if rows % k:
+        raise UserError(f"{rows} completions do not divide into groups of num_generations={k}")
 
 
 def _check_example(example: Any, k: int, pad_id: int, eos_id: int) -> None:
     if getattr(example, "segment_ids", None) is not None:
         raise UserError(_PACKED)
-    if example.completion_ids.shape[0] % k:
-        raise UserError(_torn(example.completion_ids.shape[0], k))
+    _check_whole(example.completion_ids.shape[0], k)
     if example.ref_per_token_logps is None:
         raise UserError("the batch has no reference log-probs: beta must be > 0 in the config")
-    if pad_id == eos_id:
-        raise UserError(_padded_with_end(pad_id))
+    _check_padding(pad_id, {eos_id})
 
 
-def _padded_with_end(pad_id: int) -> str:
-    return (
-        f"token {pad_id} both pads and ends a completion, and Tunix leaves padding out of prompts "
-        "and log-probs: give the tokenizer a pad token of its own"
-    )
+def _check_padding(pad_id: int, ends: set[int]) -> None:
+    if pad_id in ends:
+        raise UserError(
+            f"token {pad_id} both pads and ends a completion, and Tunix leaves padding out of "
+            "prompts and log-probs: give the tokenizer a pad token of its own"
+        )
 
 
 def _check_reference(cluster: Any) -> None:
@@ -207,8 +206,7 @@ def _check_sampling(cluster: Any, tunix: "_Tunix") -> None:
     by_mode = found if isinstance(found, dict) else {"train": found}
     configs, rollout = list(by_mode.values()), cluster.rollout
     ends = {end for c in configs for end in c.eos_tokens or [rollout.eos_id()]}
-    if rollout.pad_id() in ends:
-        raise UserError(_padded_with_end(rollout.pad_id()))
+    _check_padding(rollout.pad_id(), ends)
     if isinstance(rollout, tunix.own_rollout) and any(len(c.eos_tokens or []) > 1 for c in configs):
         raise UserError(
             "Tunix's own sampler does not tell which of several end tokens it sampled: "
@@ -330,18 +328,14 @@ def _release() -> str | None:
 
 
 def _token_logps(
-    tunix: _Tunix, model: Any, example: Any, pad_id: int, eos_id: int, options: dict[str, Any]
+    tunix, model, example, pad_id, eos_id, *, temperature, compute_logps_chunk_size=None, **unknown
 ) -> jax.Array:
     """Log-probs [b, t] of the completions, float32 nats, in Tunix's own way of scoring."""
-    temperature = options.pop("temperature")
-    extra = {
-        "chunk_size": options.pop("compute_logps_chunk_size", None),
-        "routed_experts": getattr(example, "routed_experts", None),
-    }
+    if names := sorted(name for name, value in unknown.items() if value is not None):
+        raise _unknown(f"it calls losses with {', '.join(names)}")
+    routed_experts = getattr(example, "routed_experts", None)
+    extra = {"chunk_size": compute_logps_chunk_size, "routed_experts": routed_experts}
     extra = {name: value for name, value in extra.items() if value is not None}
-    unknown = sorted(name for name, value in options.items() if value is not None)
-    if unknown:
-        raise _unknown(f"it calls losses with {', '.join(unknown)}")
     _need(tunix.token_logps, " ".join(extra))
     graphdef, state = nnx.split(model)
     logps = tunix.token_logps(
