@@ -35,6 +35,7 @@ from gvpo_jax.parallel.layout import check_batch, group_shards, place_param, pla
 from gvpo_jax.rewards import batched
 from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.make import sampling_model
+from gvpo_jax.rollout.servers.engine import http_engine
 from gvpo_jax.rollout.servers.weight_sync import sequence_logps
 from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
@@ -81,7 +82,7 @@ class Trainer:
             self.engine = InProcessEngine(sampling, self.stop_ids, slots=c.rollout.slots)
         else:
             logps = sequence_logps(self.policy.logps_of_all, multiple=group_shards(mesh))
-            self.engine = c.servers.engine(fleet, self.model, self.stop_ids, logps, c.run.dir)
+            self.engine = http_engine(c.servers, fleet, self.model, self.stop_ids, logps, c.run.dir)
 
     @classmethod
     def from_pretrained(

@@ -154,7 +154,7 @@ class SyncWithHead(WeightSync):
     """Writes a head of its own for a model whose head is tied: see `with_head`."""
 
     def _deliver(self, params, version):
-        return super()._deliver(with_head(self._model, params), version)
+        return super()._deliver(with_head(self.model, params), version)
 
 
 def measure(url: str, model: LoadedModel, served: LoadedModel, folder: Path) -> dict:

@@ -2,19 +2,12 @@
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.settings import setting
-
-if TYPE_CHECKING:  # these bring in transformers, which a misspelt config should not wait for
-    from gvpo_jax.models.load import LoadedModel
-    from gvpo_jax.rollout.servers.engine import HttpEngine
-    from gvpo_jax.rollout.servers.weight_sync import SequenceLogps
 
 
 @dataclass(frozen=True)
@@ -86,33 +79,6 @@ class ServersConfig:
             timeout=self.timeout,
             retries=self.retries,
         )
-
-    def engine(
-        self,
-        fleet: Fleet,
-        model: "LoadedModel",
-        stop_ids: Sequence[int],
-        logps: "SequenceLogps",
-        run_dir: str,
-    ) -> "HttpEngine":
-        """Samples on these servers, which get new weights through a folder.
-
-        Args:
-            fleet: the servers.
-            model: gives configuration and tokenizer.
-            stop_ids: tokens that end a completion.
-            logps: the trainer's log-probs, on every process those of all sequences.
-            run_dir: where the folder is, unless `weights_dir` names another.
-        """
-        from gvpo_jax.rollout.servers.engine import HttpEngine
-        from gvpo_jax.rollout.servers.weight_sync import WeightSync
-
-        assert self.kind != "none"
-        folder = self.weights_dir or Path(run_dir) / "weights"
-        options: dict[str, Any] = {"dtype": self.weights_dtype, "tolerance": self.logp_tolerance}
-        weights = WeightSync(fleet, self.kind, model, folder, logps, **options)
-        vocab_size = model.config.vocab_size
-        return HttpEngine(fleet, self.kind, stop_ids, vocab_size=vocab_size, weights=weights)
 
 
 def _key(name: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import operator
 import os
 import re
 import shutil
@@ -10,48 +11,42 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gvpo_jax.data.batch import bucket
+from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.parallel.distributed import from_first_host, to_first_host
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
-from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, Dialect, NoPromptLogps, ServerKind
+from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, NoPromptLogps, ServerKind
 
 _log = logging.getLogger(__name__)
+# (params, sequences) -> log-probs of each sequence's tokens[1:]
 SequenceLogps = Callable[[Any, Sequence[Sequence[int]]], list[np.ndarray]]
 _NAME = re.compile(r"version-(\d{8})")
 _SCRATCH = ".writing-"
+_KEPT = 2  # versions that stay on disk
 _PROBES, _LONGEST_PROBE = 4, 128  # sequences, and tokens of each
 _FRESH = 16  # tokens that a server samples after each
 _NOISE = 1e-4  # nats: the least disagreement that is taken to be there anyway
 
 
 class SyncReport(NamedTuple):
-    """A version that all servers have, and how it went.
-
-    Attributes:
-        version: its number.
-        difference: mean distance of a token's log-prob from the trainer's, in nats, over servers.
-        largest: the largest one.
-        tokens: how many were compared.
-        write_seconds: for the folder.
-        load_seconds: for the slowest server.
-    """
+    """A version that all servers have, and how it went."""
 
     version: int
-    difference: float
-    largest: float
-    tokens: int
-    write_seconds: float
-    load_seconds: float
+    difference: float  # of a token's log-prob from the trainer's, in nats: the mean over servers
+    largest: float  # the same, at most
+    tokens: int  # how many were compared
+    write_seconds: float  # for the folder
+    load_seconds: float  # for the slowest server
 
 
 class _Answer(NamedTuple):
@@ -63,57 +58,43 @@ class _Answer(NamedTuple):
     load_seconds: float
 
 
+@dataclass(eq=False, repr=False)
 class WeightSync:
     """Writes each version of the parameters to a folder and has every server load it.
 
     Then the handshake: the servers give log-probs of a few fixed sequences, and of tokens that they
     sample; the trainer computes the same. The run stops where they differ, and where a server's
     did not change as the trainer's did: so old weights show long before they make a difference.
-
-    Args:
-        fleet: the servers.
-        kind: what they understand.
-        model: gives config and tokenizer of the folders.
-        folder: where they are written; every server sees it under the same path.
-        logps: `(params, sequences) -> log-probs of each sequence's tokens[1:]`, see
-            `sequence_logps`.
-        dtype: of the files, "float32" or "bfloat16".
-        tolerance: mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
-        keep: versions that stay on disk.
-        probes: the fixed sequences; default: the first prompts that are sampled.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        kind: ServerKind,
-        model: LoadedModel,
-        folder: Path | str,
-        logps: SequenceLogps,
-        *,
-        dtype: str = "float32",
-        tolerance: float = 0.05,
-        keep: int = 2,
-        probes: Sequence[Sequence[int]] = (),
-    ):
-        self._fleet, self._dialect = fleet, DIALECTS[kind]
-        self._model, self._folder = model, Path(folder).absolute()
-        self._logps, self._dtype, self._tolerance, self._keep = logps, dtype, tolerance, keep
+    fleet: Fleet
+    kind: ServerKind  # what the servers understand
+    model: LoadedModel  # gives config and tokenizer of the folders
+    folder: Path  # where they are written; every server sees it under the same path
+    logps: SequenceLogps  # see `sequence_logps`
+    dtype: str = "float32"  # of the files; or "bfloat16"
+    # Mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
+    tolerance: float = 0.05
+    probes: Sequence[Sequence[int]] = ()  # the fixed sequences; default: the first prompts sampled
+
+    def __post_init__(self) -> None:
+        self._dialect, self._folder = DIALECTS[self.kind], self.folder.absolute()
         self._on_servers: list[weakref.ref[Any]] = []
+        self._report: SyncReport | None = None
         self._blind: set[str] = set()
-        self._probes = [list(probe) for probe in probes]
+        self._probes = [list(probe) for probe in self.probes]
         # Per server: the trainer's and its log-probs of the probes, at first and when last moved.
         self._moved: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-    def bring(self, params: Any, prompts: Sequence[Sequence[int]]) -> SyncReport | None:
-        """`sync`, unless the servers have these very arrays already.
+    def bring(self, params: Any, prompts: Sequence[Sequence[int]]) -> SyncReport:
+        """`sync`, unless the servers have these very arrays already: then its last report.
 
         prompts: whose samples are wanted; the first ones ever become the fixed sequences.
         """
         leaves = jax.tree.leaves(params)
         there = [ref() for ref in self._on_servers]
-        if len(there) == len(leaves) and all(a is b for a, b in zip(there, leaves, strict=True)):
-            return None
+        if self._report and len(there) == len(leaves) and all(map(operator.is_, there, leaves)):
+            return self._report
         if not self._probes:
             first = [list(map(int, prompt[:_LONGEST_PROBE])) for prompt in prompts[:_PROBES]]
             self._probes = from_first_host(lambda: first)
@@ -134,10 +115,10 @@ class WeightSync:
         self._on_servers = []
         whole = to_first_host(params)
         number, seconds, answers = from_first_host(lambda: self._deliver(whole, version))
-        report = self._compare(params, number, seconds, answers)
+        self._report = self._compare(params, number, seconds, answers)
         from_first_host(self._remove_old)
         self._on_servers = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
-        return report
+        return self._report
 
     def _deliver(self, params: Any, version: int | None) -> tuple[int, float, list[_Answer]]:
         """Write a version and have the servers load it; what they then say."""
@@ -145,31 +126,49 @@ class WeightSync:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if version is None:
-                version = 1 + max(map(_number, self._versions()), default=0)
-            folder = _write(self._folder, version, self._model, params, self._dtype)
+                version = 1 + max(self._versions().values(), default=0)
+            folder = _write(self._folder, version, self.model, params, self.dtype)
         except OSError as error:
             raise UserError(f"could not write weights to {self._folder}: {error}") from None
         seconds = time.perf_counter() - start
-        visit = functools.partial(
-            _visit, self._dialect, folder, self._probes, self._model.config.vocab_size
+        return version, seconds, self.fleet.each(functools.partial(self._visit, folder))
+
+    def _visit(self, folder: Path, client: Client) -> _Answer:
+        """Have one server load a version, and hear what it makes of it."""
+        start = time.perf_counter()
+        self._dialect.load(
+            functools.partial(client.post, about=f"loading {folder.name}"), str(folder)
         )
-        return version, seconds, self._fleet.each(visit)
+        seconds = time.perf_counter() - start
+        post = functools.partial(client.post, about=f"comparing {folder.name}")
+        try:
+            long = [probe for probe in self._probes if len(probe) > 1]
+            scores = [self._dialect.token_logps(post, probe) for probe in long] or None
+        except NoPromptLogps:
+            scores = None
+        fresh, logps = [], []
+        for number, probe in enumerate(self._probes):
+            vocab_size = self.model.config.vocab_size
+            ask = Ask(probe, 1, _FRESH, SamplingParams(), (), vocab_size, key=(number, 0))
+            (sample,) = self._dialect.sample(post, ask)
+            fresh.append([*probe, *sample.tokens])
+            logps.append(sample.logps)
+        return _Answer(scores, fresh, logps, seconds)
 
     def _compare(
         self, params: Any, version: int, seconds: float, answers: Sequence[_Answer]
     ) -> SyncReport:
         """The report, if every server has what the trainer has."""
         sampled = [sequence for answer in answers for sequence in answer.fresh]
-        scored = self._logps(params, [*self._probes, *sampled])
+        scored = self.logps(params, [*self._probes, *sampled])
         ours, rest = _flat(scored[: len(self._probes)]), iter(scored[len(self._probes) :])
         differences = []
-        for client, answer in zip(self._fleet.clients, answers, strict=True):
-            theirs = _flat(answer.fresh_logps)
-            expected = _flat([next(rest)[-len(row) :] for row in answer.fresh_logps])
+        for client, answer in zip(self.fleet.clients, answers, strict=True):
+            theirs = answer.fresh_logps
+            expected = [next(rest)[-len(row) :] for row in theirs]
             if answer.scores is not None:
                 self._check_moved(client.url, version, ours, _flat(answer.scores))
-                theirs = _flat([theirs, *answer.scores])
-                expected = _flat([expected, ours])
+                theirs, expected = [*theirs, *answer.scores], [*expected, ours]
             elif client.url not in self._blind:
                 self._blind.add(client.url)
                 _log.warning(
@@ -177,7 +176,7 @@ class WeightSync:
                     "once they differ by servers.logp_tolerance",
                     client.url,
                 )
-            differences.append(np.abs(theirs - expected))
+            differences.append(np.abs(_flat(theirs) - _flat(expected)))
             self._check_close(client.url, version, differences[-1])
         every = np.concatenate(differences)
         return SyncReport(
@@ -190,11 +189,11 @@ class WeightSync:
         )
 
     def _check_close(self, url: str, version: int, differences: np.ndarray) -> None:
-        if not differences.mean() <= self._tolerance:  # also where it is NaN
+        if not differences.mean() <= self.tolerance:  # also where it is NaN
             raise UserError(
                 f"{url} does not sample from version {version} of the weights: its log-probs "
                 f"differ from the trainer's by {differences.mean():.3g} nats a token, at most by "
-                f"{differences.max():.3g} (servers.logp_tolerance={self._tolerance:g})"
+                f"{differences.max():.3g} (servers.logp_tolerance={self.tolerance:g})"
             )
 
     def _check_moved(self, url: str, version: int, ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -219,13 +218,14 @@ class WeightSync:
         if _rms(ours - then[1][0]) > max(noise, _NOISE / 10):
             self._moved[url] = [then[0], (ours, theirs)]
 
-    def _versions(self) -> list[Path]:
-        return [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+    def _versions(self) -> dict[Path, int]:
+        found = {path: _NAME.fullmatch(path.name) for path in self._folder.iterdir()}
+        return {path: int(name[1]) for path, name in found.items() if name}
 
     def _remove_old(self) -> None:
         with contextlib.suppress(OSError):  # somebody else clears up too
             by_age = sorted(self._versions(), key=lambda path: (path.stat().st_mtime_ns, path.name))
-            for path in [*by_age[: -self._keep], *self._folder.glob(f"{_SCRATCH}*")]:
+            for path in [*by_age[:-_KEPT], *self._folder.glob(f"{_SCRATCH}*")]:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -237,10 +237,7 @@ def sequence_logps(logps: Callable[..., Any], *, multiple: int = 1) -> SequenceL
 
     def of_sequences(params: Any, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         filled = [*sequences, *[sequences[0]] * (-len(sequences) % multiple)]
-        width = bucket(max(len(sequence) for sequence in filled))
-        tokens = np.zeros((len(filled), 1 + width), np.int32)
-        for row, sequence in zip(tokens, filled, strict=True):
-            row[: len(sequence)] = sequence
+        tokens = np.pad(pad_prompts(filled)[0], ((0, 0), (0, 1)))
         first = np.ones(len(filled), np.int32)
         scored = np.asarray(logps(params, tokens[:, :1], first, tokens[:, None, 1:]))[:, 0]
         return [
@@ -249,28 +246,6 @@ def sequence_logps(logps: Callable[..., Any], *, multiple: int = 1) -> SequenceL
         ]
 
     return of_sequences
-
-
-def _visit(
-    dialect: Dialect, folder: Path, probes: Sequence[list[int]], vocab_size: int, client: Client
-) -> _Answer:
-    """Have one server load a version, and hear what it makes of it."""
-    post = functools.partial(client.post, about=f"loading {folder.name}")
-    start = time.perf_counter()
-    dialect.load(post, str(folder))
-    seconds = time.perf_counter() - start
-    post = functools.partial(client.post, about=f"comparing {folder.name}")
-    try:
-        scores = [dialect.token_logps(post, probe) for probe in probes if len(probe) > 1] or None
-    except NoPromptLogps:
-        scores = None
-    fresh, logps = [], []
-    for number, probe in enumerate(probes):
-        ask = Ask(probe, 1, _FRESH, SamplingParams(), (), vocab_size, key=(number, 0))
-        (sample,) = dialect.sample(post, ask)
-        fresh.append([*probe, *sample.tokens])
-        logps.append(sample.logps)
-    return _Answer(scores, fresh, logps, seconds)
 
 
 def _write(folder: Path, version: int, model: LoadedModel, params: Any, dtype: str) -> Path:
@@ -293,12 +268,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _number(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    assert found
-    return int(found[1])
 
 
 def _flat(rows: Sequence[Any]) -> np.ndarray:
