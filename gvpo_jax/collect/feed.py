@@ -151,7 +151,7 @@ class OnlineFeed:
         """A batch of new and older completions; and its new groups with reference log-probs."""
         groups, r = drawn.groups, self._replay
         if r.completions:
-            places = range(groups.count)
+            places = range(len(groups.row))
             groups = stack([self._with_older(key, i, take(groups, [i])) for i in places])
         if r.groups:
             older = self._buffer.groups(r.groups // jax.process_count(), key)
@@ -167,7 +167,7 @@ class OnlineFeed:
         )
         batch, groups = send()
         batch = batch._replace(metrics=batch.metrics | drawn.metrics, records=drawn.records)
-        return batch, take(groups, slice(drawn.groups.count))
+        return batch, take(groups, slice(len(drawn.groups.row)))
 
     def _with_older(self, key: int, place: int, group: Groups) -> Groups:
         key = key * self._train.batch_size + place  # a row may come twice in a batch
@@ -200,7 +200,7 @@ def send_groups(
     batch = policy.pad(batch, -(-batch_size // jax.process_count()))
     reference = policy.reference_fingerprint
     known = np.ones(len(batch.rewards), bool)  # what only fills up needs no scores
-    known[: groups.count] = (groups.reference == reference) & (reference != UNKNOWN)
+    known[: len(groups.row)] = (groups.reference == reference) & (reference != UNKNOWN)
     plan = policy.plan(batch)  # now: to agree on it later would wait for an update
     received = policy.send_to_reference(batch, known)
 

@@ -293,7 +293,7 @@ def rows_with_reference(
         part = stack(groups[start : start + size])
         longest = {"longest_prompt": prompts.longest, "longest_completion": longest_completion}
         _, scored = send_groups(policy, part, size, **longest)()
-        for place in range(scored.count):
+        for place in range(len(scored.row)):
             group = take(scored, [place])
             group = pick(group, np.flatnonzero(group.lengths[0]))
             logps = zip(group.ref_logps[0], group.lengths[0], strict=True)

@@ -1,7 +1,7 @@
 """One batch of groups: what rollout, rewards and scoring fill in and the train step reads."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -43,8 +43,7 @@ class Batch(NamedTuple):
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]],
-    longest: int | None = None,
+    prompts: Sequence[Sequence[int]], longest: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right-pad to a width that all processes take: token ids `[g, p]` and lengths `[g]`, int32.
 
@@ -61,21 +60,21 @@ def pad_prompts(
         raise ValueError("every prompt needs at least one token: give it some text")
     width = int(lengths.max())
     width = max_over_hosts(bucket(width) if longest is None else part_of_longest(width, longest))
-    padded = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded, lengths
+    return padded(prompts, width), lengths
 
 
-def bucket(length: int, smallest: int = 16) -> int:
+def padded(rows: Sequence[Sequence[float]], width: int = 0, dtype: type = np.int32) -> np.ndarray:
+    """`[rows, width]`, filled up with zeros on the right; at least as wide as the longest row."""
+    out = np.zeros((len(rows), max([width, *map(len, rows)])), dtype)
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row
+    return out
+
+
+def bucket(length: int) -> int:
     """The padded length: 16, 24, 32, 48, 64, 96, ... whichever is the first that fits."""
-    size = smallest
-    while size < length:
-        half = size + size // 2
-        if half >= length:
-            return half
-        size *= 2
-    return size
+    sizes = (size << doubled for doubled in itertools.count() for size in (16, 24))
+    return next(size for size in sizes if size >= length)
 
 
 def part_of_longest(length: int, longest: int) -> int:
@@ -103,17 +102,12 @@ def fill_up(batch: Batch, *, groups: int, completions: int) -> Batch:
     if not missing_g and not missing_k:
         return batch
 
-    def fill(x, *widths):
-        return jnp.pad(x, [*widths, *[(0, 0)] * (x.ndim - len(widths))])
+    def fill(name, x):
+        missing = (missing_g,) if name in ("prompts", "prompt_lengths") else (missing_g, missing_k)
+        return jnp.pad(x, [*((0, n) for n in missing), *[(0, 0)] * (x.ndim - len(missing))])
 
-    filled = {
-        name: fill(x, (0, missing_g))
-        if name in ("prompts", "prompt_lengths")
-        else fill(x, (0, missing_g), (0, missing_k))
-        for name, x in batch._asdict().items()
-    }
-    filled["prompt_lengths"] = jnp.maximum(filled["prompt_lengths"], 1)
-    return Batch(**filled)
+    filled = Batch(*map(fill, Batch._fields, batch))
+    return filled._replace(prompt_lengths=jnp.maximum(filled.prompt_lengths, 1))
 
 
 def split_completions(x: jax.Array, parts: int) -> jax.Array:
@@ -128,8 +122,7 @@ def join_completions(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 0, 2).reshape(g, k * parts, *rest)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Sizes of a batch: g groups of k completions; prompts of p and completions of t tokens."""
 
     groups: int

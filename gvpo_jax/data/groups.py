@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gvpo_jax.data.batch import Batch, bucket, pad_prompts, part_of_longest
+from gvpo_jax.data.batch import Batch, bucket, pad_prompts, padded, part_of_longest
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import max_over_hosts
 
@@ -56,11 +56,6 @@ class Groups(NamedTuple):
     ref_logps: np.ndarray
     reference: np.ndarray
 
-    @property
-    def count(self) -> int:
-        """How many groups."""
-        return len(self.row)
-
 
 _PER_TOKEN = ("completions", "old_logps", "ref_logps")
 _PER_COMPLETION = ("lengths", "stopped", "rewards", "source", "version", *_PER_TOKEN)
@@ -72,28 +67,22 @@ def make_groups(
     lengths: np.ndarray,
     *,
     source: Source,
-    rows: Sequence[int] | None = None,
-    rewards: np.ndarray | None = None,
-    stopped: np.ndarray | None = None,
-    old_logps: np.ndarray | None = None,
+    stopped: np.ndarray | bool = True,
+    old_logps: np.ndarray | float = np.nan,
 ) -> Groups:
     """Groups of g tokenised prompts and arrays `[g, k, t]`, `[g, k]`; the rest is unknown."""
-    (g, k, t), prompt_lengths = completions.shape, [len(prompt) for prompt in prompts]
-    padded = np.zeros((g, max(prompt_lengths, default=0)), np.int32)
-    for place, prompt in zip(padded, prompts, strict=True):
-        place[: len(prompt)] = prompt
-    no_rewards, no_logps = np.full((g, k), np.nan), np.full((g, k, t), np.nan)
+    g, k, t = completions.shape
     return Groups(
-        row=np.asarray(range(g) if rows is None else rows, np.int64),
-        prompts=padded,
-        prompt_lengths=np.array(prompt_lengths, np.int32),
+        row=np.arange(g),
+        prompts=padded(prompts),
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
         completions=np.asarray(completions, np.int32),
         lengths=np.asarray(lengths, np.int32),
-        stopped=np.ones((g, k), bool) if stopped is None else stopped,
-        rewards=np.asarray(no_rewards if rewards is None else rewards, np.float32),
+        stopped=np.full((g, k), stopped),
+        rewards=np.full((g, k), np.nan, np.float32),
         source=np.full((g, k), source, np.int32),
         version=np.full((g, k), UNKNOWN, np.int32),
-        old_logps=np.asarray(no_logps if old_logps is None else old_logps, np.float32),
+        old_logps=np.full((g, k, t), old_logps, np.float32),
         ref_logps=np.zeros((g, k, t), np.float32),
         reference=np.full(g, UNKNOWN, np.int64),
     )
@@ -108,12 +97,10 @@ def make_group(
     row: int = 0,
 ) -> Groups:
     """A single group from lists: token ids of each completion, and its reward (None: none)."""
-    tokens = np.zeros((1, len(completions), max(map(len, completions), default=0)), np.int32)
-    for place, ids in zip(tokens[0], completions, strict=True):
-        place[: len(ids)] = ids
-    lengths = np.array([[len(ids) for ids in completions]], np.int32)
-    given = np.array([[np.nan if reward is None else reward for reward in rewards]], np.float32)
-    return make_groups([prompt], tokens, lengths, source=source, rows=[row], rewards=given)
+    lengths = np.array([[len(ids) for ids in completions]])
+    group = make_groups([prompt], padded(completions)[None], lengths, source=source)
+    given = np.array([rewards], np.float32)  # makes NaN of None
+    return group._replace(row=np.array([row]), rewards=given)
 
 
 def read_reward(value: Any) -> float | None:
@@ -153,14 +140,14 @@ def cache_key(reference: int, group: Groups) -> int:
     """Tells reference log-probs of a single group's very tokens from others; `UNKNOWN` stays."""
     if reference == UNKNOWN:
         return UNKNOWN
-    prompt = group.prompts[0, : group.prompt_lengths[0]].tolist()
-    content = [int(reference), prompt, *token_lists(group.completions, group.lengths)]
+    prompt = token_lists(group.prompts, group.prompt_lengths)
+    content = [int(reference), *prompt, *token_lists(group.completions, group.lengths)]
     return zlib.crc32(repr(content).encode())
 
 
-def token_lists(completions: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-    """The token ids of every completion of `[g, k, t]`, without padding."""
-    rows = zip(completions.reshape(-1, completions.shape[-1]), lengths.ravel(), strict=True)
+def token_lists(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """The lists that lie padded in `tokens`, `[..., t]`: one for each of `lengths`, `[...]`."""
+    rows = zip(tokens.reshape(-1, tokens.shape[-1]), lengths.ravel(), strict=True)
     return [row[:n].tolist() for row, n in rows]
 
 
@@ -180,43 +167,29 @@ def to_batch(
             known, see `gvpo_jax.data.batch.part_of_longest`; else the width is a bucket.
         k: completions of the largest group there will be; default: of the largest here.
     """
-    pairs = zip(groups.prompts, groups.prompt_lengths, strict=True)
-    prompts, prompt_lengths = pad_prompts([x[:n].tolist() for x, n in pairs], longest_prompt)
+    unpadded = token_lists(groups.prompts, groups.prompt_lengths)
+    prompts, prompt_lengths = pad_prompts(unpadded, longest_prompt)
     k = max_over_hosts(max(k, groups.lengths.shape[1]))
     longest = max_over_hosts(int(groups.lengths.max(initial=0)))
     t = bucket(longest)
     if longest_completion is not None:
         t = max(min(part_of_longest(longest, longest_completion), longest_completion), longest)
-    wide = _widened(groups, k, t)
+    wide = _widened(groups, k, t)._replace(prompts=prompts, prompt_lengths=prompt_lengths)
     valid = ~np.isnan(wide.rewards) & (wide.lengths > 0)
-    return Batch(
-        prompts=prompts,
-        prompt_lengths=prompt_lengths,
-        completions=wide.completions,
-        lengths=wide.lengths,
-        rewards=np.where(valid, wide.rewards, 0),
-        valid=valid,
-        ref_logps=wide.ref_logps,
-        old_logps=wide.old_logps,
-        source=wide.source,
-        version=wide.version,
-    )
+    wide = wide._replace(rewards=np.where(valid, wide.rewards, 0))
+    shared = {name: getattr(wide, name) for name in Batch._fields if name != "valid"}
+    return Batch(valid=valid, **shared)
 
 
 def with_reference(groups: Groups, ref_logps: np.ndarray, reference: int) -> Groups:
     """The groups with the reference's log-probs out of their batch, `[>= g, k, t]`."""
     logps = widen(ref_logps, *groups.ref_logps.shape)
-    return groups._replace(ref_logps=logps, reference=np.full(groups.count, reference, np.int64))
+    return groups._replace(ref_logps=logps, reference=np.full_like(groups.reference, reference))
 
 
 def take(groups: Groups, which: Any) -> Groups:
     """Some of the groups: a slice, or an array of their numbers."""
     return Groups(*(x[which] for x in groups))
-
-
-def one_by_one(groups: Groups) -> list[Groups]:
-    """Each group by itself, in copies without the padding that it does not need."""
-    return [trim(take(groups, [number])) for number in range(groups.count)]
 
 
 def pick(group: Groups, places: Sequence[int] | np.ndarray) -> Groups:
@@ -243,26 +216,23 @@ def join(a: Groups, b: Groups) -> Groups:
 
 def stack(parts: Sequence[Groups]) -> Groups:
     """Groups one after the other."""
-    k = max((x.lengths.shape[1] for x in parts), default=0)
-    t = max((x.completions.shape[2] for x in parts), default=0)
-    p = max((x.prompts.shape[1] for x in parts), default=0)
-    wide = [_widened(x, k, t)._replace(prompts=widen(x.prompts, x.count, p)) for x in parts]
-    return Groups(*(np.concatenate(values) for values in zip(*wide, strict=True)))
+    _, k, t = np.max([x.completions.shape for x in parts], axis=0)
+    p = max(x.prompts.shape[1] for x in parts)
+    wide = [_widened(x, k, t)._replace(prompts=widen(x.prompts, len(x.row), p)) for x in parts]
+    return Groups(*map(np.concatenate, zip(*wide, strict=True)))
 
 
 def _widened(groups: Groups, k: int, t: int) -> Groups:
     """Cut, or filled up with zeros, to k completions of t tokens."""
-    shapes = {
-        name: (groups.count, k, *([t] if name in _PER_TOKEN else [])) for name in _PER_COMPLETION
-    }
+    size = len(groups.row), k, t
     return groups._replace(
-        **{name: widen(getattr(groups, name), *shape) for name, shape in shapes.items()}
+        **{name: widen(getattr(groups, name), *size) for name in _PER_COMPLETION}
     )
 
 
 def widen(x: np.ndarray, *shape: int) -> np.ndarray:
-    """The array cut and filled up with zeros to a shape, along its first axes."""
-    out = np.zeros((*shape, *x.shape[len(shape) :]), x.dtype)
-    inside = tuple(slice(0, min(a, b)) for a, b in zip(x.shape, shape, strict=False))
+    """The array cut and filled up with zeros to a shape, of which it may lack the last axes."""
+    out = np.zeros(shape[: x.ndim], x.dtype)
+    inside = tuple(slice(min(sizes)) for sizes in zip(x.shape, out.shape, strict=True))
     out[inside] = x[inside]
     return out
