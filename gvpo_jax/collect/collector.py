@@ -19,7 +19,7 @@ from gvpo_jax.data.groups import (
     take,
     token_lists,
 )
-from gvpo_jax.data.rows import EncodedPrompts, batch_indices, completion_ids, repeat_columns
+from gvpo_jax.data.rows import EncodedPrompts, batch_indices, columns_of, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.rewards import RewardConfig, Scores, compute_rewards
@@ -84,7 +84,7 @@ class Judge:
                 prompts=[all_rows[i]["prompt"] for i in there],
                 completions=[completions[i] for i in there],
                 completion_ids=[token_ids[i] for i in there],
-                columns=repeat_columns([all_rows[i] for i in there], 1),
+                columns=columns_of([all_rows[i] for i in there]),
                 on_error=self._options.on_error,
             )
 

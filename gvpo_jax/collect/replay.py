@@ -1,10 +1,12 @@
 """A memory of sampled groups, to be trained on again: GVPO needs no importance weights for it."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from gvpo_jax.data.groups import Groups, Source, join, pick, stack, take, trim
+from gvpo_jax.data.rows import shuffled
 from gvpo_jax.settings import setting
 
 _TAG = 7  # keeps the draws apart from the order of the data
@@ -46,7 +48,7 @@ class ReplayBuffer:
 
     def groups(self, count: int, key: int) -> list[Groups]:
         """At most `count` different whole groups, uniformly."""
-        order = self._order(len(self._groups), key, 0)
+        order = shuffled(len(self._groups), _TAG, self._seed, key, 0)
         return [_as_replay(self._groups[i]) for i in order[:count]]
 
     def completions(self, row: int, count: int, key: int) -> Groups | None:
@@ -55,11 +57,9 @@ class ReplayBuffer:
         if not past:
             return None
         places = [(group, i) for group in past for i in range(group.lengths.shape[1])]
-        drawn = [places[i] for i in self._order(len(places), key, row + 1)[:count]]
-        pool, *rest = (pick(group, [i]) for group, i in drawn)
-        for one in rest:
-            pool = join(pool, one)
-        return _as_replay(pool)
+        order = shuffled(len(places), _TAG, self._seed, key, row + 1)
+        drawn = (places[i] for i in order[:count])
+        return _as_replay(functools.reduce(join, (pick(group, [i]) for group, i in drawn)))
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything, as a few arrays."""
@@ -70,12 +70,6 @@ class ReplayBuffer:
         self._groups = []
         if groups:
             self.add(groups)
-
-    def _order(self, n: int, *key: int) -> np.ndarray:
-        # Raw bits keep their values across NumPy versions; permutations need not.
-        sequence = np.random.SeedSequence([_TAG, self._seed, *key])
-        bits = np.random.PCG64(sequence).random_raw(n)
-        return np.argsort(bits, kind="stable")
 
 
 def _as_replay(group: Groups) -> Groups:

@@ -14,6 +14,7 @@ from gvpo_jax.settings import setting
 
 _CHUNK = 1000
 _MISSES = 2000
+_EVAL_FRACTION = 0.3
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,13 @@ def reasoning_gym_rows(
     size: int,
     seed: int,
     split: Literal["train", "eval"],
-    eval_fraction: float = 0.3,
 ) -> list[dict[str, Any]]:
     """Draw `size` different questions.
 
     The columns are `prompt`, `answer_prefix`, `solution`, `task` and `entry`, the item as JSON for
     the task's own scorer.
 
-    A hash of the question alone decides its split: an `eval_fraction` of all questions is never
+    A hash of the question alone decides its split: three in ten of all questions are never
     trained on, whatever the sizes, tasks and seeds. Questions that differ only in case, spacing or
     the order of the numbers in a sum, a product or a list fall into the same split.
 
@@ -53,13 +53,11 @@ def reasoning_gym_rows(
     """
     if not tasks or size < len(tasks):
         raise UserError(f"{size} rows can't hold {len(tasks)} tasks; ask for more rows")
-    if not 0 < eval_fraction < 1:
-        raise UserError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
     seen: set[str] = set()
     placed_rows = []
     counts = _shares([task.weight for task in tasks], size)
     for order, (task, count) in enumerate(zip(tasks, counts, strict=True)):
-        rows = _draw(task, count, _items(task, seed, split), split, eval_fraction, seen)
+        rows = _draw(task, count, seed, split, seen)
         # Sorting by the place within the task spreads every task evenly over the rows.
         placed_rows += [((i + 0.5) / count, order, row) for i, row in enumerate(rows)]
     placed_rows.sort(key=lambda placed: placed[:2])
@@ -67,20 +65,15 @@ def reasoning_gym_rows(
 
 
 def _draw(
-    task: TaskConfig,
-    count: int,
-    items: Iterator[dict[str, Any]],
-    split: str,
-    eval_fraction: float,
-    seen: set[str],
+    task: TaskConfig, count: int, seed: int, split: str, seen: set[str]
 ) -> list[dict[str, Any]]:
-    """The next `count` rows of the items that belong to the split and are new; `seen` grows."""
+    """The first `count` rows that belong to the split and are new; `seen` grows."""
     rows: list[dict[str, Any]] = []
-    misses = 0
+    items, misses = _items(task, seed, split), 0
     while len(rows) < count:
         row = next(items)
         text = _normalise(row["prompt"])
-        if text not in seen and _is_eval(text, eval_fraction) == (split == "eval"):
+        if text not in seen and _is_eval(text) == (split == "eval"):
             misses = 0
             seen.add(text)
             rows.append(row)
@@ -108,10 +101,10 @@ def _shares(weights: Sequence[float], size: int) -> list[int]:
 
 def _items(task: TaskConfig, seed: int, split: str) -> Iterator[dict[str, Any]]:
     identity = json.dumps([task.name, task.settings, seed, split], sort_keys=True, default=str)
-    first = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") // 2
+    first = _hashed(identity, size=4) // 2
     while True:
         # Item i draws from seed + i, so consecutive chunks don't overlap.
-        dataset = _dataset(task, seed=first, size=_CHUNK)
+        dataset = _dataset(task, first)
         for i in range(_CHUNK):
             item = dataset[i]
             row = _row(task, item)
@@ -121,7 +114,7 @@ def _items(task: TaskConfig, seed: int, split: str) -> Iterator[dict[str, Any]]:
         first = (first + _CHUNK) % 2**31
 
 
-def _dataset(task: TaskConfig, *, seed: int, size: int) -> Any:
+def _dataset(task: TaskConfig, seed: int) -> Any:
     try:
         gym = importlib.import_module("reasoning_gym")
     except ImportError:
@@ -134,7 +127,7 @@ def _dataset(task: TaskConfig, *, seed: int, size: int) -> Any:
     if taken := {"seed", "size"} & task.settings.keys():
         raise UserError(f"task {task.name!r}: {min(taken)!r} can't be a setting; it is chosen here")
     try:
-        return gym.create_dataset(task.name, seed=seed, size=size, **task.settings)
+        return gym.create_dataset(task.name, seed=seed, size=_CHUNK, **task.settings)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"task {task.name!r}: bad settings: {error}") from error
 
@@ -183,9 +176,13 @@ def _normalise(question: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", question.casefold()))
 
 
-def _is_eval(text: str, eval_fraction: float) -> bool:
+def _is_eval(text: str) -> bool:
     number = r"\d+(?: \. \d+)?"
     operands = rf"{number} ([,+*]) {number}(?: \1 {number})*"
     key = re.sub(operands, lambda m: m[1].join(sorted(m[0].split(f" {m[1]} "))), text)
-    draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-    return draw < eval_fraction
+    return _hashed(key, size=8) / 2**64 < _EVAL_FRACTION
+
+
+def _hashed(text: str, *, size: int) -> int:
+    """A number of `size` bytes."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:size], "big")

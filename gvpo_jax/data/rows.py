@@ -8,7 +8,7 @@ start of the answer, after the prompt.
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,26 +81,44 @@ class DataConfig:
             rows = load_rows(path)
         else:
             rows = reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
-        if self.eval_path and self.eval_size:
-            return rows, load_rows(self.eval_path)[: self.eval_size]
-        if not (self.tasks and self.eval_size):
+        size = self.eval_size
+        if self.eval_path and size:
+            return rows, load_rows(self.eval_path)[:size]
+        if not (self.tasks and size):
             return rows, []
-        size, eval_seed = self.eval_size, self.eval_seed
-        return rows, reasoning_gym_rows(self.tasks, size=size, seed=eval_seed, split="eval")
+        return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")
 
     def encode(
         self, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
     ) -> "EncodedPrompts":
-        """The rows' prompts as token ids; see `encode_prompts`."""
-        return encode_prompts(
-            [dict(row) for row in rows],
-            tokenizer,
-            max_prompt_length=self.max_prompt_length,
-            chat_template=self.chat_template,
-            template=self.template,
-            system_prompt=self.system_prompt,
-            too_long=self.too_long,
-        )
+        """The rows' prompts as token ids, each together with its row's `answer_prefix`.
+
+        A templated prompt gets no further special tokens; `chat_template=never` takes texts only.
+
+        Raises:
+            UserError: naming the row (from 1), where a prompt can't be encoded, or is longer than
+                `max_prompt_length` tokens and `too_long` is `error`; or no row is left.
+        """
+        rows = [dict(row) for row in rows]
+        if not rows:
+            raise UserError("there are no rows; give at least one with a prompt")
+        kept: list[Row] = []
+        token_ids: list[list[int]] = []
+        for number, row in enumerate(rows, start=1):
+            ids = _encode(f"row {number}", row, tokenizer, self)
+            if len(ids) <= self.max_prompt_length:
+                kept.append(row)
+                token_ids.append(ids)
+            elif self.too_long == "error":
+                raise UserError(
+                    f"row {number}: the prompt is {len(ids)} tokens long, max_prompt_length is "
+                    f"{self.max_prompt_length}; raise it, or skip prompts that are too long"
+                )
+        if not kept:
+            raise UserError(
+                f"no prompt is left: all {len(rows)} are over {self.max_prompt_length} tokens"
+            )
+        return EncodedPrompts(kept, token_ids, len(rows) - len(kept))
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ def load_rows(path: str | Path) -> list[Row]:
         raise UserError(f"{path}: data files end in .jsonl (one JSON object a line) or .parquet")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    placed_rows = readers[path.suffix](path)
+    placed_rows = list(readers[path.suffix](path))
     if not placed_rows:
         raise UserError(f"{path}: the file holds no rows")
     for place, row in placed_rows:
@@ -142,64 +160,15 @@ def load_rows(path: str | Path) -> list[Row]:
     return [row for _, row in placed_rows]
 
 
-def repeat_columns(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, list[Any]]:
-    """Columns of the rows, every value k times, as reward functions expect them.
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' columns as reward functions expect them: lists, with None where a row lacks one.
 
-    Every list is n = len(rows) * k long, with None where a row lacks the column. The columns that
-    the caller passes under names of their own (`prompt`, `completion`, `completion_ids`) are left
-    out.
+    Without those that the caller passes under names of its own (`prompt`, `completion`,
+    `completion_ids`).
     """
     own = ("prompt", "completion", "completion_ids")
     names = dict.fromkeys(name for row in rows for name in row if name not in own)
-    return {name: [row.get(name) for row in rows for _ in range(k)] for name in names}
-
-
-def encode_prompts(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_prompt_length: int,
-    chat_template: Literal["auto", "never", "always"] = "auto",
-    template: str | None = None,
-    system_prompt: str | None = None,
-    too_long: Literal["error", "skip"] = "error",
-) -> EncodedPrompts:
-    """Tokenise every row's prompt together with its `answer_prefix`.
-
-    `auto` applies the chat template to message lists and leaves strings as they are, `always` makes
-    a string one user message, `never` takes strings only. `template` (Jinja text) replaces the
-    tokenizer's own. `system_prompt` opens every templated prompt that has no system message of its
-    own. A templated prompt gets no further special tokens.
-
-    Raises `UserError`, naming the row (from 1), where a prompt can't be encoded, or is longer than
-    `max_prompt_length` tokens and `too_long` is `error`, or where no row is left.
-    """
-    kept: list[Row] = []
-    token_ids: list[list[int]] = []
-    if not rows:
-        raise UserError("there are no rows; give at least one with a prompt")
-    for number, row in enumerate(rows, start=1):
-        _check_row(f"row {number}", row)
-        messages = _messages(number, row["prompt"], chat_template, system_prompt)
-        if messages is None:
-            text, special = row["prompt"], True
-        else:
-            text, special = _apply_template(number, messages, tokenizer, template), False
-        text += row.get("answer_prefix") or ""
-        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        if not ids:
-            raise UserError(f"row {number}: the prompt is empty; remove the row")
-        if len(ids) <= max_prompt_length:
-            kept.append(row)
-            token_ids.append(ids)
-        elif too_long == "error":
-            raise UserError(
-                f"row {number}: the prompt is {len(ids)} tokens long, max_prompt_length is "
-                f"{max_prompt_length}; raise it, or skip prompts that are too long"
-            )
-    if not kept:
-        raise UserError(f"no prompt is left: all {len(rows)} are over {max_prompt_length} tokens")
-    return EncodedPrompts(kept, token_ids, len(rows) - len(kept))
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def completion_ids(
@@ -230,27 +199,26 @@ def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> np.ndar
     indices = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        indices[here] = _epoch_order(n_rows, int(epoch), seed)[offsets[here]]
+        indices[here] = shuffled(n_rows, seed, int(epoch))[offsets[here]]
     return indices
 
 
-def _epoch_order(n_rows: int, epoch: int, seed: int) -> np.ndarray:
+def shuffled(n: int, *key: int) -> np.ndarray:
+    """The numbers below n in an order that depends on the key alone."""
     # Raw bits keep their values across NumPy versions; Generator.permutation doesn't promise to.
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(n_rows)
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(bits, kind="stable")
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    placed_rows = []
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        place = f"{path}:{number}"
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
-            placed_rows.append((place, json.loads(line.decode("utf-8-sig"))))
+            yield place, json.loads(line.decode("utf-8-sig"))
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise UserError(f"{place}: not a JSON object on one line: {error}") from None
-    return placed_rows
 
 
 def _read_parquet(path: Path) -> list[tuple[str, Any]]:
@@ -295,40 +263,44 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _messages(
-    number: int, prompt: str | list[dict], chat_template: str, system_prompt: str | None
-) -> list[dict] | None:
-    """The messages to put through the chat template; None for a prompt that stays plain text."""
-    if isinstance(prompt, str):
-        if chat_template != "always":
-            if system_prompt is not None:
-                raise UserError(
-                    f"row {number}: a system_prompt needs the chat template, and this prompt is "
-                    "plain text; set chat_template: always"
-                )
-            return None
-        prompt = [{"role": "user", "content": prompt}]
-    elif chat_template == "never":
-        raise UserError(f"row {number}: the prompt is a list of messages; set chat_template: auto")
-    if system_prompt is not None and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system_prompt}, *prompt]
-    return prompt
-
-
-def _apply_template(
-    number: int, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", template: str | None
-) -> str:
-    if template is None and not tokenizer.chat_template:
+def _encode(
+    place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", options: DataConfig
+) -> list[int]:
+    _check_row(place, row)
+    prompt = row["prompt"]
+    plain = isinstance(prompt, str) and options.chat_template != "always"
+    if plain and options.system_prompt is not None:
         raise UserError(
-            f"row {number}: the tokenizer has no chat template; give one, or use plain text "
+            f"{place}: a system_prompt needs the chat template, and this prompt is "
+            "plain text; set chat_template: always"
+        )
+    if not plain and options.chat_template == "never":
+        raise UserError(f"{place}: the prompt is a list of messages; set chat_template: auto")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = prompt if plain else _templated(place, messages, tokenizer, options)
+    text += row.get("answer_prefix") or ""
+    ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
+    if not ids:
+        raise UserError(f"{place}: the prompt is empty; remove the row")
+    return ids
+
+
+def _templated(
+    place: str, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", options: DataConfig
+) -> str:
+    if options.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": options.system_prompt}, *messages]
+    if options.template is None and not tokenizer.chat_template:
+        raise UserError(
+            f"{place}: the tokenizer has no chat template; give one, or use plain text "
             "prompts with chat_template: never"
         )
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=template
+            messages, tokenize=False, add_generation_prompt=True, chat_template=options.template
         )
     except Exception as error:  # templates raise what they like
-        raise UserError(f"row {number}: the chat template failed: {_one_line(error)}") from error
+        raise UserError(f"{place}: the chat template failed: {_one_line(error)}") from error
     assert isinstance(text, str)
     return text
 

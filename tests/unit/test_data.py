@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
-from gvpo_jax.data.rows import batch_indices, encode_prompts, load_rows, repeat_columns
+from gvpo_jax.data.rows import DataConfig, batch_indices, columns_of, load_rows
 from gvpo_jax.errors import UserError
 
 TEMPLATE = (
@@ -56,7 +56,7 @@ class Letters:
 
 
 def encode(rows, tokenizer: Any, **options):
-    encoded = encode_prompts(rows, tokenizer, **{"max_prompt_length": 1000, **options})
+    encoded = DataConfig(**{"max_prompt_length": 1000, **options}).encode(rows, tokenizer)
     return ["".join(chr(i) if i else "^" for i in ids) for ids in encoded.token_ids]
 
 
@@ -121,9 +121,9 @@ def test_bad_file_is_named(tmp_path, name, text, problem):
         load_rows(tmp_path / "missing.jsonl")
 
 
-def test_repeat_columns_keeps_the_completions_of_a_row_together():
+def test_columns_keep_the_order_of_the_rows_and_have_none_where_one_lacks_them():
     rows = [{"prompt": "p", "solution": 1, "task": "t"}, {"prompt": "q", "solution": 2}]
-    assert repeat_columns(rows, 2) == {"solution": [1, 1, 2, 2], "task": ["t", "t", None, None]}
+    assert columns_of(rows) == {"solution": [1, 2], "task": ["t", None]}
 
 
 # Prompts
@@ -157,9 +157,9 @@ def test_a_transformers_tokenizer_is_called_rightly():
     tokenizer.add_special_tokens({"additional_special_tokens": list(words)[1:5]})
     rows = [{"prompt": "Q", "answer_prefix": "A"}]
 
-    encoded = encode_prompts(rows, tokenizer, max_prompt_length=9, chat_template="always")
+    encoded = DataConfig(max_prompt_length=9, chat_template="always").encode(rows, tokenizer)
     assert encoded.token_ids == [[2, 5, 3, 4, 6]]
-    encoded = encode_prompts(rows, tokenizer, max_prompt_length=9)
+    encoded = DataConfig(max_prompt_length=9).encode(rows, tokenizer)
     assert encoded.token_ids == [[1, 5, 6]]
 
 
@@ -208,13 +208,13 @@ def test_too_long_prompts_raise_or_are_skipped_and_counted():
     letters: Any = Letters()
     rows = [{"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab", "answer_prefix": "xx"}]
     with pytest.raises(UserError, match=r"row 2: the prompt is 5 tokens long.* 4"):
-        encode_prompts(rows, letters, max_prompt_length=4)
-    encoded = encode_prompts(rows, letters, max_prompt_length=4, too_long="skip")
+        DataConfig(max_prompt_length=4).encode(rows, letters)
+    encoded = DataConfig(max_prompt_length=4, too_long="skip").encode(rows, letters)
     assert encoded.rows == rows[:1]
     assert [len(ids) for ids in encoded.token_ids] == [4]
     assert encoded.skipped == 2
     with pytest.raises(UserError, match="no prompt is left: all 3"):
-        encode_prompts(rows, letters, max_prompt_length=3, too_long="skip")
+        DataConfig(max_prompt_length=3, too_long="skip").encode(rows, letters)
 
 
 # Order
