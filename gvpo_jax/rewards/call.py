@@ -8,28 +8,26 @@ place says that this row could not be scored. It may be an `async def`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import isfinite  # by name: `math` and `numbers` are files of this package
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gvpo_jax.errors import UserError
 
 RewardFunc = Callable[..., Any]
-_RESERVED = ("prompts", "completions", "completion_ids")
 
 
 class RewardError(UserError):
     """A reward function failed; the message names the function and, where it is known, the row."""
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Rewards [n] (NaN: none), each function's own rewards [n], and why rows have none.
 
     `abstained` counts the rows on which every function abstained, `failed` those on which one
@@ -85,11 +83,13 @@ def per_sample(func: Callable[..., float | None], columns: Sequence[str] = ()) -
     columns: that it is given too, by name, where there are such.
     """
 
+    @functools.wraps(func)
     def each(prompts: Sequence[Any], completions: Sequence[Any], **lists: Any) -> list[Any]:
-        wanted = {name: lists[name] for name in columns if name in lists}
+        named = [name for name in columns if name in lists]
+        samples = zip(prompts, completions, *(lists[name] for name in named), strict=True)
         return [
-            _attempt(func, *pair, **{name: values[row] for name, values in wanted.items()})
-            for row, pair in enumerate(zip(prompts, completions, strict=True))
+            _attempt(func, prompt, completion, **dict(zip(named, values, strict=True)))
+            for prompt, completion, *values in samples
         ]
 
     each.__name__ = _name(func)
@@ -104,9 +104,7 @@ def batched(func: RewardFunc) -> RewardFunc:
     names = list(_parameters(func))
     if not set(names) - {"args", "kwargs"}:
         names = list(_parameters(func, follow_wrapped=True))
-    if names[:2] != ["prompt", "completion"]:
-        return func
-    return per_sample(func, names[2:])
+    return per_sample(func, names[2:]) if names[:2] == ["prompt", "completion"] else func
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -119,7 +117,7 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _attempt(func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _attempt(func: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
     try:
         return func(*args, **named)
     except SystemExit as error:  # some libraries take a row's failure for the program's
@@ -131,12 +129,9 @@ def _attempt(func: Callable[..., Any], *args: Any, **named: Any) -> Any:
 def _names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     if not reward_funcs:
         raise UserError("no reward function given")
-    names: list[str] = []
-    for func in reward_funcs:
-        name = _name(func)
-        same = sum(other.split("#")[0] == name for other in names)
-        names.append(f"{name}#{same + 1}" if same else name)
-    return names
+    names = [_name(func) for func in reward_funcs]
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name}#{n + 1}" if n else name for name, n in zip(names, earlier, strict=True)]
 
 
 def _name(func: Any) -> str:
@@ -157,7 +152,7 @@ def _weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[floa
 
 
 def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Sequence[Any]]) -> int:
-    for name in _RESERVED:
+    for name in lists:
         if name in columns:
             raise UserError(f"column {name!r} has the name of a reward argument; rename it")
     lengths = {name: len(values) for name, values in {**lists, **columns}.items()}
@@ -195,27 +190,22 @@ def _call_all(reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any]) 
     """Every function's answer, or the exception it raised; the async ones run in one event loop."""
     waiting = {i: func for i, func in enumerate(reward_funcs) if _is_async(func)}
 
+    async def call(func: RewardFunc) -> Any:
+        return await func(**arguments)
+
     async def gather() -> list[Any]:
-        calls = [_call_async(func, arguments) for func in waiting.values()]
-        return await asyncio.gather(*calls)
+        return await asyncio.gather(*map(call, waiting.values()), return_exceptions=True)
 
     # A thread of its own: the caller may be inside an event loop already (notebooks are).
     with ThreadPoolExecutor(1) as thread:
         later = thread.submit(asyncio.run, gather()) if waiting else None
-        answers = [
-            None if i in waiting else _attempt(lambda f=func: f(**arguments))
+        answers = {
+            i: _attempt(func, **arguments)
             for i, func in enumerate(reward_funcs)
-        ]
-        for i, answer in zip(waiting, later.result() if later else (), strict=True):
-            answers[i] = answer
-    return answers
-
-
-async def _call_async(func: RewardFunc, arguments: Mapping[str, Any]) -> Any:
-    try:
-        return await func(**arguments)
-    except Exception as error:
-        return error
+            if i not in waiting
+        }
+        answers |= zip(waiting, later.result() if later else (), strict=True)
+    return [answers[i] for i in range(len(reward_funcs))]
 
 
 def _is_async(func: Any) -> bool:
@@ -230,7 +220,7 @@ def _read_answer(
     """Values [n] (NaN: none) and the rows [n] that failed."""
     if isinstance(answer, UserError) and not isinstance(answer, RewardError):
         raise answer  # a missing package, say: skipping would hide it on every row
-    if isinstance(answer, Exception):
+    if isinstance(answer, BaseException):
         if on_error == "raise":
             raise RewardError(
                 f"reward {name!r} failed on the call with rows 0 to {n - 1}: {describe(answer)}"

@@ -53,10 +53,10 @@ def load_reward_func(spec: str) -> RewardFunc:
         raise UserError(f"reward {spec!r}: importing it failed: {describe(error)}") from error
     func = getattr(module, name, None)
     if not callable(func):
-        known = ", ".join(key for key, value in vars(module).items() if _is_own(value, module))
-        raise UserError(
-            f"reward {spec!r}: no function {name!r} there; functions: {known or 'none'}"
-        )
+        functions = {key: f for key, f in vars(module).items() if inspect.isfunction(f)}
+        own = [key for key, f in functions.items() if f.__module__ == module.__name__]
+        known = ", ".join(own) or "none"
+        raise UserError(f"reward {spec!r}: no function {name!r} there; functions: {known}")
     return func
 
 
@@ -84,7 +84,3 @@ def _load_file(path: Path) -> Any:
             sys.modules[name] = former
         raise
     return module
-
-
-def _is_own(value: Any, module: Any) -> bool:
-    return inspect.isfunction(value) and value.__module__ == module.__name__

@@ -58,7 +58,13 @@ def reasoning_gym_reward(
         **_: Any,
     ) -> list[Any]:
         """Scores [n] of n completions; the answer is the completion without outer whitespace."""
-        _check_tasks(set(task), allow_code)
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise UserError('reasoning-gym is missing: pip install "gvpo-jax[tasks]"')
+        if denied := sorted(set(task) & RUNS_ANSWERS - set(allow_code)):
+            raise UserError(
+                f"the scorer of {', '.join(denied)} runs the answer as Python code; leave it out, "
+                "or make a reward with reasoning_gym_reward(allow_code=...) if that is safe here"
+            )
         texts = [completion_text(completion).strip() for completion in completions]
         scores = pool.map(list(zip(task, texts, entry, strict=True)))
         if credit == "partial":
@@ -76,16 +82,6 @@ def score_answer(task: str, answer: str, entry: str) -> float:
 @functools.lru_cache
 def _scorer(task: str) -> Callable[[str, dict], float]:
     return importlib.import_module("reasoning_gym").get_score_answer_fn(task)
-
-
-def _check_tasks(tasks: set[str], allow_code: Collection[str]) -> None:
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError('reasoning-gym is missing: pip install "gvpo-jax[tasks]"')
-    if denied := sorted(tasks & RUNS_ANSWERS - set(allow_code)):
-        raise UserError(
-            f"the scorer of {', '.join(denied)} runs the answer as Python code; leave it out, "
-            "or make a reward with reasoning_gym_reward(allow_code=...) if that is safe here"
-        )
 
 
 reasoning_gym_score = reasoning_gym_reward()

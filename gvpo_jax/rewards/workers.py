@@ -57,15 +57,15 @@ class WorkerPool:
         """
         results: list[Any] = [None] * len(calls)
         waiting = deque(enumerate(calls))
-        jobs: list[_Job] = []
+        busy: list[_Worker] = []
         with self._lock:
             try:
-                while waiting or jobs:
-                    while waiting and len(jobs) < self._workers:
-                        jobs.append(self._begin(*waiting.popleft()))
-                    self._wait(jobs, results)
+                while waiting or busy:
+                    while waiting and len(busy) < self._workers:
+                        busy.append(self._begin(*waiting.popleft()))
+                    self._wait(busy, results)
             finally:
-                _kill_all([job.worker for job in jobs])
+                _kill_all(busy)
         return results
 
     def close(self) -> None:
@@ -73,41 +73,41 @@ class WorkerPool:
         with self._lock:
             _kill_all(self._idle)
 
-    def _begin(self, row: int, arguments: tuple[Any, ...]) -> _Job:
+    def _begin(self, row: int, arguments: tuple[Any, ...]) -> _Worker:
         while self._idle:
             worker = self._idle.pop()
             if worker.process.poll() is None:
-                worker.send(arguments)
-                return _Job(worker, row, arguments, time.monotonic() + self._deadline)
+                worker.row, worker.arguments = row, arguments
+                worker.call(self._deadline)
+                return worker
             worker.kill()
+        process, pipe = _start(self._function, self._imports, self._deadline)
         # Importing takes seconds and is not the call's fault: it has a deadline of its own.
-        worker = _start(self._function, self._imports, self._deadline)
-        return _Job(worker, row, arguments, time.monotonic() + _START_SECONDS, begun=False)
+        return _Worker(process, pipe, row, arguments, time.monotonic() + _START_SECONDS)
 
-    def _wait(self, jobs: list[_Job], results: list[Any]) -> None:
-        """Wait for the next message or deadline; take the jobs that are over out of the list."""
-        seconds = min(job.ends for job in jobs) - time.monotonic()
-        ready = wait([job.worker.pipe for job in jobs], timeout=max(0.0, seconds))
-        for job in list(jobs):
-            if job.worker.pipe in ready:
-                status, value = job.worker.receive()
-            elif time.monotonic() >= job.ends:
-                limit = self._deadline if job.begun else _START_SECONDS
+    def _wait(self, busy: list[_Worker], results: list[Any]) -> None:
+        """Wait for the next message or deadline; take the workers that are done out of the list."""
+        seconds = min(worker.ends for worker in busy) - time.monotonic()
+        ready = wait([worker.pipe for worker in busy], timeout=max(0.0, seconds))
+        for worker in list(busy):
+            if worker.pipe in ready:
+                status, value = worker.receive()
+            elif time.monotonic() >= worker.ends:
+                limit = self._deadline if worker.started else _START_SECONDS
                 status, value = "killed", f"gave no answer within {limit:g} s"
             else:
                 continue
             if status == "ready":
-                job.begun, job.ends = True, time.monotonic() + self._deadline
-                job.worker.send(job.arguments)
+                worker.call(self._deadline)
                 continue
-            if not job.begun:
+            if not worker.started:
                 raise RewardError(f"the worker for {self._function} did not start: {value}")
-            results[job.row] = value if status == "result" else RewardError(value)
-            jobs.remove(job)
+            results[worker.row] = value if status == "result" else RewardError(value)
+            busy.remove(worker)
             if status == "killed":
-                job.worker.kill()
+                worker.kill()
             else:
-                self._idle.append(job.worker)
+                self._idle.append(worker)
 
 
 def run_each(function: str, *, deadline: float, workers: int = 2) -> Callable[..., list[Any]]:
@@ -155,14 +155,21 @@ def _answer(func: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, 
     return "result", result
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
+    """A child process, and the call that it is at: of which row, and when its time is over."""
+
     process: subprocess.Popen
     pipe: Connection
+    row: int
+    arguments: tuple[Any, ...]
+    ends: float
+    started: bool = False
 
-    def send(self, arguments: tuple[Any, ...]) -> None:
+    def call(self, deadline: float) -> None:
+        self.started, self.ends = True, time.monotonic() + deadline
         with contextlib.suppress(BrokenPipeError):  # the child died: receive() says so
-            self.pipe.send(arguments)
+            self.pipe.send(self.arguments)
 
     def receive(self) -> tuple[str, Any]:
         try:
@@ -176,16 +183,7 @@ class _Worker:
         self.pipe.close()
 
 
-@dataclass
-class _Job:
-    worker: _Worker
-    row: int
-    arguments: tuple[Any, ...]
-    ends: float
-    begun: bool = True
-
-
-def _start(function: str, imports: list[str], deadline: float) -> _Worker:
+def _start(function: str, imports: list[str], deadline: float) -> tuple[Any, Connection]:
     ours, theirs = Pipe()
     child = _CHILD.format(path=[entry for entry in sys.path if isinstance(entry, str)])
     settings = json.dumps([function, imports, deadline])
@@ -197,7 +195,7 @@ def _start(function: str, imports: list[str], deadline: float) -> _Worker:
             env={**os.environ, "JAX_PLATFORMS": "cpu"},  # the accelerator is the trainer's
             start_new_session=True,  # Ctrl-C is the trainer's to handle
         )
-    return _Worker(process, ours)
+    return process, ours
 
 
 def _kill_all(workers: list[_Worker]) -> None:
