@@ -14,32 +14,20 @@ Array = jax.Array | np.ndarray
 
 
 class Batch(NamedTuple):
-    """g groups of k completions. Masks come from lengths and `valid`, never from token values.
+    """g groups of k completions. Masks come from lengths and `valid`, never from token values."""
 
-    Attributes:
-        prompts: `[g, p]` int32, padded on the right.
-        prompt_lengths: `[g]` int32, at least 1.
-        completions: `[g, k, t]` int32, padded on the right.
-        lengths: `[g, k]` int32, the end token included.
-        rewards: `[g, k]` float32; what stands at an invalid completion does not matter.
-        valid: `[g, k]` booleans: completions that have a reward.
-        ref_logps: `[g, k, t]` float32 token log-probs under the reference, in nats.
-        old_logps: `[g, k, t]` float32 token log-probs under the policy that sampled, NaN where
-            unknown. GVPO does not look at them.
-        source: `[g, k]` int32 where the completion came from, see `gvpo_jax.data.groups.Source`.
-        version: `[g, k]` int32 updates that the policy had seen when it sampled, -1 where unknown.
-    """
-
-    prompts: Array
-    prompt_lengths: Array
-    completions: Array
-    lengths: Array
-    rewards: Array
-    valid: Array
-    ref_logps: Array
+    prompts: Array  # [g, p] int32, padded on the right
+    prompt_lengths: Array  # [g] int32, at least 1
+    completions: Array  # [g, k, t] int32, padded on the right
+    lengths: Array  # [g, k] int32, the end token included
+    rewards: Array  # [g, k] float32; what stands at an invalid completion does not matter
+    valid: Array  # [g, k] booleans: completions that have a reward
+    ref_logps: Array  # [g, k, t] float32 token log-probs under the reference, in nats
+    # [g, k, t] float32 token log-probs under the policy that sampled, NaN where unknown. GVPO does
+    # not look at them.
     old_logps: Array
-    source: Array
-    version: Array
+    source: Array  # [g, k] int32 where the completion came from: `gvpo_jax.data.groups.Source`
+    version: Array  # [g, k] int32 updates that the policy had seen when it sampled; -1: unknown
 
 
 def pad_prompts(
@@ -47,10 +35,8 @@ def pad_prompts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right-pad to a width that all processes take: token ids `[g, p]` and lengths `[g]`, int32.
 
-    Args:
-        prompts: g lists of token ids.
-        longest: length of the longest prompt there will be in the run, where it is known. Then the
-            buckets are that length, its half and its quarter: three widths to compile at most.
+    longest: length of the longest prompt there will be in the run, where it is known. Then the
+        buckets are that length, its half and its quarter: three widths to compile at most.
 
     Raises:
         ValueError: no prompt, or one without a token.
@@ -123,7 +109,7 @@ def join_completions(x: jax.Array) -> jax.Array:
 
 
 class Sizes(NamedTuple):
-    """Sizes of a batch: g groups of k completions; prompts of p and completions of t tokens."""
+    """Sizes of a batch: groups of k completions; prompts of p and completions of t tokens."""
 
     groups: int
     k: int

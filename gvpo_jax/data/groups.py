@@ -25,36 +25,22 @@ class Source(enum.IntEnum):
 
 
 class Groups(NamedTuple):
-    """k completions of each of g prompts, as NumPy arrays; smaller groups are filled up.
+    """k completions of each of g prompts, as NumPy arrays; smaller groups are filled up."""
 
-    Attributes:
-        row: `[g]` the prompts' places among the rows of data.
-        prompts: `[g, p]` token ids, padded on the right.
-        prompt_lengths: `[g]` tokens.
-        completions: `[g, k, t]` token ids, padded on the right.
-        lengths: `[g, k]` tokens of each completion, the end token included; 0: none there.
-        stopped: `[g, k]` booleans: it ended by itself, and was not cut off.
-        rewards: `[g, k]`, NaN where a completion has none.
-        source: `[g, k]` values of `Source`.
-        version: `[g, k]` updates that the policy had seen when it sampled, or `UNKNOWN`.
-        old_logps: `[g, k, t]` token log-probs in nats under the policy that sampled, at temperature
-            1 and before any truncation; NaN where unknown.
-        ref_logps: `[g, k, t]` token log-probs in nats under the reference.
-        reference: `[g]` fingerprint of that reference, or `UNKNOWN` where there are none.
-    """
-
-    row: np.ndarray
-    prompts: np.ndarray
-    prompt_lengths: np.ndarray
-    completions: np.ndarray
-    lengths: np.ndarray
-    stopped: np.ndarray
-    rewards: np.ndarray
-    source: np.ndarray
-    version: np.ndarray
+    row: np.ndarray  # [g] the prompts' places among the rows of data
+    prompts: np.ndarray  # [g, p] token ids, padded on the right
+    prompt_lengths: np.ndarray  # [g] tokens
+    completions: np.ndarray  # [g, k, t] token ids, padded on the right
+    lengths: np.ndarray  # [g, k] tokens of each completion, the end token included; 0: none there
+    stopped: np.ndarray  # [g, k] booleans: it ended by itself, and was not cut off
+    rewards: np.ndarray  # [g, k], NaN where a completion has none
+    source: np.ndarray  # [g, k] values of `Source`
+    version: np.ndarray  # [g, k] updates that the policy had seen when it sampled, or `UNKNOWN`
+    # [g, k, t] token log-probs in nats under the policy that sampled, at temperature 1 and before
+    # any truncation; NaN where unknown
     old_logps: np.ndarray
-    ref_logps: np.ndarray
-    reference: np.ndarray
+    ref_logps: np.ndarray  # [g, k, t] token log-probs in nats under the reference
+    reference: np.ndarray  # [g] fingerprint of that reference, or `UNKNOWN` where there are none
 
 
 _PER_TOKEN = ("completions", "old_logps", "ref_logps")
@@ -158,13 +144,12 @@ def to_batch(
     longest_completion: int | None = None,
     k: int = 0,
 ) -> Batch:
-    """The batch that holds these groups, of widths that all processes take.
+    """The batch that holds these groups, one at least, of widths that all processes take.
 
     Args:
-        groups: at least one.
+        groups: this process's.
         longest_prompt: see `pad_prompts`.
-        longest_completion: tokens of the longest completion there will be in the run, where it is
-            known, see `gvpo_jax.data.batch.part_of_longest`; else the width is a bucket.
+        longest_completion: likewise of completions, see `part_of_longest`; None: a bucket.
         k: completions of the largest group there will be; default: of the largest here.
     """
     unpadded = token_lists(groups.prompts, groups.prompt_lengths)

@@ -12,26 +12,14 @@ _TINY, _STEP_OF_TINY = 512, 2.0  # among few places, where padding costs less th
 
 
 class Plan(NamedTuple):
-    """How the groups of a batch are computed.
+    """How the groups of a batch are computed."""
 
-    Attributes:
-        rows: `[parts, g/parts]`, the groups of each part, row by row of packed tokens.
-        packed_size: places in a row of packed tokens; None: padded.
-        padding: share of the computed tokens that are none, over all processes.
-    """
-
-    rows: np.ndarray
-    packed_size: int | None
-    padding: float
+    rows: np.ndarray  # [parts, g/parts], the groups of each part, row by row of packed tokens
+    packed_size: int | None  # places in a row of packed tokens; None: padded
+    padding: float  # share of the computed tokens that are none, over all processes
 
 
-def make_plan(
-    batch: Batch,
-    *,
-    parts: int = 1,
-    completion_parts: int = 1,
-    shards: int,
-) -> Plan:
+def make_plan(batch: Batch, *, parts: int = 1, completion_parts: int = 1, shards: int) -> Plan:
     """Deals the groups out so that all parts have about as many tokens; all processes ask at once.
 
     Args:

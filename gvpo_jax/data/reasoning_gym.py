@@ -33,11 +33,7 @@ class TaskConfig:
 
 
 def reasoning_gym_rows(
-    tasks: Sequence[TaskConfig],
-    *,
-    size: int,
-    seed: int,
-    split: Literal["train", "eval"],
+    tasks: Sequence[TaskConfig], *, size: int, seed: int, split: Literal["train", "eval"]
 ) -> list[dict[str, Any]]:
     """Draw `size` different questions.
 
