@@ -192,14 +192,9 @@ class Trainer:
         c, judge = self.config, self._judge(reward_funcs)
         prompts, notes = c.data.encode(dataset, self.tokenizer), []
         demonstrations = None
-        if count := c.rollout.demonstrations:
+        if c.rollout.demonstrations:
             demonstrations = read_demonstrations(
-                prompts,
-                self.tokenizer,
-                self.stop_ids,
-                count=count,
-                max_completion_length=c.rollout.max_completion_length,
-                bad_samples=c.data.bad_samples,
+                prompts, self.tokenizer, self.stop_ids, c.rollout, bad_samples=c.data.bad_samples
             )
             if lost := sum(int((group.lengths == 0).sum()) for group in demonstrations):
                 notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"]

@@ -1,6 +1,7 @@
 """Groups drawn from the policy, with their rewards: everything between token ids and rewards."""
 
 import dataclasses
+import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,14 +20,14 @@ from gvpo_jax.data.groups import (
     take,
     token_lists,
 )
-from gvpo_jax.data.rows import EncodedPrompts, batch_indices, columns_of, completion_ids
+from gvpo_jax.data.rows import EncodedPrompts, Row, batch_indices, columns_of, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.rewards import RewardConfig, Scores, compute_rewards
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rollout.engine import RolloutConfig
+from gvpo_jax.rundir.files import to_json
 
-Row = dict[str, Any]
 SOLUTION = "solution"  # the column with demonstrations
 
 
@@ -38,24 +39,15 @@ class Collected(NamedTuple):
     records: list[Row]
 
 
+@dataclasses.dataclass(frozen=True)
 class Judge:
-    """Gives completions their rewards.
+    """Gives completions their rewards."""
 
-    Args:
-        reward_funcs: called as TRL does.
-        options: their weights, and what becomes of failures.
-        tokenizer: makes texts of token ids.
-    """
-
-    def __init__(
-        self,
-        reward_funcs: Sequence[Callable[..., Any]],
-        options: RewardConfig,
-        tokenizer: PreTrainedTokenizerBase,
-    ):
-        self.reward_funcs, self.tokenizer = reward_funcs, tokenizer
-        self._options = options
-        self._one_at_a_time = threading.Lock()  # rounds drawn ahead, and evaluations
+    reward_funcs: Sequence[Callable[..., Any]]  # called as TRL does
+    options: RewardConfig  # their weights, and what becomes of failures
+    tokenizer: PreTrainedTokenizerBase  # makes texts of token ids
+    # Rounds drawn ahead, and evaluations, go one at a time.
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def judge(self, rows: Sequence[Row], groups: Groups) -> tuple[list[list[str]], Scores]:
         """The completions' texts `[g][k]`, and their rewards `[g, k]`.
@@ -65,63 +57,48 @@ class Judge:
         Raises:
             UserError: a reward function failed, on whichever process.
         """
-        return raise_together(lambda: self._judge(rows, groups))
-
-    def _judge(self, rows: Sequence[Row], groups: Groups) -> tuple[list[list[str]], Scores]:
-        shape = groups.lengths.shape
-        token_ids = token_lists(groups.completions, groups.lengths)
         texts = texts_of(self.tokenizer, groups.completions, groups.lengths)
-        all_rows = [row for row in rows for _ in range(shape[1])]
-        completions = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for row, text in zip(all_rows, (text for group in texts for text in group), strict=True)
-        ]
-        there = [place for place, ids in enumerate(token_ids) if ids]  # not a skipped demonstration
-        with self._one_at_a_time:
-            scores = compute_rewards(
-                self.reward_funcs,
-                self._options.weights or None,
-                prompts=[all_rows[i]["prompt"] for i in there],
-                completions=[completions[i] for i in there],
-                completion_ids=[token_ids[i] for i in there],
-                columns=columns_of([all_rows[i] for i in there]),
-                on_error=self._options.on_error,
+        there = groups.lengths > 0  # not a skipped demonstration
+        given, completions = [], []
+        for g, i in np.argwhere(there):
+            given.append(rows[g])
+            chat = [{"role": "assistant", "content": texts[g][i]}]
+            completions.append(texts[g][i] if isinstance(rows[g]["prompt"], str) else chat)
+        with self.lock:
+            scores = raise_together(
+                lambda: compute_rewards(
+                    self.reward_funcs,
+                    self.options.weights or None,
+                    prompts=[row["prompt"] for row in given],
+                    completions=completions,
+                    completion_ids=token_lists(groups.completions[there], groups.lengths[there]),
+                    columns=columns_of(given),
+                    on_error=self.options.on_error,
+                )
             )
 
         def in_place(values: np.ndarray) -> np.ndarray:
-            everywhere = np.full(len(token_ids), np.nan)
+            everywhere = np.full(there.shape, np.nan)
             everywhere[there] = values
-            return everywhere.reshape(shape)
+            return everywhere
 
         by_func = {name: in_place(values) for name, values in scores.by_func.items()}
-        return texts, dataclasses.replace(scores, rewards=in_place(scores.rewards), by_func=by_func)
+        return texts, scores._replace(rewards=in_place(scores.rewards), by_func=by_func)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collector:
-    """Samples and judges the new groups of a run.
-
-    Attributes:
-        engine: samples.
-        judge: gives rewards.
-        prompts: of the training rows.
-        options: what is sampled.
-        demonstrations: see `read_demonstrations`; None: there are none.
-        new: groups of an update that are sampled.
-        batch_size: groups of an update, older ones included.
-        samples: completions of a group that are sampled.
-        seed: of the data's order and of sampling.
-    """
+    """Samples and judges the new groups of a run."""
 
     engine: Engine
     judge: Judge
-    prompts: EncodedPrompts
-    options: RolloutConfig
-    demonstrations: Sequence[Groups] | None
-    new: int
-    batch_size: int
-    samples: int
-    seed: int
+    prompts: EncodedPrompts  # of the training rows
+    options: RolloutConfig  # what is sampled
+    demonstrations: Sequence[Groups] | None  # see `read_demonstrations`; None: there are none
+    new: int  # groups of an update that are sampled
+    batch_size: int  # groups of an update, older ones included
+    samples: int  # completions of a group that are sampled
+    seed: int  # of the data's order and of sampling
 
     def collect(self, numbers: Sequence[int], params: Any, version: int) -> list[Collected]:
         """The new groups of these batches, sampled together by `params` after `version` updates.
@@ -171,32 +148,32 @@ class Collector:
         rewards = np.where(groups.lengths > 0, scores.rewards, np.nan).astype(np.float32)
         groups = groups._replace(rewards=rewards)
         metrics = rollout_metrics(groups, scores, self.samples) | self.engine.metrics()
-        return Collected(groups, metrics, _records(rows, texts, groups))
+        records = sample_records(rows, texts, rewards)
+        for record, source, version in zip(
+            records, groups.source.flat, groups.version.flat, strict=True
+        ):
+            record |= {"source": Source(source).name.lower(), "version": int(version)}
+        # Rows of data may hold what JSON does not know.
+        return Collected(groups, metrics, json.loads(to_json(records)))
 
 
 def read_demonstrations(
     prompts: EncodedPrompts,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
+    options: RolloutConfig,
     *,
-    count: int,
-    max_completion_length: int,
     bad_samples: Literal["error", "skip"],
 ) -> list[Groups]:
     """Every row's solutions as completions without a reward; one that can't be used is empty.
 
-    Args:
-        prompts: of the rows, whose column `solution` is a text or a list of texts.
-        tokenizer: makes token ids of the texts.
-        stop_ids: see `completion_ids`.
-        count: demonstrations of each row.
-        max_completion_length: tokens.
-        bad_samples: what becomes of one that is too long.
+    The column `solution` is a text or a list of texts. `options` says how many a row must have, and
+    how long they may be. For `stop_ids` see `completion_ids`.
 
     Raises:
         UserError: a row has too few, or one is too long and `bad_samples` is `error`.
     """
-    groups = []
+    groups, count = [], options.demonstrations
     for place, (row, prompt) in enumerate(zip(prompts.rows, prompts.token_ids, strict=True)):
         texts = row.get(SOLUTION)
         texts = [texts] if isinstance(texts, str) else texts
@@ -209,7 +186,7 @@ def read_demonstrations(
             )
         ids = [completion_ids(text, tokenizer, stop_ids) for text in texts[:count]]
         for number, tokens in enumerate(ids):
-            problem = length_problem(tokens, max_completion_length)
+            problem = length_problem(tokens, options.max_completion_length)
             if problem and bad_samples == "error":
                 raise UserError(f"row {place + 1}, {SOLUTION}: {problem}")
             ids[number] = [] if problem else tokens
@@ -227,17 +204,18 @@ def texts_of(
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
-def _records(rows: Sequence[Row], texts: list[list[str]], groups: Groups) -> list[Row]:
-    """One record per completion; `group` tells groups apart where a prompt comes twice."""
+def sample_records(
+    rows: Sequence[Row], texts: Sequence[Sequence[str]], rewards: np.ndarray, first: int = 0
+) -> list[Row]:
+    """One record per completion; `group`, from `first` on, tells apart groups of one prompt."""
+    groups = zip(rows, texts, rewards, strict=False)  # what was gathered is filled up at its end
     return [
         {
             **row,
-            "group": g,
+            "group": group,
             "completion": text,
-            "reward": None if np.isnan(groups.rewards[g, i]) else float(groups.rewards[g, i]),
-            "source": Source(groups.source[g, i]).name.lower(),
-            "version": int(groups.version[g, i]),
+            "reward": None if np.isnan(reward) else float(reward),
         }
-        for g, (row, in_group) in enumerate(zip(rows, texts, strict=True))
-        for i, text in enumerate(in_group)
+        for group, (row, *completions) in enumerate(groups, start=first)
+        for text, reward in zip(*completions, strict=True)
     ]

@@ -1,19 +1,18 @@
 """Accuracy on held-out prompts: sample, judge, count."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gvpo_jax.collect.collector import Judge, texts_of
-from gvpo_jax.data.rows import EncodedPrompts
+from gvpo_jax.collect.collector import Judge, sample_records, texts_of
+from gvpo_jax.data.rows import EncodedPrompts, Row
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_items
 from gvpo_jax.rollout import Engine, SamplingParams
 from gvpo_jax.settings import setting
 
-Row = dict[str, Any]
 _SEED = 2**31  # above any run.seed: keeps the keys of evaluation apart from those of training
 
 
@@ -50,10 +49,9 @@ def evaluate(
         UserError: no completion got a reward, or a reward function failed.
     """
     records: list[Row] = []
-    rows, size = held_out.rows, options.batch_size
-    for start in range(0, len(rows), size):
-        indices = range(start, min(start + size, len(rows)))
-        here = my_items(indices)
+    numbers, size = range(len(held_out.rows)), options.batch_size
+    for start in numbers[::size]:
+        here = my_items(numbers[start : start + size])
         groups = engine.generate(
             params,
             [held_out.token_ids[i] for i in here],
@@ -64,25 +62,14 @@ def evaluate(
             seed=_SEED,
             longest_prompt=held_out.longest,
         )
-        _, scores = judge.judge([rows[i] for i in here], groups)
+        _, scores = judge.judge([held_out.rows[i] for i in here], groups)
         # Not the prompts: they are as wide as each process's longest.
-        here = groups.completions, groups.lengths, scores.rewards
-        completions, lengths, rewards = gather(here)
-        texts = texts_of(judge.tokenizer, completions, lengths)
-        records += _records(rows, indices, rewards, texts, options.success_reward)
+        *drawn, rewards = gather((groups.completions, groups.lengths, scores.rewards))
+        texts = texts_of(judge.tokenizer, *drawn)
+        records += sample_records(held_out.rows[start : start + size], texts, rewards, start)
+    for r in records:
+        r["correct"] = r["reward"] is not None and r["reward"] >= options.success_reward
     return _summary(records), records
-
-
-def _records(rows, indices, rewards, texts, success_reward) -> Iterator[Row]:
-    for index, row_rewards, row_texts in zip(indices, rewards, texts, strict=False):
-        for reward, text in zip(row_rewards, row_texts, strict=True):
-            yield {
-                **rows[index],
-                "group": index,
-                "completion": text,
-                "reward": None if np.isnan(reward) else float(reward),
-                "correct": bool(reward >= success_reward),
-            }
 
 
 def _summary(records: Sequence[Row]) -> dict[str, float]:

@@ -11,11 +11,10 @@ from gvpo_jax.collect.collector import Collected, Collector
 from gvpo_jax.collect.lookahead import Lookahead
 from gvpo_jax.collect.metrics import reward_metrics
 from gvpo_jax.collect.replay import ReplayBuffer, ReplayConfig
-from gvpo_jax.data.batch import Batch
+from gvpo_jax.data.batch import Batch, Sizes
 from gvpo_jax.data.groups import UNKNOWN, Groups, join, stack, take, to_batch, with_reference
 from gvpo_jax.data.packing_plan import Plan
 from gvpo_jax.errors import UserError
-from gvpo_jax.rundir.files import to_json
 from gvpo_jax.training.policy import Policy
 from gvpo_jax.training.step import TrainConfig
 
@@ -55,11 +54,8 @@ class Feed(Protocol):
 class OnlineFeed:
     """Groups that the policy samples, now or ahead of time, with older ones mixed in.
 
-    Args:
-        policy: samples and is trained.
-        collector: gives new groups.
-        train: how many batches make a round, and how many rounds there are.
-        replay: how many older ones are mixed in.
+    `train` says how many batches make a round, and how many rounds there are; `replay`, how many
+    older ones are mixed in.
     """
 
     def __init__(
@@ -67,25 +63,28 @@ class OnlineFeed:
     ):
         self._policy, self._collector = policy, collector
         self._train, self._replay = train, replay
-        prompts, ahead = len(collector.prompts.rows), collector.options.lookahead
+        options, prompts = collector.options, len(collector.prompts.rows)
         if replay.completions and prompts > replay.capacity:
             raise UserError(
                 f"replay.capacity={replay.capacity} groups are forgotten before one of "
                 f"{prompts} prompts comes again: raise it to at least as many"
             )
-        if ahead and jax.process_count() > 1:
+        if options.lookahead and jax.process_count() > 1:
             raise UserError(
                 "rollout.lookahead needs a single process: programs of two threads may reach the "
                 "devices in another order on each host"
             )
+        longest = collector.prompts.longest, options.max_completion_length
+        self._largest = Sizes(train.batch_size, options.num_generations, *longest)
+        self._remembers = bool(replay.completions or replay.groups)
         self._buffer = ReplayBuffer(replay.capacity, collector.seed)
         self._ahead: Lookahead[list[Collected]] | None = None
-        if ahead:
+        if options.lookahead:
             of_round = train.steps_per_generation * train.num_iterations
             self._ahead = Lookahead(
                 lambda number, at: self._collect(number, *at),
                 lambda: (policy.snapshot(), policy.updates),
-                ahead=ahead,
+                ahead=options.lookahead,
                 last=-(-train.steps // of_round) - 1,
                 interrupt=collector.engine.close,
             )
@@ -111,8 +110,7 @@ class OnlineFeed:
         for number, batches in pending.items():
             for place, (groups, metrics, records) in enumerate(batches):
                 arrays |= over(groups._asdict(), f"ahead/{number}/{place}")
-                # Rows of data may hold what JSON does not know.
-                about.append([number, place, metrics, json.loads(to_json(records))])
+                about.append([number, place, metrics, records])
         if about:
             arrays["ahead"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         return arrays
@@ -138,10 +136,6 @@ class OnlineFeed:
         if self._ahead:
             self._ahead.close()
 
-    @property
-    def _remembers(self) -> bool:
-        return bool(self._replay.completions or self._replay.groups)
-
     def _collect(self, number: int, params: Any, updates: int) -> list[Collected]:
         of_round = self._train.steps_per_generation
         numbers = range(number * of_round, (number + 1) * of_round)
@@ -156,16 +150,7 @@ class OnlineFeed:
         if r.groups:
             older = self._buffer.groups(r.groups // jax.process_count(), key)
             groups = stack([groups, *older])
-        options = self._collector.options
-        send = send_groups(
-            self._policy,
-            groups,
-            self._train.batch_size,
-            longest_prompt=self._collector.prompts.longest,
-            longest_completion=options.max_completion_length,
-            k=options.num_generations,
-        )
-        batch, groups = send()
+        batch, groups = send_groups(self._policy, groups, self._largest)()
         batch = batch._replace(metrics=batch.metrics | drawn.metrics, records=drawn.records)
         return batch, take(groups, slice(len(drawn.groups.row)))
 
@@ -175,29 +160,13 @@ class OnlineFeed:
         return group if older is None else join(group, older)
 
 
-def send_groups(
-    policy: Policy,
-    groups: Groups,
-    batch_size: int,
-    *,
-    longest_prompt: int,
-    longest_completion: int,
-    k: int = 0,
-) -> Scoring:
+def send_groups(policy: Policy, groups: Groups, largest: Sizes) -> Scoring:
     """A batch that the reference scores where its log-probs are not cached; its groups then.
 
-    Args:
-        policy: whose reference it is.
-        groups: this process's.
-        batch_size: groups of all processes that the batch is filled up to.
-        longest_prompt: see `to_batch`.
-        longest_completion: see `to_batch`.
-        k: see `to_batch`.
+    largest: the groups of all processes that the batch is filled up to, and what `to_batch` asks.
     """
-    batch = to_batch(
-        groups, longest_prompt=longest_prompt, longest_completion=longest_completion, k=k
-    )
-    batch = policy.pad(batch, -(-batch_size // jax.process_count()))
+    batch = to_batch(groups, longest_prompt=largest.p, longest_completion=largest.t, k=largest.k)
+    batch = policy.pad(batch, -(-largest.groups // jax.process_count()))
     reference = policy.reference_fingerprint
     known = np.ones(len(batch.rewards), bool)  # what only fills up needs no scores
     known[: len(groups.row)] = (groups.reference == reference) & (reference != UNKNOWN)
@@ -224,9 +193,7 @@ def saved_groups(arrays: Arrays, prefix: str) -> Groups | None:
         UserError: an earlier version saved them.
     """
     start = f"{prefix}/"
-    found = {
-        name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)
-    }
+    found = {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)}
     if found and set(found) != set(Groups._fields):
         raise UserError(
             "version 0.1 saved this run's replayed or pending samples in another form: end the "
@@ -237,7 +204,7 @@ def saved_groups(arrays: Arrays, prefix: str) -> Groups | None:
 
 def pack_round(batches: Sequence[TrainBatch], done: int) -> Arrays:
     """A round of which `done` updates are done, as arrays to be saved."""
-    about = [[batch.metrics, json.loads(to_json(batch.records))] for batch in batches]
+    about = [[batch.metrics, batch.records] for batch in batches]
     arrays = {"round": np.frombuffer(json.dumps([done, about]).encode(), np.uint8)}
     for place, batch in enumerate(batches):
         arrays |= over(batch.batch._asdict(), f"round/{place}")

@@ -44,11 +44,12 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
     tokens = np.where(valid, lengths, 0).sum() + prompt_lengths[valid.any(axis=-1)].sum()
     new = valid & (source == Source.POLICY)
     shown = new if new.any() else valid
-    stds = [float(r[v].std(ddof=1)) for r, v in zip(rewards, shown, strict=True) if v.sum() >= 2]
+    pairs = zip(rewards, shown, strict=True)
+    stds = np.array([of_group[v].std(ddof=1) for of_group, v in pairs if v.sum() >= 2])
     return {
-        "reward": float(rewards[shown].mean()) if shown.any() else float("nan"),
-        "reward_std": float(np.mean(stds)) if stds else float("nan"),
-        "frac_reward_zero_std": float(np.mean(np.array(stds) == 0)) if stds else float("nan"),
+        "reward": _mean(rewards[shown]),
+        "reward_std": _mean(stds),
+        "frac_reward_zero_std": _mean(stds == 0),
         "skipped_groups": float((lengths.any(axis=-1) & (valid.sum(axis=-1) < 2)).sum()),
         "tokens": float(tokens),
     }

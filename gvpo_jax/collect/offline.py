@@ -9,13 +9,13 @@ token, end token included. Then `ref_fingerprint` says of which reference and wh
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gvpo_jax.collect.feed import Arrays, Scoring, TrainBatch, send_groups
+from gvpo_jax.data.batch import Sizes, padded
 from gvpo_jax.data.groups import (
     UNKNOWN,
     Groups,
@@ -38,8 +38,7 @@ from gvpo_jax.training.policy import Policy
 from gvpo_jax.training.step import TrainConfig
 
 
-@dataclass(frozen=True)
-class OfflineGroups:
+class OfflineGroups(NamedTuple):
     """Groups to train on, and how many completions and whole groups were left out as bad."""
 
     groups: list[Groups]
@@ -75,8 +74,8 @@ def read_groups(
     """
     groups: list[Groups] = []
     skipped = 0
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
-        name = f"groups, row {number}"
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        name = f"groups, row {number + 1}"
         ids = _completions(name, row, encode, vocab_size)
         values: Any = row.get("rewards")
         if not _is_list(values):
@@ -84,7 +83,7 @@ def read_groups(
         if len(ids) != len(values):
             raise UserError(f"{name}: {len(ids)} completions but {len(values)} rewards")
         rewards: list[float | None] = [None] * len(ids)
-        problems: dict[int, str] = {}
+        good = []
         for place, value in enumerate(values):
             if value is not None and not isinstance(value, Real):
                 raise UserError(f"{name}: a reward is a number, got {value!r}")
@@ -94,19 +93,17 @@ def read_groups(
                 problem = problem or ("it has no reward" if rewards[place] is None else None)
             except UserError as error:
                 problem = str(error)
-            if problem:
-                problems[place] = problem
-        group = make_group(prompt, ids, rewards, source=Source.FILE, row=number - 1)
-        group = _with_cache(name, row, group, reference)
-        good = [place for place in range(len(ids)) if place not in problems]
-        if bad_samples == "error":
-            for place, problem in problems.items():
+            if problem is None:
+                good.append(place)
+            elif bad_samples == "error":
                 raise UserError(f"{name}, completion {place + 1}: {problem}{_HINT}")
-            if len(good) < 2:
-                raise UserError(f"{name}: a group needs at least two completions{_HINT}")
-        skipped += len(problems)
+        group = make_group(prompt, ids, rewards, source=Source.FILE, row=number)
+        group = _with_cache(name, row, group, reference)
+        skipped += len(ids) - len(good)
         if len(good) >= 2:
             groups.append(trim(pick(group, good)))
+        elif bad_samples == "error":
+            raise UserError(f"{name}: a group needs at least two completions{_HINT}")
     if not groups:
         raise UserError(f"none of the {len(rows)} groups has two completions to compare")
     return OfflineGroups(groups, skipped, len(rows) - len(groups))
@@ -141,10 +138,9 @@ def _is_list(value: Any) -> bool:
 
 def _with_cache(name: str, row: Mapping[str, Any], group: Groups, reference: int) -> Groups:
     """The group with the row's reference log-probs, if it has any and they can be used."""
-    cached = row.get("ref_logps")
+    cached, theirs = row.get("ref_logps"), row.get("ref_fingerprint")
     if cached is None:
         return group
-    theirs = row.get("ref_fingerprint")
     if theirs is None:
         raise UserError(
             f"{name}: ref_logps without ref_fingerprint, which says whose they are; leave them "
@@ -162,10 +158,7 @@ def _with_cache(name: str, row: Mapping[str, Any], group: Groups, reference: int
             f"{name}: ref_logps must hold a list per completion, with a finite number per token "
             f"(here {group.lengths[0].tolist()}, end tokens included)"
         )
-    ref_logps = np.zeros_like(group.ref_logps)
-    for place, values in zip(ref_logps[0], cached, strict=True):
-        place[: len(values)] = values
-    return with_reference(group, ref_logps, reference)
+    return with_reference(group, padded(cached, dtype=np.float32)[None], reference)
 
 
 def _fits(cached: Any, group: Groups) -> bool:
@@ -182,13 +175,9 @@ class OfflineFeed:
 
     Reference log-probs are kept with the groups for as long as the reference stays.
 
-    Args:
-        policy: is trained.
-        groups: to train on.
-        train: how many batches make a round, and how many there are.
-        longest_completion: tokens that a completion may have.
-        seed: of the order.
-        ahead: whether the reference stays, so that a batch may be scored before its turn.
+    `train` says how many batches make a round, and how many there are; `longest_completion`, how
+    many tokens one may have; `ahead`, whether the reference stays, so that a batch may be scored
+    before its turn.
     """
 
     def __init__(
@@ -202,9 +191,10 @@ class OfflineFeed:
         ahead: bool,
     ):
         self._policy, self._groups, self._train, self._seed = policy, list(groups), train, seed
-        self._longest = max(group.prompts.shape[1] for group in groups), longest_completion
-        self._k = max(group.lengths.shape[1] for group in groups)
-        self._ahead: tuple[int, Scoring] | None = None
+        k = max(group.lengths.shape[1] for group in groups)
+        longest_prompt = max(group.prompts.shape[1] for group in groups)
+        self._largest = Sizes(train.batch_size, k, longest_prompt, longest_completion)
+        self._sent: dict[int, Scoring] = {}
         updates, of_round = -(-train.steps // train.num_iterations), train.steps_per_generation
         self._last = -(-updates // of_round) * of_round - 1 if ahead else -1
 
@@ -230,13 +220,13 @@ class OfflineFeed:
         for state in states:
             if "ref_logps" not in state:  # version 0.1 kept them otherwise: they are scored again
                 continue
-            start = 0
-            for place, reference in zip(state["places"], state["reference"], strict=True):
-                shape = self._groups[place].ref_logps.shape
-                end = start + int(np.prod(shape))
-                logps = state["ref_logps"][start:end].reshape(shape)
-                self._groups[place] = with_reference(self._groups[place], logps, int(reference))
-                start = end
+            ends = np.cumsum([self._groups[place].ref_logps.size for place in state["places"]])
+            logps = np.split(state["ref_logps"], ends[:-1])
+            for place, of_group, reference in zip(
+                state["places"], logps, state["reference"], strict=True
+            ):
+                of_group = of_group.reshape(self._groups[place].ref_logps.shape)
+                self._groups[place] = with_reference(self._groups[place], of_group, int(reference))
 
     def close(self) -> None:
         """Nothing to end."""
@@ -247,26 +237,18 @@ class OfflineFeed:
         So the devices have that update to do while this process waits for the next one's scores,
         and makes a batch of them.
         """
-        ahead, self._ahead = self._ahead, None
-        scoring = ahead[1] if ahead and ahead[0] == number else self._send(number)
+        scoring = self._sent.pop(number, None) or self._send(number)
         batch, scored = scoring()
         for row, place in enumerate(self._indices(number)):
             logps, reference = scored.ref_logps[row : row + 1], int(scored.reference[row])
             self._groups[place] = with_reference(self._groups[place], logps, reference)
         if number < self._last:
-            self._ahead = number + 1, self._send(number + 1)
+            self._sent[number + 1] = self._send(number + 1)
         return batch
 
     def _send(self, number: int) -> Scoring:
-        prompt, completion = self._longest
-        return send_groups(
-            self._policy,
-            stack([self._groups[i] for i in self._indices(number)]),
-            self._train.batch_size,
-            longest_prompt=prompt,
-            longest_completion=completion,
-            k=self._k,
-        )
+        groups = stack([self._groups[i] for i in self._indices(number)])
+        return send_groups(self._policy, groups, self._largest)
 
     def _indices(self, number: int) -> np.ndarray:
         size = self._train.batch_size
@@ -288,21 +270,18 @@ def rows_with_reference(
     """
     if policy.reference_fingerprint == UNKNOWN:
         raise UserError("reference.name=ema changes with every update: nothing can be kept")
-    rows = []
+    largest, rows = Sizes(size, 0, prompts.longest, longest_completion), []
     for start in range(0, len(groups), size):
-        part = stack(groups[start : start + size])
-        longest = {"longest_prompt": prompts.longest, "longest_completion": longest_completion}
-        _, scored = send_groups(policy, part, size, **longest)()
+        _, scored = send_groups(policy, stack(groups[start : start + size]), largest)()
         for place in range(len(scored.row)):
             group = take(scored, [place])
             group = pick(group, np.flatnonzero(group.lengths[0]))
-            logps = zip(group.ref_logps[0], group.lengths[0], strict=True)
             rows.append(
                 {
-                    **prompts.rows[start + place],
+                    **prompts.rows[group.row[0]],
                     "completions": token_lists(group.completions, group.lengths),
                     "rewards": group.rewards[0].tolist(),
-                    "ref_logps": [values[:n].tolist() for values, n in logps],
+                    "ref_logps": token_lists(group.ref_logps, group.lengths),
                     "ref_fingerprint": cache_key(int(group.reference[0]), group),
                 }
             )

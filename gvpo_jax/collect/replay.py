@@ -24,12 +24,7 @@ class ReplayConfig:
 
 
 class ReplayBuffer:
-    """The last `capacity` groups that the policy sampled; what it draws depends on its key alone.
-
-    Args:
-        capacity: groups; the oldest leave first.
-        seed: of the draws.
-    """
+    """The last `capacity` groups that the policy sampled; draws depend on seed and key alone."""
 
     def __init__(self, capacity: int, seed: int):
         self._capacity, self._seed = capacity, seed
