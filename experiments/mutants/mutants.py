@@ -293,8 +293,8 @@ MUTANTS = (
     Mutant(
         "the last token that a packed row is fed left out",
         "training/step.py",
-        "jnp.maximum(lengths - 1, 0),",
-        "jnp.maximum(lengths - 2, 0),",
+        "fed_gk = jnp.maximum(lengths - 1, 0)",
+        "fed_gk = jnp.maximum(lengths - 2, 0)",
         PACKED,
     ),
     Mutant(

@@ -1,7 +1,7 @@
 """The objective that a run's config names: GVPO, or one of those it is compared with."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,25 +38,20 @@ class LossConfig:
     kl_coef: float = setting(0.0, "The baselines' KL penalty.", least=0)
 
     def objective(self, max_completion_length: int) -> Objective:
-        """The objective of this name.
-
-        max_completion_length: dr_grpo divides by it.
-        """
+        """The objective of this name; dr_grpo divides by `max_completion_length`."""
         if self.name == "gvpo":
             return gvpo(beta=self.beta, huber_delta=self.huber_delta)
         if self.name == "rebel":
             return baselines.rebel(1 / self.beta)
         if self.name == "dpo":
             return baselines.dpo(self.beta)
-        given = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
-        clip: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        clip["kl_coef"] = self.kl_coef
-        if self.name == "dr_grpo":
-            return baselines.dr_grpo(max_completion_length, **clip)
         method = getattr(baselines, self.name, None)
         if method is None:
             raise ValueError(f"there is no objective {self.name!r}")
-        return method(**clip)
+        options = {name: getattr(self, name) for name in ("epsilon", "epsilon_high", "kl_coef")}
+        if self.name == "dr_grpo":
+            options["max_completion_length"] = max_completion_length
+        return method(**{name: value for name, value in options.items() if value is not None})
 
 
 def gvpo(*, beta: float, huber_delta: float | None = None) -> Objective:

@@ -144,7 +144,7 @@ class Policy:
         self.updates += 1
         if self._options.name == "ema":
             share = 1 - self._options.decay
-            self.reference = self._programs.blend(self.reference, self.params, share)
+            self.reference = self._programs.blend(self.params, self.reference, share)
         return metrics | {"padding": plan.padding}
 
     def refresh_reference_if_due(self) -> None:

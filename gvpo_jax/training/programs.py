@@ -29,7 +29,7 @@ class Programs:
             It is compiled for each `packed_size`, see `step.token_logps`; default: None.
         token_logps: `(params, {"prompts", "prompt_lengths", "completions", "lengths"},
             packed_size) -> [g, k, t]` log-probs; without a size it needs no lengths.
-        blend: `(average, params, share) -> average` with so much of the params; takes it over.
+        blend: `(params, average, share) -> average` with so much of the params; takes it over.
         reference: `params -> params`, a copy to score with. An average needs float32; any other is
             kept in the dtype of the computation, which gives the same numbers in less memory.
     """
@@ -58,17 +58,8 @@ def make_programs(
 ) -> Programs:
     """The functions of a run; nothing is compiled before it is called or lowered.
 
-    Args:
-        model: the decoder's functions on this mesh.
-        shape: the decoder's shape.
-        mesh: where they run.
-        dtype: of the computation.
-        optimizer: an Optax transformation.
-        rates: its learning rate over updates.
-        objective: what to minimise.
-        beta: of the metrics, see `train_step`.
-        train: into how many parts an update is cut.
-        averaged: whether the reference is an average of policies.
+    The decoder's functions and shape, the mesh where they run and the dtype of the computation; for
+    the rest see `train_step`, and `Programs.reference` for `averaged`: the reference is an average.
     """
     init = functools.partial(init_state, optimizer=optimizer)
     step = functools.partial(
@@ -95,7 +86,7 @@ def make_programs(
             static_argnames=("packed_size",),
         ),
         token_logps=jax.jit(functools.partial(_token_logps, model, mesh), static_argnums=2),
-        blend=jax.jit(_blend, donate_argnums=0),
+        blend=jax.jit(optax.incremental_update, donate_argnums=1),
         reference=jax.jit(functools.partial(copy_in, reference_dtype)),
     )
 
@@ -103,7 +94,3 @@ def make_programs(
 def _token_logps(model, mesh, params, batch, packed_size=None):
     logps = token_logps(model, params, **batch, packed_size=packed_size)
     return constrain_batch(mesh, {"logps": logps}, *logps.shape[:2])["logps"]
-
-
-def _blend(average, params, share):
-    return optax.incremental_update(params, average, share)

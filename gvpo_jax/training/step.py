@@ -102,41 +102,32 @@ def token_logps(
             `gvpo_jax.data.packing_plan.make_plan`; all is NaN where they are too few. None, or for
             a model without `packed_hidden`: all tokens, padding too.
     """
-    head_vd = model.head(params)
-    logprobs = functools.partial(
-        token_logprobs,
-        chunk_bytes=model.chunk_bytes * model.shards,
-        kept_bytes=CHUNK_BYTES * model.shards,
-    )
+    head_vd, shards = model.head(params), model.shards
+    limits = {"chunk_bytes": model.chunk_bytes * shards, "kept_bytes": CHUNK_BYTES * shards}
     if packed_size is None or model.packed_hidden is None:
         hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
-        return logprobs(hidden_gktd, head_vd, completions)
+        return token_logprobs(hidden_gktd, head_vd, completions, **limits)
     if lengths is None:
         raise ValueError("packing needs the lengths of the completions")
-    (g, k, t), fed = completions.shape, completions[..., :-1]
-    layout = pack_tokens(
-        prompt_lengths,
-        jnp.maximum(lengths - 1, 0),
-        prompts.shape[1],
-        t - 1,
-        shards=model.shards,
-        size=packed_size,
-    )
-    first_gd, rest_snd = model.packed_hidden(params, prompts, fed, layout)
+    (g, k, t), p = completions.shape, prompts.shape[1]
+    fed_gk = jnp.maximum(lengths - 1, 0)
+    layout = pack_tokens(prompt_lengths, fed_gk, p, t - 1, shards=shards, size=packed_size)
+    first_gd, rest_snd = model.packed_hidden(params, prompts, completions[..., :-1], layout)
     first_gkd = jnp.broadcast_to(first_gd[:, None], (g, k, first_gd.shape[-1]))
     next_sn = layout.pack(jnp.zeros_like(prompts)[:, None], completions[..., 1:])[:, 0]
 
     def in_front(first_gk, rest_sn):
-        rows = first_gk.reshape(model.shards, -1, *first_gk.shape[2:])
+        rows = first_gk.reshape(shards, -1, *first_gk.shape[2:])
         return jnp.concatenate([rows, rest_sn], axis=1)
 
-    logps_sn = logprobs(
+    logps_sn = token_logprobs(
         in_front(first_gkd, rest_snd),
         head_vd,
         in_front(completions[..., 0], next_sn),
         where=in_front(jnp.ones((g, k), bool), layout.of_completions),
+        **limits,
     )
-    first_gk, rest_sn = jnp.split(logps_sn, [g * k // model.shards], axis=1)
+    first_gk, rest_sn = jnp.split(logps_sn, [g * k // shards], axis=1)
     _, rest_gkt = layout.unpack(rest_sn[:, None])
     logps_gkt = jnp.concatenate([first_gk.reshape(g, k, 1), rest_gkt], axis=2)
     return jnp.where(layout.fits, logps_gkt, jnp.nan)
@@ -193,18 +184,15 @@ def train_step(
         """What these groups add to the batch's loss."""
         here = jax.lax.stop_gradient(logps_gkt)
         old_gkt = jnp.where(jnp.isnan(batch.old_logps), here, batch.old_logps)
-        mask = _mask(batch)
-        total = objective.total(
-            logps_gkt, old_gkt, batch.ref_logps, advantages_gk, mask, batch.valid
-        )
+        of_part = advantages_gk, _mask(batch), batch.valid
+        total = objective.total(logps_gkt, old_gkt, batch.ref_logps, *of_part)
         return total / count
 
     logps_of = functools.partial(token_logps, model, packed_size=packed_size)
 
     def part_loss(params, batch: Batch, advantages_gk):
-        logps_gkt = logps_of(params, *_tokens(batch))
-        loss = loss_of(logps_gkt, batch, advantages_gk)
-        return loss, jax.lax.stop_gradient(logps_gkt)
+        logps_gkt = logps_of(params, *batch[:4])  # from prompts to lengths
+        return loss_of(logps_gkt, batch, advantages_gk), jax.lax.stop_gradient(logps_gkt)
 
     gradient = jax.grad(part_loss, has_aux=True)
     if completion_parts > 1:
@@ -218,7 +206,7 @@ def train_step(
     grads, logps = gradient(state.params, batch, advantages_gk)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = _metrics(logps, batch, beta) | _by_source(logps, batch, beta, state.step)
+    metrics = _metrics(logps, batch, beta, state.step)
     metrics |= {"loss": loss_of(logps, batch, advantages_gk), "grad_norm": optax.tree.norm(grads)}
     if rates is not None:
         metrics["learning_rate"] = jnp.asarray(rates(state.step))
@@ -235,18 +223,15 @@ def _check_shapes(batch: Batch) -> None:
     chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
-def _tokens(batch: Batch) -> tuple[Any, ...]:
-    return batch.prompts, batch.prompt_lengths, batch.completions, batch.lengths
-
-
 def _in_two_passes(logps_of, loss_of, parts, params, batch: Batch, advantages_gk):
     """The gradient, over parts of groups: log-probs first, then backward with known weights."""
-    prompts, prompt_lengths, completions, lengths = _tokens(batch)
     cut = functools.partial(split_completions, parts=parts)
-    pieces = cut(completions), cut(lengths)
-    logps_of_part = functools.partial(_of_part, logps_of, prompts, prompt_lengths)
-    _, logps = jax.lax.scan(lambda _, part: (None, logps_of_part(params, part)), None, pieces)
-    logps_gkt = join_completions(logps)
+    pieces = cut(batch.completions), cut(batch.lengths)
+
+    def logps_of_part(params, part):
+        return logps_of(params, batch.prompts, batch.prompt_lengths, *part)
+
+    logps_gkt = join_completions(jax.lax.map(lambda part: logps_of_part(params, part), pieces))
     weights = cut(jax.grad(loss_of)(logps_gkt, batch, advantages_gk))
 
     def add(total, part_and_weights):
@@ -258,60 +243,38 @@ def _in_two_passes(logps_of, loss_of, parts, params, batch: Batch, advantages_gk
     return grads, logps_gkt
 
 
-def _of_part(logps_of, prompts, prompt_lengths, params, part):
-    return logps_of(params, prompts, prompt_lengths, *part)
-
-
-def _metrics(logps_gkt, batch: Batch, beta) -> Metrics:
+def _metrics(logps_gkt, batch: Batch, beta, step) -> Metrics:
     """Scalars that say how the batch looks under the policy that produced the gradient.
 
     `kl` is the mean over tokens of expm1(r) - r with r = ref - policy: non-negative, an unbiased
-    estimate of KL(policy || reference) per token for samples of the policy.
+    estimate of KL(policy || reference) per token for samples of the policy. For every source of
+    completions: their share, mean residual, and mean age in updates, -1 where none bears a date.
     """
-    mask = _mask(batch)
+    mask, valid = _mask(batch), batch.valid
     diff = jnp.where(mask, logps_gkt - batch.ref_logps, 0)
     log_ratio = jnp.sum(diff, axis=-1)
-    zeros = jnp.zeros_like(log_ratio)
-    tokens = jnp.maximum(jnp.sum(mask), 1)
-    completions = jnp.maximum(jnp.sum(batch.valid), 1)
-    return {
-        "gvpo_mse": gvpo_mse(log_ratio, zeros, batch.rewards, beta=beta, where=batch.valid),
-        "kl": jnp.sum(jnp.where(mask, jnp.expm1(-diff) + diff, 0)) / tokens,
-        "log_ratio": jnp.sum(log_ratio) / completions,
-        "weight_abs": jnp.sum(jnp.abs(_weights(diff, batch, beta))) / completions,
-        "entropy_sampled": -jnp.sum(jnp.where(mask, logps_gkt, 0)) / tokens,
+    arrays = log_ratio, jnp.zeros_like(log_ratio), batch.rewards
+    weights = gvpo_weights(*arrays, beta=beta, where=valid)
+    metrics = {
+        "gvpo_mse": gvpo_mse(*arrays, beta=beta, where=valid),
+        "kl": _mean(jnp.expm1(-diff) + diff, mask),
+        "log_ratio": _mean(log_ratio, valid),
+        "weight_abs": _mean(jnp.abs(weights), valid),
+        "entropy_sampled": -_mean(logps_gkt, mask),
     }
-
-
-def _by_source(logps_gkt, batch: Batch, beta, step) -> Metrics:
-    """Share of the completions, mean residual and mean age in updates, by where they came from.
-
-    The age is -1 where no completion bears a date.
-    """
-    weights = _weights(jnp.where(_mask(batch), logps_gkt - batch.ref_logps, 0), batch, beta)
-    completions = jnp.maximum(jnp.sum(batch.valid), 1)
-    metrics = {}
     for source in Source:
-        of_source = batch.valid & (batch.source == source)
-        dated = of_source & (batch.version != UNKNOWN)
-        age = jnp.where(dated, step - batch.version, 0)
-        name = f"source/{source.name.lower()}"
-        count = jnp.sum(of_source)
-        metrics[f"{name}/share"] = count / completions
-        metrics[f"{name}/residual"] = jnp.sum(jnp.where(of_source, weights, 0)) / jnp.maximum(
-            count, 1
-        )
-        dates = jnp.sum(dated)
-        metrics[f"{name}/staleness"] = jnp.where(
-            dates > 0, jnp.sum(age) / jnp.maximum(dates, 1), -1
-        )
+        name, theirs = f"source/{source.name.lower()}", valid & (batch.source == source)
+        dated = theirs & (batch.version != UNKNOWN)
+        age = _mean(step - batch.version, dated)
+        metrics[f"{name}/share"] = jnp.sum(theirs) / jnp.maximum(jnp.sum(valid), 1)
+        metrics[f"{name}/residual"] = _mean(weights, theirs)
+        metrics[f"{name}/staleness"] = jnp.where(jnp.any(dated), age, -1)
     return metrics
 
 
-def _weights(diff_gkt, batch: Batch, beta):
-    log_ratio = jnp.sum(diff_gkt, axis=-1)
-    zeros = jnp.zeros_like(log_ratio)
-    return gvpo_weights(log_ratio, zeros, batch.rewards, beta=beta, where=batch.valid)
+def _mean(x, where):
+    """Of what counts; 0 where nothing does."""
+    return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
 
 
 def _mask(batch: Batch):
