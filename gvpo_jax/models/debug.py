@@ -5,6 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.hf_tensors import TensorSource, tensor_specs
@@ -52,7 +53,8 @@ def debug_tensors(config: DecoderConfig) -> TensorSource:
 
 def debug_tokenizer() -> PreTrainedTokenizerBase:
     """Token i is byte i, followed by pad, eos and the two chat marks; with a chat template."""
-    tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(_byte_letters())}, merges=[]))
+    vocab = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in _SPECIALS])
@@ -65,10 +67,3 @@ def debug_tokenizer() -> PreTrainedTokenizerBase:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_letters() -> list[str]:
-    """What stands for each byte in byte-level BPE: itself if printable, else 256, 257, ..."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -6,17 +6,16 @@ Llama's q and k for its own rotary layout. Quantized weights are expanded to flo
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf_tokenizer import build_tokenizer
 from gvpo_jax.models.hf_config import ARCHITECTURES, config_json, decoder_config
+from gvpo_jax.models.hf_files import ModelFiles
 from gvpo_jax.models.hf_tensors import TensorSource
 
 _NAMES = {
@@ -38,17 +37,7 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class GGUFModel:
-    """What one .gguf file holds, in Hugging Face's terms; the weights stay on disk until read."""
-
-    config: DecoderConfig
-    hf_config: dict[str, Any]
-    tensors: TensorSource
-    tokenizer: PreTrainedTokenizerBase
-
-
-def read_gguf(path: Path) -> GGUFModel:
+def read_gguf(path: Path) -> ModelFiles:
     """Config, tensors and tokenizer of a .gguf file.
 
     Raises UserError for a missing `gguf` package, a broken file, and anything in it that the
@@ -61,7 +50,7 @@ def read_gguf(path: Path) -> GGUFModel:
     tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
     kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
     values = config_json(config) | {kind: getattr(tokenizer, kind) for kind in kinds}
-    return GGUFModel(config, values, _source(path, config, tensors), tokenizer)
+    return ModelFiles(config, values, _source(path, config, tensors), tokenizer)
 
 
 def _open(path: Path) -> Any:

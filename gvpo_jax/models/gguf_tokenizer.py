@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from gvpo_jax.errors import UserError
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
-_SPECIAL_KINDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPECIALS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # How Qwen2 and Llama 3 cut text into words; they differ in how many digits stay together.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
@@ -34,24 +34,18 @@ def build_tokenizer(
         )
     kind = metadata.get("tokenizer.ggml.pre", "default")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    tokenizer = Tokenizer(
-        BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[_pair(merge) for merge in metadata["tokenizer.ggml.merges"]],
-            ignore_merges=kind == "llama-bpe",
-        )
-    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = (merge.partition(" ") for merge in metadata["tokenizer.ggml.merges"])
+    merges = [(left, right) for left, _, right in pairs]
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=kind == "llama-bpe"))
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(source, kind)
     tokenizer.decoder = decoders.ByteLevel()
     _add_marked_tokens(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type", ()))
     specials = _special_tokens(tokens, metadata)
-    if (
-        metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
-        and "bos_token" in specials
-    ):
-        bos = specials["bos_token"]
+    bos = specials.get("bos_token")
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
         tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos}:1 $B:1",
@@ -92,13 +86,5 @@ def _add_marked_tokens(tokenizer: Tokenizer, tokens: list[str], types: Any) -> N
 
 
 def _special_tokens(tokens: list[str], metadata: Mapping[str, Any]) -> dict[str, str]:
-    ids = {
-        ours: metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        for ours, theirs in _SPECIAL_KINDS.items()
-    }
-    return {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
+    ids = {key: metadata.get(f"tokenizer.ggml.{kind}_token_id") for key, kind in _SPECIALS.items()}
+    return {key: tokens[i] for key, i in ids.items() if i is not None}

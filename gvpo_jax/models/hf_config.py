@@ -162,11 +162,7 @@ def _size(hf_config: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def check_length(shape: DecoderConfig, length: int, name: str) -> None:
-    """That a decoder was made for sequences of so many tokens.
-
-    Raises:
-        UserError: it was not.
-    """
+    """Raises UserError where a decoder was not made for sequences of so many tokens."""
     if length > shape.max_position_embeddings:
         raise UserError(
             f"data.max_prompt_length + rollout.max_completion_length = {length} tokens, but "

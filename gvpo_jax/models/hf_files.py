@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,27 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.hf_tensors import TensorSource
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _READABLE = ("F32", "BF16", "F16")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model's files hold, in Hugging Face's terms; the weights stay on disk until read."""
+
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    tensors: TensorSource
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: dict[str, Any] = field(default_factory=dict)
 
 
 def open_safetensors(folder: Path) -> TensorSource:

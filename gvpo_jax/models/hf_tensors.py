@@ -77,12 +77,10 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
     All names and shapes are checked before the first tensor is read. Raises UserError naming a
     missing, unexpected or mis-shaped tensor.
     """
-    specs, shapes = tensor_specs(config), dict(source.shapes)
-    for name in source.shapes:  # old Llama checkpoints carry what follows from the config
-        if name.endswith("rotary_emb.inv_freq"):
-            del shapes[name]
+    specs, derived = tensor_specs(config), "rotary_emb.inv_freq"  # in old Llama checkpoints
+    shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith(derived)}
     tied_copy = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
-    _check_tensors(config, specs, shapes, source.name)
+    _check_tensors(config.family, specs, shapes, source.name)
     if tied_copy is not None:
         _check_tied_copy(source)
 
@@ -122,18 +120,12 @@ def named_tensors(config: DecoderConfig, params: Mapping[str, Any]) -> TensorSou
     return TensorSource("the parameters", {name: s.shape for name, s in specs.items()}, read)
 
 
-def _check_tensors(
-    config: DecoderConfig,
-    specs: Mapping[str, TensorSpec],
-    shapes: Mapping[str, tuple[int, ...]],
-    source: str,
-) -> None:
+def _check_tensors(family: str, specs: dict, shapes: dict, source: str) -> None:
     if missing := [name for name in specs if name not in shapes]:
         raise UserError(f"{source} lacks tensor {_listed(missing)}, which its config asks for")
     if extra := [name for name in shapes if name not in specs]:
         raise UserError(
-            f"{source} holds tensor {_listed(extra)}, "
-            f"which a {config.family} of its config does not have"
+            f"{source} holds tensor {_listed(extra)}, which a {family} of its config does not have"
         )
     for name, spec in specs.items():
         if tuple(shapes[name]) != spec.shape:

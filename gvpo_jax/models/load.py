@@ -14,7 +14,7 @@ from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import check_length, config_json, decoder_config
-from gvpo_jax.models.hf_files import open_safetensors, read_json
+from gvpo_jax.models.hf_files import ModelFiles, open_safetensors, read_json
 from gvpo_jax.models.hf_tensors import Place, read_params
 
 _PACKAGE = "package://"
@@ -53,11 +53,16 @@ def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> Lo
     Raises UserError when something is missing, broken or unsupported, naming it.
     """
     if name == "debug":
-        return _load_debug(place, length)
-    path = local_path(name)
-    if path is not None and path.suffix == ".gguf":
-        return _load_gguf(name, path, place, length)
-    return _load_folder(name, path or _download(name), place, length)
+        files = _read_debug()
+    elif (path := local_path(name)) is not None and path.suffix == ".gguf":
+        files = read_gguf(path)
+    else:
+        files = _read_folder(path or _download(name))
+    check_length(files.config, length, name)
+    params = read_params(files.config, files.tensors, place=place)
+    return LoadedModel(
+        name, files.config, params, files.tokenizer, files.hf_config, files.generation_config
+    )
 
 
 def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -84,23 +89,14 @@ def local_path(name: str) -> Path | None:
     return None
 
 
-def _load_debug(place: Place, length: int) -> LoadedModel:
+def _read_debug() -> ModelFiles:
     config, tokenizer = debug_config(), debug_tokenizer()
-    check_length(config, length, "debug")
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     values = config_json(config) | {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
-    params = read_params(config, debug_tensors(config), place=place)
-    return LoadedModel("debug", config, params, tokenizer, values)
+    return ModelFiles(config, values, debug_tensors(config), tokenizer)
 
 
-def _load_gguf(name: str, path: Path, place: Place, length: int) -> LoadedModel:
-    model = read_gguf(path)
-    check_length(model.config, length, name)
-    params = read_params(model.config, model.tensors, place=place)
-    return LoadedModel(name, model.config, params, model.tokenizer, model.hf_config)
-
-
-def _load_folder(name: str, folder: Path, place: Place, length: int) -> LoadedModel:
+def _read_folder(folder: Path) -> ModelFiles:
     values = read_json(folder / "config.json")
     if values is None:
         raise UserError(f"{folder} holds no config.json, so it is not a model folder")
@@ -108,12 +104,9 @@ def _load_folder(name: str, folder: Path, place: Place, length: int) -> LoadedMo
         config = decoder_config(values)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from error
-    check_length(config, length, name)
-    source = open_safetensors(folder)
-    tokenizer = _read_tokenizer(folder)
-    params = read_params(config, source, place=place)
+    source, tokenizer = open_safetensors(folder), _read_tokenizer(folder)
     generation = read_json(folder / "generation_config.json") or {}
-    return LoadedModel(name, config, params, tokenizer, values, generation)
+    return ModelFiles(config, values, source, tokenizer, generation)
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
