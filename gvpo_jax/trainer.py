@@ -29,7 +29,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import check_length
-from gvpo_jax.models.load import LoadedModel, stop_token_ids
+from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.parallel.distributed import from_first_host, my_slice, raise_together, to_first_host
 from gvpo_jax.parallel.layout import check_batch, group_shards, place_param, place_params
 from gvpo_jax.rewards import batched
@@ -65,7 +65,8 @@ class Trainer:
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
         needed = c.data.max_prompt_length + c.rollout.max_completion_length
         if model is None:
-            model = c.model.load(place=functools.partial(place_param, mesh), length=needed)
+            place = functools.partial(place_param, mesh)
+            model = load_model(c.model.name, place=place, length=needed)
             params = model.params
         else:  # the caller keeps theirs
             check_length(model.config, needed, model.name)

@@ -1,17 +1,15 @@
 """The config section `model`: what is loaded, and how it is computed."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from gvpo_jax.settings import setting
 
-if TYPE_CHECKING:  # loading brings in transformers, which a misspelt config should not wait for
+if TYPE_CHECKING:  # a misspelt config should not wait for Flax
     from jax.sharding import Mesh
 
     from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
-    from gvpo_jax.models.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,6 @@ class ModelConfig:
         "XLA.",
         free=True,
     )
-
-    def load(self, place: Callable[..., Any], length: int) -> "LoadedModel":
-        """The model.
-
-        Args:
-            place: what becomes of each tensor, see `load_model`.
-            length: tokens that a sequence may have; checked before weights are read.
-
-        Raises:
-            UserError: it can't be loaded, or was made for shorter sequences.
-        """
-        from gvpo_jax.models.load import load_model
-
-        return load_model(self.name, place=place, length=length)
 
     def functions(self, shape: "DecoderConfig", mesh: "Mesh", cache_dtype: str) -> "DecoderFns":
         """The decoder of this shape as functions for arrays on this mesh.
