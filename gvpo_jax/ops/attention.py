@@ -7,6 +7,7 @@ Axes: g groups, k completions, t queries, s suffix keys, p prefix keys, n key-va
 heads for each n, d.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,25 +120,27 @@ def causal(
     return jnp.concatenate(out, axis=2)
 
 
-def on_each_device(
-    attention: Callable[..., jax.Array],
-    mesh: Mesh,
-    queries_gkthd: jax.Array,
-    keys_gknsd: jax.Array,
-    values_gknsd: jax.Array,
-    prefix: Prefix | None = None,
-) -> jax.Array:
-    """An attention like `causal` that every device of a mesh runs on its own groups and heads."""
-    g, k, _, heads, _ = queries_gkthd.shape
-    over_groups, over_k = activation_axes(mesh, g, k)
-    tensor = mesh.shape["tensor"]
-    over_heads = "tensor" if keys_gknsd.shape[2] % tensor == heads % tensor == 0 else None
-    queries, own = P(over_groups, over_k, None, over_heads), P(over_groups, over_k, over_heads)
-    shared: Any = P(over_groups, over_heads)
-    counted: Any = P(over_groups)
-    specs = queries, own, own, None if prefix is None else Prefix(shared, shared, counted)
-    run = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
-    return run(queries_gkthd, keys_gknsd, values_gknsd, prefix)
+def on_each_device(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """An attention like `causal` as a function of a mesh, too, and of its arguments.
+
+    Every device of the mesh runs it on its own groups and heads.
+    """
+
+    @functools.wraps(attention)
+    def on_mesh(mesh: Mesh, queries_gkthd, keys_gknsd, values_gknsd, prefix=None, **options):
+        g, k, _, heads, _ = queries_gkthd.shape
+        over_groups, over_k = activation_axes(mesh, g, k)
+        tensor = mesh.shape["tensor"]
+        over_heads = "tensor" if keys_gknsd.shape[2] % tensor == heads % tensor == 0 else None
+        queries, own = P(over_groups, over_k, None, over_heads), P(over_groups, over_k, over_heads)
+        shared: Any = P(over_groups, over_heads)
+        counted: Any = P(over_groups)
+        specs = queries, own, own, None if prefix is None else Prefix(shared, shared, counted)
+        here = functools.partial(attention, **options)
+        run = jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
+        return run(queries_gkthd, keys_gknsd, values_gknsd, prefix)
+
+    return on_mesh
 
 
 def _join(x_gknqd):

@@ -3,9 +3,7 @@
 The figures behind it are in experiments/bench/README.md.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +29,8 @@ def chunk_bytes_on(mesh: Mesh) -> int:
     return CHUNK_BYTES // 4 if mesh.devices.flat[0].platform == "cpu" else CHUNK_BYTES
 
 
-def on_cpu(mesh: Mesh, *arrays: Any, at_once: int = AT_ONCE) -> jax.Array:
+@on_each_device
+def on_cpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once: int = AT_ONCE):
     """See `attention.causal`: large inputs one key-value head of one group after the other.
 
     Such a part stays in a processor's cache. Its scores are computed again in the backward pass.
@@ -39,10 +38,6 @@ def on_cpu(mesh: Mesh, *arrays: Any, at_once: int = AT_ONCE) -> jax.Array:
 
     at_once: bytes of scores up to which all is one part.
     """
-    return on_each_device(functools.partial(_in_parts, at_once=at_once), mesh, *arrays)
-
-
-def _in_parts(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once):
     g, k, t, h, d = queries_gkthd.shape
     n, s = keys_gknsd.shape[2:4]
     whole = 4 * g * k * h * t * (s + (0 if prefix is None else prefix.keys.shape[2]))

@@ -35,8 +35,7 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
         dtype: of the computation.
         head_dim: of the model.
 
-    Raises:
-        UserError: the kernel does not run on these devices, or not in this dtype.
+    Raises UserError where the kernel does not run on these devices, or not in this dtype.
     """
     platform = mesh.devices.flat[0].platform
     low = jnp.dtype(dtype) == jnp.bfloat16
@@ -62,26 +61,12 @@ def _has_cudnn(mesh: Mesh, head_dim: int) -> bool:
     return float(device.compute_capability) >= 8 and head_dim <= 128 and head_dim % 8 == 0
 
 
-def on_tpu(mesh: Mesh, *arrays: Any, interpret: bool = False) -> jax.Array:
-    """See `attention.causal`: every device runs splash attention on its groups and heads.
-
-    interpret: run it without a TPU, slowly, to test it.
-    """
-    return on_each_device(functools.partial(_splash, interpret=interpret), mesh, *arrays)
-
-
-def on_gpu(
-    mesh: Mesh, *arrays: Any, implementation: Literal["cudnn", "xla"] = "cudnn"
-) -> jax.Array:
-    """See `attention.causal`: every device runs cuDNN's attention on its groups and heads.
+@on_each_device
+def on_gpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation="cudnn"):
+    """See `attention.causal`: cuDNN's attention.
 
     implementation: "xla" computes the same without a GPU, to test it.
     """
-    kernel = functools.partial(_cudnn, implementation=implementation)
-    return on_each_device(kernel, mesh, *arrays)
-
-
-def _cudnn(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation):
     g, k, t, h, d = queries_gkthd.shape
     keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
     s = keys.shape[3]
@@ -100,7 +85,12 @@ def _cudnn(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation):
     return out[:, :t].reshape(g, k, t, h, d)
 
 
-def _splash(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, interpret):
+@on_each_device
+def on_tpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, interpret: bool = False):
+    """See `attention.causal`: splash attention.
+
+    interpret: run it without a TPU, slowly, to test it.
+    """
     *_, t, h, d = queries_gkthd.shape
     keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
     s = keys.shape[3]
