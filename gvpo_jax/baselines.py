@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from gvpo_jax.loss import check_groups, check_positive
 from gvpo_jax.precision import float_type, valid
 
 STD_OFFSET = 1e-4  # TRL's: added to a standard deviation before dividing by it
@@ -71,7 +72,7 @@ def grpo(
     `loss_type="grpo"`. The std divides by k-1; the paper's kl_coef is 0.04.
     """
     total = _clipped_total(_per_token, _mean_over_tokens, epsilon, epsilon_high, kl_coef)
-    return Objective(functools.partial(_standardised, over=-1), total, _count_completions)
+    return Objective(_standardised, total, _count_completions)
 
 
 def dr_grpo(
@@ -86,7 +87,7 @@ def dr_grpo(
     Neither the group's std nor the completion's own length divides. The constant is
     `max_completion_length` tokens, as in TRL's `loss_type="dr_grpo"`.
     """
-    _check_positive(max_completion_length=max_completion_length)
+    check_positive(max_completion_length=max_completion_length)
     total = _clipped_total(_per_token, _sum_over_tokens, epsilon, epsilon_high, kl_coef)
 
     def count(advantages_gk, mask_gkt, where_gk):
@@ -104,7 +105,7 @@ def dapo(
     `loss_type="dapo"` (its `"bnpo"` is the same on one batch).
     """
     total = _clipped_total(_per_token, _sum_over_tokens, epsilon, epsilon_high, kl_coef)
-    return Objective(functools.partial(_standardised, over=-1), total, _count_tokens)
+    return Objective(_standardised, total, _count_tokens)
 
 
 def rloo(
@@ -131,7 +132,7 @@ def gspo(
     `loss_type="grpo"` with `importance_sampling_level="sequence"`.
     """
     total = _clipped_total(_per_completion, _mean_over_tokens, epsilon, epsilon_high, kl_coef)
-    return Objective(functools.partial(_standardised, over=-1), total, _count_completions)
+    return Objective(_standardised, total, _count_completions)
 
 
 def reinforce_pp(
@@ -154,7 +155,7 @@ def rebel(eta: float) -> Objective:
     d = sum over tokens of logp - old_logp; eta in nats per reward. The mean over pairs is twice the
     sample variance of d / eta - R: 4 * gvpo_mse with beta = 1/eta and the sampler as reference.
     """
-    _check_positive(eta=eta)
+    check_positive(eta=eta)
 
     def total(logps_gkt, old_logps_gkt, ref_logps_gkt, advantages_gk, mask_gkt, where_gk):
         rewards_gk, mask_gkt, where_gk = _prepare(logps_gkt, advantages_gk, mask_gkt, where_gk)
@@ -164,7 +165,7 @@ def rebel(eta: float) -> Objective:
         count_g1 = jnp.sum(where_gk, axis=-1, keepdims=True)
         return jnp.sum(2 * residual_gk**2 / jnp.maximum(count_g1 - 1, 1))
 
-    return Objective(_as_they_are, total, _count_groups)
+    return Objective(_as_they_are, total, count_groups)
 
 
 def dpo(beta: float = 0.1) -> Objective:
@@ -173,7 +174,7 @@ def dpo(beta: float = 0.1) -> Objective:
     `-log sigmoid(beta * (rho_i - rho_j))`, mean over the batch's pairs with R_i > R_j, with
     rho = sum over tokens of logp - ref_logp; beta without unit. `old_logps` is not used.
     """
-    _check_positive(beta=beta)
+    check_positive(beta=beta)
 
     def total(logps_gkt, old_logps_gkt, ref_logps_gkt, advantages_gk, mask_gkt, where_gk):
         _require(ref_logps_gkt, "dpo compares the policy with a reference: ref_logps")
@@ -201,8 +202,7 @@ def objective_loss(
 ) -> jax.Array:
     """The objective's value on one batch: total / count. Shapes as at the top of this file.
 
-    Raises:
-        ValueError: shapes differ, k < 2, or log-probs that the objective needs are None.
+    Raises ValueError where shapes differ, k < 2, or log-probs that the objective needs are None.
     """
     where_gk = jnp.ones(jnp.shape(rewards), bool) if where is None else where
     with jax.numpy_dtype_promotion("standard"):  # the caller may forbid to mix dtypes
@@ -334,7 +334,7 @@ def _centred(rewards_gk, where_gk):
     return _centre(*_rewards(rewards_gk, where_gk))
 
 
-def _standardised(rewards_gk, where_gk, *, over):
+def _standardised(rewards_gk, where_gk, *, over: int | None = -1):
     """Centred rewards by their standard deviation over axis `over` (None: the whole batch)."""
     rewards_gk, members_gk = _rewards(rewards_gk, where_gk)
     centred_gk = _centre(rewards_gk, members_gk)
@@ -399,24 +399,15 @@ def _count_completions(advantages_gk, mask_gkt, where_gk):
     return jnp.maximum(jnp.sum(_members(where_gk)), 1)
 
 
-def _count_groups(advantages_gk, mask_gkt, where_gk):
+def count_groups(advantages_gk, mask_gkt, where_gk):
+    """Groups with at least two valid completions, at least 1; an `Objective.count`."""
     return jnp.maximum(jnp.sum(jnp.any(_members(where_gk), axis=-1)), 1)
 
 
 def _check_groups(name, shape, other_name, other_shape):
     if shape != other_shape:
         raise ValueError(f"{name} has shape {shape} but {other_name} has shape {other_shape}")
-    if len(shape) == 0 or shape[-1] < 2:
-        raise ValueError(
-            f"a group needs k >= 2 completions on the last axis, got {name} of shape {shape} and "
-            f"{other_name} of shape {other_shape}"
-        )
-
-
-def _check_positive(**numbers):
-    for name, number in numbers.items():
-        if not number > 0:
-            raise ValueError(f"{name} must be > 0, got {number}")
+    check_groups(name, shape, other_name, other_shape)
 
 
 def _require(array, reason):

@@ -116,7 +116,7 @@ Give any of these in the YAML file, as `section.key=value` behind a command, or 
 `section__key=value` to `Trainer.from_pretrained`. This page is made by
 `python -m gvpo_jax.config_file > docs/settings.md`.
 
-A text is what was typed behind the first `=`: `007`, `yes`, `${x}` and `Answer: #` stay as they are.
+A text is what was typed behind the first `=`: `007`, `yes`, `${x}` and `Answer: #` stay the same.
 Quote it for your shell alone. A list is written `[a, b]`, or as one entry without brackets, and
 `data.tasks.0.weight=2` changes its first entry. `null` unsets a setting that may be null. A file is
 looked for in the working directory, then beside the config; `~` is the home folder."""

@@ -42,8 +42,7 @@ def token_logprobs(
     Returns:
         `[..., T]` float32, in nats.
 
-    Raises:
-        ValueError: shapes do not fit together.
+    Raises ValueError where shapes do not fit together.
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != head.shape[-1]:
         raise ValueError(
@@ -130,9 +129,7 @@ def _work_off(chunk, where, arrays):
     """
 
     def one(i):
-        return chunk(
-            *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), arrays)
-        )
+        return chunk(*jax.tree.map(lambda x: x[i], arrays))
 
     n = len(arrays[0])
     if n == 1:

@@ -87,7 +87,7 @@ def gvpo_loss(
     completions, and a group with fewer than two counts for nothing, also not in the average.
     The value itself wanders around 0 and says little: plot `gvpo_mse`.
 
-    Args: as for `gvpo_weights`. Gradients flow to `logps` alone.
+    Arguments and errors are those of `gvpo_weights`. Gradients flow to `logps` alone.
 
     With `axis_name` every device has the whole groups' value, and `jax.grad`, inside `shard_map` or
     around it, gives each device the gradient of its own completions. Inside, that takes
@@ -95,9 +95,6 @@ def gvpo_loss(
 
     Returns:
         A scalar, float32 (float64 for float64 input).
-
-    Raises:
-        ValueError: as for `gvpo_weights`.
     """
     residuals, per_group, num_groups = _residuals(
         logps, ref_logps, rewards, beta, where, huber_delta, k, axis_name
@@ -124,14 +121,11 @@ def gvpo_mse(
     value can be read: it starts near half the rewards' variance inside the groups and is 0 where
     beta * log-ratio explains every reward difference.
 
-    Args: as for `gvpo_weights`. Gradients flow to `logps` alone; with `axis_name` as for
-    `gvpo_loss`.
+    Arguments and errors are those of `gvpo_weights`. Gradients flow to `logps` alone; with
+    `axis_name` as for `gvpo_loss`.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
-
-    Raises:
-        ValueError: as for `gvpo_weights`.
     """
     ref_logps, rewards = jax.lax.stop_gradient((ref_logps, rewards))
     residuals, per_group, num_groups = _residuals(
@@ -144,7 +138,7 @@ def gvpo_mse(
 def _residuals(logps, ref_logps, rewards, beta, where, huber_delta, k, axis_name):
     """Residuals [..., k], 1/(k-1) of each group [..., 1], and the number of groups that count."""
     _check_shapes(logps, ref_logps, rewards, where, k, axis_name)
-    _check_positive(beta=beta, huber_delta=huber_delta)
+    check_positive(beta=beta, huber_delta=huber_delta)
     logps, ref_logps, rewards = (valid(x, where) for x in (logps, ref_logps, rewards))
     dtype = float_type(logps, ref_logps, rewards)
     logps, ref_logps, rewards, beta = (
@@ -206,11 +200,7 @@ def _check_shapes(logps, ref_logps, rewards, where, k, axis_name):
                 "give every array as [..., k], one number per completion"
             )
     devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-    if not shape or shape[-1] * devices < 2:
-        raise ValueError(
-            f"a group needs k >= 2 completions on the last axis, got logps of shape {shape} "
-            f"and rewards of shape {jnp.shape(rewards)}"
-        )
+    check_groups("logps", shape, "rewards", jnp.shape(rewards), devices=devices)
     if k is not None and shape[-1] * devices != k:
         cut = f" on each of {devices} devices" if devices > 1 else ""
         raise ValueError(
@@ -220,19 +210,29 @@ def _check_shapes(logps, ref_logps, rewards, where, k, axis_name):
         )
 
 
-def _check_positive(**numbers):
+def check_groups(
+    name: str, shape: tuple[int, ...], other: str, other_shape: tuple, *, devices: int = 1
+) -> None:
+    """Raises a ValueError where arrays of this shape have no groups of two completions or more."""
+    if len(shape) == 0 or shape[-1] * devices < 2:
+        raise ValueError(
+            f"a group needs k >= 2 completions on the last axis, got {name} of shape {shape} and "
+            f"{other} of shape {other_shape}"
+        )
+
+
+def check_positive(**numbers: ArrayLike | None) -> None:
+    """Raises a ValueError for a number that is not; None and what is traced pass."""
     for name, number in numbers.items():
-        if number is None or isinstance(number, Tracer):
-            continue
-        if not np.all(np.asarray(number) > 0):
+        known = number is not None and not isinstance(number, Tracer)
+        if known and not np.all(np.asarray(number) > 0):
             raise ValueError(f"{name} must be > 0, got {number}")
 
 
 def group(x: jax.Array, k: int) -> jax.Array:
     """Fold flat rows into groups: `[G*k, ...] -> [G, k, ...]`; a prompt's rows are neighbours.
 
-    Raises:
-        ValueError: k < 1, or the number of rows is not a multiple of k.
+    Raises ValueError where k < 1, or the number of rows is not a multiple of k.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -244,8 +244,7 @@ def group(x: jax.Array, k: int) -> jax.Array:
 def ungroup(x: jax.Array) -> jax.Array:
     """Unfold groups into flat rows: `[G, k, ...] -> [G*k, ...]`, the inverse of `group`.
 
-    Raises:
-        ValueError: x has fewer than two axes.
+    Raises ValueError where x has fewer than two axes.
     """
     if x.ndim < 2:
         raise ValueError(f"expected [G, k, ...], got shape {x.shape}")

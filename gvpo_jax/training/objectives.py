@@ -73,18 +73,10 @@ def gvpo(*, beta: float, huber_delta: float | None = None) -> Objective:
         value = loss(log_ratio_gk, jnp.zeros_like(log_ratio_gk))
         # The gradient is that of the log-ratios; the value shown is the paper's.
         shown = loss(_sum(logps_gkt, mask_gkt), _sum(ref_logps_gkt, mask_gkt))
-        return (value + jax.lax.stop_gradient(shown - value)) * _groups(where_gk)
+        groups = baselines.count_groups(rewards_gk, mask_gkt, where_gk)
+        return (value + jax.lax.stop_gradient(shown - value)) * groups
 
-    return Objective(
-        advantages=lambda rewards_gk, where_gk: rewards_gk,
-        total=total,
-        count=lambda rewards_gk, mask_gkt, where_gk: _groups(where_gk),
-    )
-
-
-def _groups(where_gk):
-    """Groups that count, at least 1."""
-    return jnp.maximum(jnp.sum(jnp.sum(where_gk, axis=-1) >= 2), 1)
+    return Objective(lambda rewards_gk, where_gk: rewards_gk, total, baselines.count_groups)
 
 
 def _sum(token_logps, mask):
