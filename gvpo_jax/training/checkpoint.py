@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import max_over_hosts
+from gvpo_jax.parallel.layout import path_name
 from gvpo_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
@@ -36,11 +37,9 @@ class Restored:
 
 
 class Checkpoints:
-    """The numbered checkpoints of one run folder; a context manager that awaits the last save.
+    """The latest `keep` numbered checkpoints of one run folder, which is made when missing.
 
-    Args:
-        folder: made when missing.
-        keep: how many of the latest are kept.
+    A context manager that awaits the last save.
     """
 
     def __init__(self, folder: Path | str, *, keep: int = 2):
@@ -62,15 +61,10 @@ class Checkpoints:
     ) -> None:
         """Save pytrees of arrays and JSON values as one atomic step, written in the background.
 
-        Args:
-            step: its number.
-            trees: by name, each an item of its own, which can be read without the others.
-            extra: JSON values.
-            samples: this process's NumPy arrays, whose shapes a later session can't know, e.g. a
-                replay buffer.
+        Each of the trees is an item of its own, which can be read without the others. `samples` are
+        this process's NumPy arrays, whose shapes a later session can't know, e.g. a replay buffer.
 
-        Raises:
-            UserError: an earlier save failed, e.g. for a full disk.
+        Raises UserError where an earlier save failed, e.g. for a full disk.
         """
         if step in self._broken:
             self._manager.delete(step)
@@ -93,11 +87,7 @@ class Checkpoints:
             ) from None
 
     def check_start(self, fingerprint: int) -> None:
-        """That the newest checkpoint is of a run from start weights with this fingerprint.
-
-        Raises:
-            UserError: it is not.
-        """
+        """Raises UserError where the newest checkpoint's start weights had another fingerprint."""
         for step in self.steps():
             try:
                 args = ocp.args.Composite(extra=ocp.args.JsonRestore())
@@ -121,8 +111,7 @@ class Checkpoints:
             like: the trees, of `jax.ShapeDtypeStruct` with shardings, as they shall come back.
             without: those that are not read, and the samples neither.
 
-        Raises:
-            UserError: none is whole.
+        Raises UserError where none is whole.
         """
         for step in self.steps():
             try:
@@ -134,20 +123,12 @@ class Checkpoints:
                 self._broken.add(step)
         raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
 
-    def wait(self) -> None:
-        """Until everything saved is on disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+    def close(self) -> None:
+        """Waits until everything is on disk; raises UserError where it could not be written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise UserError(f"could not write to {self._folder}: {_first_line(error)}") from None
-
-    def close(self) -> None:
-        """Wait, then let go of the folder."""
-        self.wait()
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -159,7 +140,8 @@ class Checkpoints:
     def _read(self, step: int, like: Mapping[str, Any], without: Sequence[str]) -> Restored:
         has = {entry.name for entry in (self._folder / str(step)).iterdir()}
         wanted = {name: tree for name, tree in like.items() if name not in without}
-        if "params" not in has:  # of version 0.1, which saved everything as one item
+        old = "params" not in has  # of version 0.1, which saved everything as one item
+        if old:
             train = {"train": TrainState(like["params"], **like["state"])}
             wanted = {"state": train | {k: v for k, v in like.items() if k == "reference"}}
         items: dict[str, Any] = {"extra": ocp.args.JsonRestore()}
@@ -169,13 +151,11 @@ class Checkpoints:
             items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         extra = dict(read["extra"])
-        trees = {name: read[name] for name in wanted}
-        _verify(extra.pop("checksums"), trees if "params" in has else trees["state"])
-        if "params" not in has:
-            trees = trees["state"]
+        trees = read["state"] if old else {name: read[name] for name in wanted}
+        _verify(extra.pop("checksums"), trees)
+        if old:
             train = trees.pop("train")
-            trees |= {"params": train.params}
-            trees["state"] = {"opt_state": train.opt_state, "step": train.step}
+            trees |= {"params": train.params, "state": train.rest()}
         rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
         samples = [_from_bytes(row.tobytes()) for row in rows]
         return Restored(step, trees, extra, samples)
@@ -242,10 +222,9 @@ _HEADER = struct.Struct("<IQ")
 
 def _checksums(tree: Any) -> dict[str, int]:
     """A checksum of every leaf's bits, by path, computed where the leaf lies."""
-    leaves = jax.tree.leaves_with_path(tree)
-    sums = _sums([leaf for _, leaf in leaves])
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {name: int(value) for name, value in zip(names, np.asarray(sums), strict=True)}
+    leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    sums = np.asarray(_sums(list(leaves.values())))
+    return dict(zip(leaves, sums.tolist(), strict=True))
 
 
 @jax.jit

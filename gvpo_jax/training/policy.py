@@ -175,18 +175,14 @@ class Policy:
     ) -> None:
         """Saves the policy as of now; the initial reference is loaded again, not saved.
 
-        Args:
-            checkpoints: where to.
-            step: of the run.
-            extra: JSON values that are saved along.
-            samples: this process's arrays that are saved along.
+        JSON values, `extra`, and this process's arrays, `samples`, are saved along.
         """
         own = {
             "updates": self.updates,
             "refreshed_at": self.refreshed_at,
             "start_fingerprint": self.start_fingerprint,
         }
-        trees = {"params": self.params, "state": _rest(self.state)}
+        trees = {"params": self.params, "state": self.state.rest()}
         if self._options.name != "initial":
             trees["reference"] = self.reference
         checkpoints.save(step, trees, extra | own, samples)
@@ -196,13 +192,12 @@ class Policy:
 
         params_only: what updates need beside the parameters is left on disk.
 
-        Raises:
-            UserError: none of those that are there is whole, or it is of other start weights.
+        Raises UserError where none of those there is whole, or it is of other start weights.
         """
         if not checkpoints.steps():
             return None
         mesh, trees = self._programs.mesh, {"params": self.params}
-        trees["state"] = _rest(jax.eval_shape(self._programs.init, self.params))
+        trees["state"] = jax.eval_shape(self._programs.init, self.params).rest()
         if self._options.name != "initial":
             trees["reference"] = self.reference
         shapes = {name: shapes_on(mesh, tree) for name, tree in trees.items()}
@@ -226,11 +221,6 @@ class Policy:
         """Rows of packed tokens that this process has; 0: nothing is packed."""
         shards = group_shards(self._programs.mesh) // jax.process_count()
         return shards if self._train.packing else 0
-
-
-def _rest(state: TrainState) -> dict[str, Any]:
-    """What updates need beside the parameters."""
-    return {"opt_state": state.opt_state, "step": state.step}
 
 
 @jax.jit

@@ -58,8 +58,8 @@ def make_programs(
 ) -> Programs:
     """The functions of a run; nothing is compiled before it is called or lowered.
 
-    The decoder's functions and shape, the mesh where they run and the dtype of the computation; for
-    the rest see `train_step`, and `Programs.reference` for `averaged`: the reference is an average.
+    dtype: of the computation; `averaged`: the reference is an average of policies. For the others
+    see `train_step`.
     """
     init = functools.partial(init_state, optimizer=optimizer)
     step = functools.partial(

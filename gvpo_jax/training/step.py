@@ -71,6 +71,10 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: jax.Array
 
+    def rest(self) -> dict[str, Any]:
+        """What updates need beside the parameters."""
+        return {"opt_state": self.opt_state, "step": self.step}
+
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
@@ -156,7 +160,7 @@ def train_step(
     Args:
         state: parameters, optimizer state and step; donate it.
         batch: see `Batch`.
-        model: the model as functions, see `gvpo_jax.models.decoder.DecoderFns`.
+        model: see `gvpo_jax.models.decoder.DecoderFns`.
         optimizer: an Optax transformation.
         objective: what to minimise, e.g. `gvpo_jax.training.objectives.gvpo(beta=0.1)`.
         beta: of the metrics `gvpo_mse` and `weight_abs`, see `gvpo_weights`.
@@ -169,8 +173,7 @@ def train_step(
     Returns:
         The new state, and scalar metrics of the policy before the update.
 
-    Raises:
-        AssertionError: the batch's arrays do not have the shapes that `Batch` says.
+    Raises AssertionError where the batch's arrays do not have the shapes that `Batch` says.
     """
     _check_shapes(batch)
     batch = fill_up(batch, groups=micro_batches, completions=completion_parts)
