@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import is_first, raise_together
+from gvpo_jax.parallel.distributed import from_first_host, is_first
 from gvpo_jax.parallel.preemption import Preempted, watch
 from gvpo_jax.report import write_report
 from gvpo_jax.rollout import Engine
-from gvpo_jax.rundir.claim import check_not_lost, lock, write_evaluation, write_summary
-from gvpo_jax.rundir.files import read_summary
+from gvpo_jax.rundir.claim import check_not_lost, lock, write_evaluation
+from gvpo_jax.rundir.files import read_summary, write_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
 from gvpo_jax.training.checkpoint import Checkpoints, sweep
 from gvpo_jax.training.policy import Policy
@@ -27,33 +28,19 @@ from gvpo_jax.training.policy import Policy
 
 @dataclasses.dataclass
 class Loop:
-    """One run in `config.run.dir`, which goes on where it stopped.
-
-    Attributes:
-        config: the settings.
-        model_name: for the summary.
-        policy: what is trained.
-        engine: samples the answers to held-out rows.
-        feed: gives the batches.
-        judge: gives those answers their rewards.
-        held_out: those rows, if there are any.
-        data_fingerprint: tells training rows, held-out rows and reward functions from others.
-        notes: lines to show at the start.
-        round: the batches of the round under way; None: the next one has not begun.
-        done: updates of it that are done.
-    """
+    """One run in `config.run.dir`, which goes on where it stopped."""
 
     config: Config
-    model_name: str
-    policy: Policy
-    engine: Engine
-    feed: Feed
-    judge: Judge
-    held_out: EncodedPrompts | None
-    data_fingerprint: str
-    notes: Sequence[str]
-    round: list[TrainBatch] | None = None
-    done: int = 0
+    model_name: str  # for the summary
+    policy: Policy  # is trained
+    engine: Engine  # samples the answers to held-out rows
+    feed: Feed  # gives the batches
+    judge: Judge  # gives those answers their rewards
+    held_out: EncodedPrompts | None  # those rows, if there are any
+    data_fingerprint: str  # tells training rows, held-out rows and reward functions from others
+    notes: Sequence[str]  # lines to show at the start
+    round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
+    done: int = 0  # updates of it that are done
 
     def run(self) -> dict[str, Any]:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds.
@@ -66,12 +53,12 @@ class Loop:
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
             stack.enter_context(contextlib.closing(self.engine))
-            raise_together(lambda: self._open(stack))
+            from_first_host(lambda: self._open(stack))
             stack.enter_context(contextlib.closing(self.feed))
             checkpoints = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
             stack.enter_context(checkpoints)
             counters = self._resume(checkpoints)
-            raise_together(lambda: self._claim(counters))
+            from_first_host(lambda: self._claim(counters))
             per_round = c.train.steps_per_generation * c.train.num_iterations
             with RunLog(run_dir, counters, c.log, c.train.steps, per_round) as log:
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
@@ -93,16 +80,16 @@ class Loop:
                         self._save(log, checkpoints)
                 if counters.step:
                     self._save(log, checkpoints)
-                if preempted:
-                    saved = "saved, the same command goes on"
-                    before = "before the first update: the same command starts over"
-                    log.note(f"told to end{': ' + saved if counters.step else ' ' + before}")
+                if preempted and counters.step:
+                    log.note("told to end: saved, the same command goes on")
+                elif preempted:
+                    log.note("told to end before the first update: the same command starts over")
                 elif counters.step >= c.train.steps and counters.accuracy_after is None:
                     counters.accuracy_after = self._evaluate(log, "after")
         summary = counters.summary(self.model_name)
         if is_first():
             if counters.step >= c.train.steps:
-                write_summary(run_dir, summary)
+                write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(run_dir)
         if preempted:
             raise Preempted
@@ -110,15 +97,13 @@ class Loop:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Hold the folder against other runs, for all processes of this one."""
-        if is_first():
-            folder = check_claim(self.config)
-            sweep(stack.enter_context(lock(folder)) / "checkpoints")
+        folder = check_claim(self.config)
+        sweep(stack.enter_context(lock(folder)) / "checkpoints")
 
     def _claim(self, counters: Counters) -> None:
-        if is_first():
-            if counters.step == 0:
-                check_not_lost(Path(self.config.run.dir), self.config.checkpoint.every)
-            claim(self.config)
+        if counters.step == 0:
+            check_not_lost(Path(self.config.run.dir), self.config.checkpoint.every)
+        claim(self.config)
 
     def _round(self, log: RunLog, told_to_end: Callable[[], bool]) -> None:
         """One rollout, or as many given groups, and the updates on them, as long as it may."""
@@ -154,7 +139,7 @@ class Loop:
             max_completion_length=self.config.rollout.max_completion_length,
         )
         if is_first():
-            write_evaluation(log.run_dir, name, records)
+            write_evaluation(Path(self.config.run.dir), name, records)
         log.evaluation(name, metrics)
         return metrics["eval/accuracy"]
 
@@ -162,10 +147,8 @@ class Loop:
         samples = self.feed.state()  # waits for rounds drawn ahead
         samples |= pack_round(self.round, self.done) if self.round else {}
         log.flush()
-        about = {
-            "counters": log.counters.as_dict(),
-            "data_fingerprint": self.data_fingerprint,
-        }
+        counters = dataclasses.asdict(log.counters)
+        about = {"counters": counters, "data_fingerprint": self.data_fingerprint}
         self.policy.save(checkpoints, log.counters.step, about, samples)
 
     def _resume(self, checkpoints: Checkpoints) -> Counters:
@@ -183,8 +166,7 @@ class Loop:
                 "bring them back, or choose another run.dir"
             )
         self.feed.load(restored.samples)
-        found = unpack_round(restored.samples, self.policy.plan)
-        if found:
+        if found := unpack_round(restored.samples, self.policy.plan):
             self.round, self.done = found
         return Counters(**restored.extra["counters"])
 

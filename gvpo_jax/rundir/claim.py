@@ -1,7 +1,6 @@
 """A run's folder: holding it against others, and the files that are written whole."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import filelock
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.rundir.files import read_metrics, write_jsonl, write_text
+from gvpo_jax.rundir.files import read_metrics, write_jsonl
 from gvpo_jax.settings import setting
 
 SETTINGS = "config.yaml"
@@ -84,17 +83,14 @@ def lock(folder: Path) -> Iterator[Path]:
     """
     with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(folder / _LOCK, timeout=0)
         try:
-            held.acquire()
+            held = filelock.FileLock(folder / _LOCK, timeout=0).acquire()
         except filelock.Timeout:
             raise UserError(
                 f"another process is training in {folder}; wait for it, or choose another run.dir"
             ) from None
-    try:
+    with held:
         yield folder
-    finally:
-        held.release()
 
 
 def check_not_lost(folder: Path, every: int) -> None:
@@ -116,8 +112,3 @@ def check_not_lost(folder: Path, every: int) -> None:
 def write_evaluation(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
     """eval/NAME.jsonl: one line per held-out completion."""
     write_jsonl(folder / "eval" / f"{name}.jsonl", records)
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """summary.json, the run in five numbers."""
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

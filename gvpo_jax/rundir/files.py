@@ -72,17 +72,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises UserError, naming file and line, where an earlier line is not a JSON object.
     """
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
-    rows = []
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif number != last:
-            raise UserError(f"{path}:{number + 1} is not a JSON object; mend or delete that line")
-    return rows
+    rows = [(number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, row in rows[:-1]:
+        if row is None:
+            raise UserError(f"{path}:{number} is not a JSON object; mend or delete that line")
+    return [row for _, row in rows if row is not None]
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:

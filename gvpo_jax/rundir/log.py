@@ -30,28 +30,15 @@ class LogConfig:
 
 @dataclasses.dataclass
 class Counters:
-    """How far a run has come; saved in every checkpoint.
+    """How far a run has come; saved in every checkpoint."""
 
-    Attributes:
-        step: updates done.
-        rollouts: rollouts done, which is also the position in the data.
-        num_tokens: prompt and completion tokens trained on.
-        train_seconds: time in rollouts and updates, over all sessions.
-        wall_seconds: the same with evaluations and all else.
-        accuracy_before, accuracy_after: on the held-out rows.
-    """
-
-    step: int = 0
-    rollouts: int = 0
-    num_tokens: int = 0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    accuracy_before: float | None = None
+    step: int = 0  # updates done
+    rollouts: int = 0  # rollouts done, which is also the position in the data
+    num_tokens: int = 0  # of prompts and completions trained on
+    train_seconds: float = 0.0  # in rollouts and updates, over all sessions
+    wall_seconds: float = 0.0  # the same with evaluations and all else
+    accuracy_before: float | None = None  # on the held-out rows
     accuracy_after: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
     def summary(self, model: str) -> dict[str, Any]:
         """What summary.json holds; an accuracy that was not measured is left out."""
@@ -82,17 +69,12 @@ class RunLog:
         counters: Counters,
         options: LogConfig,
         total_steps: int,
-        per_round: int = 1,
+        per_round: int,
     ):
-        fresh = counters.step == 0
-        self.run_dir, self.counters = run_dir, counters
-        self._writer = None
+        self.counters, self._writer = counters, None
         if is_first():
-            self._writer = MetricsWriter(
-                run_dir,
-                tensorboard=options.tensorboard,
-                first_step=-1 if fresh else counters.step,
-            )
+            last = counters.step or -1  # not 0: a fresh run keeps no evaluation of an earlier try
+            self._writer = MetricsWriter(run_dir, tensorboard=options.tensorboard, first_step=last)
         console = None if is_first() else Console(quiet=True)
         self._progress = Progress(total_steps, counters.step, per_round=per_round, console=console)
         self._every, self._samples = options.completions_every, options.samples
@@ -114,22 +96,14 @@ class RunLog:
     def step(self, on_device: Mapping[str, jax.Array | float], here: Mapping[str, float]) -> None:
         """Book an update that was just sent off."""
         self._fetch()
-        now = time.perf_counter()
+        now, told = time.perf_counter(), dict(here)
         seconds, self._step_start = now - self._step_start, now
-        tokens = int(here["tokens"])
-        c = self.counters
-        c.step, c.num_tokens, c.train_seconds = (
-            c.step + 1,
-            c.num_tokens + tokens,
-            c.train_seconds + seconds,
-        )
-        timing = {
-            "num_tokens": c.num_tokens,
-            "step_time": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        rest = {name: value for name, value in here.items() if name != "tokens"}
-        self._pending = (c.step, on_device, rest | timing)
+        tokens, c = int(told.pop("tokens")), self.counters
+        c.step += 1
+        c.num_tokens += tokens
+        c.train_seconds += seconds
+        told |= {"num_tokens": c.num_tokens, "step_time": seconds}
+        self._pending = (c.step, on_device, told | {"tokens_per_second": tokens / seconds})
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Every so many updates, keep what was sampled for update `step` on disk, and show some."""

@@ -1,5 +1,6 @@
 """What a run tells while it runs: metrics.jsonl, completions, TensorBoard and the terminal."""
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.rundir.files import (
     METRICS,
     read_jsonl,
-    read_metrics,
     step_file,
     step_files,
     to_json,
@@ -25,12 +25,10 @@ from gvpo_jax.rundir.files import (
 )
 from gvpo_jax.rundir.formats import compact, duration, percent
 
-__all__ = ["MetricsWriter", "Progress", "read_metrics"]
-
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Writes metrics.jsonl, completions/ and, if asked, tensorboard/ of one run folder.
 
     first_step: the last step whose result is kept; -1 keeps nothing. What an interrupted run wrote
@@ -41,9 +39,8 @@ class MetricsWriter:
     def __init__(self, run_dir: Path | str, *, tensorboard: bool, first_step: int):
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = None
-        if tensorboard:
-            self._tensorboard = _open_tensorboard(self._run_dir / "tensorboard", first_step)
+        board = self._run_dir / "tensorboard"
+        self._tensorboard = _open_tensorboard(board, first_step) if tensorboard else None
         path = self._run_dir / METRICS
         _keep_steps_until(path, first_step)
         for step, file in step_files(self._run_dir / "completions").items():
@@ -69,9 +66,6 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -158,8 +152,7 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
             "TensorBoard logging needs tensorboardX:"
             ' pip install "gvpo-jax[tensorboard]", or switch it off'
         ) from None
-    # The suffix keeps two starts within one second from sharing a file.
-    suffix = f".from_{first_step}"
+    suffix = f".from_{first_step}"  # else two starts within one second would share a file
     return SummaryWriter(str(folder), purge_step=first_step + 1, filename_suffix=suffix)
 
 
@@ -182,8 +175,7 @@ def _live_bar(console: Console, total: int, first_step: int) -> tuple[RichProgre
 
 def _status(metrics: Mapping[str, Any], per_step: float, seconds_left: float) -> list[str]:
     parts = []
-    objective = "gvpo_mse" if "gvpo_mse" in metrics else "loss"
-    for name in ("reward", objective):
+    for name in ("reward", "gvpo_mse" if "gvpo_mse" in metrics else "loss"):
         if name in metrics:
             parts.append(f"{name} {_fixed(float(metrics[name]))}")
     if "tokens_per_second" in metrics:
@@ -199,9 +191,7 @@ def _status(metrics: Mapping[str, Any], per_step: float, seconds_left: float) ->
 
 def _fixed(value: float) -> str:
     """Three decimals, so that columns of a log line up, unless the number would be lost in them."""
-    return (
-        f"{value:.3f}" if abs(value) >= 0.00995 or value == 0 or value != value else f"{value:.2g}"
-    )
+    return f"{value:.2g}" if 0 < abs(value) < 0.00995 else f"{value:.3f}"
 
 
 def _text(value: Any) -> str:
