@@ -1,7 +1,6 @@
 """The door for Python users: whole runs, or steps on text that they sampled and scored."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.parallel.distributed import from_first_host, my_slice, raise_together, to_first_host
-from gvpo_jax.parallel.layout import check_batch, group_shards, place_param, place_params
+from gvpo_jax.parallel.layout import check_batch, group_shards, place_params
 from gvpo_jax.rewards import batched
 from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.make import sampling_model
@@ -65,8 +64,11 @@ class Trainer:
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
         needed = c.data.max_prompt_length + c.rollout.max_completion_length
         if model is None:
-            place = functools.partial(place_param, mesh)
-            model = load_model(c.model.name, place=place, length=needed)
+            model = load_model(
+                c.model.name,
+                place=lambda path, x: place_params(mesh, {path: x})[path],
+                length=needed,
+            )
             params = model.params
         else:  # the caller keeps theirs
             check_length(model.config, needed, model.name)
@@ -117,8 +119,7 @@ class Trainer:
             "rollout__temperature": temperature,
             "rollout__top_p": top_p,
         }
-        config = override(Config(), **named | settings)
-        return cls(config)
+        return cls(override(Config(), **named | settings))
 
     def train_step(
         self,
@@ -149,17 +150,10 @@ class Trainer:
                 f"got {len(completions)} groups of completions and {len(rewards)} of rewards for "
                 f"{len(prompts)} prompts; give one of each per prompt"
             )
-        encoded = self._encode_all(prompts)
-        limit = self.config.rollout.max_completion_length
-        groups = stack(
-            [
-                self._group(f"group {place}", ids, texts, values, limit)
-                for place, (ids, texts, values) in enumerate(
-                    zip(encoded.token_ids, completions, rewards, strict=True), start=1
-                )
-            ]
-        )
-        batch = to_batch(groups, longest_completion=limit)
+        token_ids = self._encode_all(prompts).token_ids
+        given = enumerate(zip(token_ids, completions, rewards, strict=True), start=1)
+        groups = stack([self._group(f"group {place}", *group) for place, group in given])
+        batch = to_batch(groups, longest_completion=self.config.rollout.max_completion_length)
         if not (batch.valid.sum(axis=-1) >= 2).any():
             raise UserError(
                 "no group has two completions with a reward; GVPO compares at least two"
@@ -191,14 +185,13 @@ class Trainer:
                 raise.
         """
         c, judge = self.config, self._judge(reward_funcs)
-        prompts, notes = c.data.encode(dataset, self.tokenizer), []
-        demonstrations = None
+        prompts = c.data.encode(dataset, self.tokenizer)
+        demonstrations, lost = None, 0
         if c.rollout.demonstrations:
             demonstrations = read_demonstrations(
                 prompts, self.tokenizer, self.stop_ids, c.rollout, bad_samples=c.data.bad_samples
             )
-            if lost := sum(int((group.lengths == 0).sum()) for group in demonstrations):
-                notes = [f"{lost} demonstrations skipped: data.bad_samples=skip"]
+            lost = sum(int((group.lengths == 0).sum()) for group in demonstrations)
         collector = Collector(
             self.engine,
             judge,
@@ -211,14 +204,11 @@ class Trainer:
             seed=c.run.seed,
         )
         feed = OnlineFeed(self.policy, collector, c.train, c.replay)
-        return self._loop(feed, judge, prompts, eval_dataset, notes).run()
+        bad = {"demonstrations": lost}
+        return self._loop(feed, judge, prompts, eval_dataset, bad).run()
 
     def train_offline(
-        self,
-        dataset: Dataset,
-        *,
-        reward_funcs: RewardFuncs = (),
-        eval_dataset: Dataset = (),
+        self, dataset: Dataset, *, reward_funcs: RewardFuncs = (), eval_dataset: Dataset = ()
     ) -> dict[str, Any]:
         """As `train`, on groups that were sampled and scored elsewhere.
 
@@ -237,12 +227,6 @@ class Trainer:
             raise UserError("held-out rows need reward functions that judge them")
         prompts = c.data.encode(dataset, self.tokenizer)
         offline = self._read_groups(prompts)
-        skipped = {"completions": offline.skipped_completions, "groups": offline.skipped_groups}
-        notes = [
-            f"{count} {what} skipped: data.bad_samples=skip"
-            for what, count in skipped.items()
-            if count
-        ]
         feed = OfflineFeed(
             self.policy,
             offline.groups,
@@ -251,7 +235,8 @@ class Trainer:
             seed=c.run.seed,
             ahead=c.reference.name == "initial",
         )
-        return self._loop(feed, self._judge(reward_funcs), prompts, eval_dataset, notes).run()
+        bad = {"completions": offline.skipped_completions, "groups": offline.skipped_groups}
+        return self._loop(feed, self._judge(reward_funcs), prompts, eval_dataset, bad).run()
 
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
         """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
@@ -311,11 +296,7 @@ class Trainer:
             UserError: the folder holds something else, or can't be written.
         """
         params = to_first_host(self.policy.params)
-
-        def write() -> None:
-            export_model(folder, self.model, params)
-
-        from_first_host(write)
+        from_first_host(lambda: export_model(folder, self.model, params))
 
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
@@ -325,17 +306,17 @@ class Trainer:
         Raises:
             UserError: there is none.
         """
-        folder = Path(run_dir) / "checkpoints"
-        if not folder.is_dir():
-            raise UserError(f"{run_dir} has no checkpoint yet")
-        with Checkpoints(folder) as checkpoints:
-            restored = self.policy.load(checkpoints, params_only=True)
+        folder, restored = Path(run_dir) / "checkpoints", None
+        if folder.is_dir():
+            with Checkpoints(folder) as checkpoints:
+                restored = self.policy.load(checkpoints, params_only=True)
         if restored is None:
             raise UserError(f"{run_dir} has no checkpoint yet")
         return restored.step
 
-    def _group(self, name: str, prompt_ids, texts, values, limit: int) -> Groups:
+    def _group(self, name: str, prompt_ids, texts, values) -> Groups:
         """A group handed over as text, checked."""
+        limit = self.config.rollout.max_completion_length
         if len(texts) != len(values):
             raise UserError(f"{name} has {len(texts)} completions but {len(values)} rewards")
         tokens, rewards = [], []
@@ -357,15 +338,15 @@ class Trainer:
         judge: Judge,
         prompts: EncodedPrompts,
         eval_dataset: Dataset,
-        notes: Sequence[str],
+        bad: Mapping[str, int],
     ) -> Loop:
         data = self.config.data
         held_out = data.encode(eval_dataset, self.tokenizer) if eval_dataset else None
         names = (getattr(f, "__name__", type(f).__name__) for f in judge.reward_funcs)
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
-        if prompts.skipped:
-            skipped = f"{prompts.skipped} prompts skipped: over data.max_prompt_length tokens"
-            notes = [skipped, *notes]
+        counts = {"prompts skipped: over data.max_prompt_length tokens": prompts.skipped}
+        counts |= {f"{what} skipped: data.bad_samples=skip": count for what, count in bad.items()}
+        notes = [f"{count} {what}" for what, count in counts.items() if count]
         who = self.config, self.model.name, self.policy, self.engine
         return Loop(*who, feed, judge, held_out, fingerprint, notes)
 

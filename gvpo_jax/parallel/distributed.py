@@ -76,8 +76,30 @@ class DistributedConfig:
             host, port = _host_and_port(self.coordinator_address)
             if self.process_id:
                 _wait_for(host, port, self.initialization_timeout)
-        seconds, heartbeat = self.initialization_timeout, self.heartbeat_timeout
-        _join(*explicit, seconds=seconds, heartbeat_timeout=heartbeat)
+        self._join()
+
+    def _join(self) -> None:
+        seconds = self.initialization_timeout
+        where = self.coordinator_address or "the coordinator that JAX looked for"
+        late = f"the other processes did not come to {where} within {seconds} s"
+        watch = threading.Timer(seconds, _give_up, [late])
+        watch.daemon = True
+        watch.start()
+        try:
+            jax.distributed.initialize(
+                self.coordinator_address,
+                self.num_processes,
+                self.process_id,
+                initialization_timeout=seconds + 10,  # the watch goes first
+                heartbeat_timeout_seconds=self.heartbeat_timeout,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"could not join the other processes at {where} within {seconds} s: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from None
+        finally:
+            watch.cancel()
 
 
 def is_first() -> bool:
@@ -152,8 +174,6 @@ def gather(local: Any) -> Any:
 
 def max_over_hosts(number: int) -> int:
     """The largest of this number over all processes."""
-    if jax.process_count() == 1:
-        return number
     return int(gather(np.array([number])).max())
 
 
@@ -172,10 +192,8 @@ def raise_together(work: Callable[[], Any]) -> Any:
         message = str(error)
     except Exception as error:  # a bug, or no memory: the others must not wait for this process
         message, own = f"{type(error).__name__}: {error}", error
-    text = np.zeros((1, 512), np.uint8)
-    encoded = message.encode()[:512]
-    text[0, : len(encoded)] = list(encoded)
-    for process, row in enumerate(gather(text)):
+    text = np.frombuffer(message.encode()[:512].ljust(512, b"\0"), np.uint8)
+    for process, row in enumerate(gather(text[None])):
         if row.any():
             if own is not None:
                 raise own
@@ -211,29 +229,6 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def _join(address, processes, process, *, seconds: int, heartbeat_timeout: int) -> None:
-    where = address or "the coordinator that JAX looked for"
-    late = f"the other processes did not come to {where} within {seconds} s"
-    watch = threading.Timer(seconds, _give_up, [late])
-    watch.daemon = True
-    watch.start()
-    try:
-        jax.distributed.initialize(
-            address,
-            processes,
-            process,
-            initialization_timeout=seconds + 10,  # the watch goes first
-            heartbeat_timeout_seconds=heartbeat_timeout,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"could not join the other processes at {where} within {seconds} s: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
-    finally:
-        watch.cancel()
-
-
 def _give_up(message: str) -> None:
     """Ends the program: JAX would abort it, without an error to catch."""
     print(f"gvpo-jax: error: {message}", file=sys.stderr, flush=True)
@@ -265,11 +260,9 @@ def _wait_for(host: str, port: int, seconds: int) -> None:
 
 def _in_a_cluster() -> bool:
     env = os.environ
-    several = any(
-        int(env.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    )
+    tasks = (env.get(name) or 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     return (
-        several
+        any(int(number) > 1 for number in tasks)
         or "JAX_COORDINATOR_ADDRESS" in env
         or "MEGASCALE_COORDINATOR_ADDRESS" in env
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")

@@ -92,16 +92,11 @@ def batch_axes(mesh: Mesh, groups: int, k: int) -> Axes | None:
     return None
 
 
-def divides(mesh: Mesh, groups: int, k: int) -> bool:
-    """Whether a batch of all processes lies on the mesh in equal parts, and each has its own."""
-    axes = batch_axes(mesh, groups, k)
-    return axes is not None and _rows_are_own(mesh, axes[0], groups)
-
-
 def fill_up(mesh: Mesh, groups: int, k: int) -> int:
     """The number that this process must fill its groups up to, so that all divide."""
     processes = jax.process_count()
-    if divides(mesh, groups * processes, k):
+    axes = batch_axes(mesh, groups * processes, k)
+    if axes and _rows_are_own(mesh, axes[0], groups * processes):
         return groups
     unit = -(-group_shards(mesh) // processes)
     return -(-groups // unit) * unit
@@ -115,10 +110,7 @@ def check_batch(mesh: Mesh, groups: int, k: int, name: str) -> None:
     Raises:
         UserError: it does not; says what would.
     """
-    try:
-        over_groups, _ = batch_axes(mesh, groups, k) or _refuse(mesh, groups, k)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    over_groups, _ = batch_axes(mesh, groups, k) or _refuse(mesh, groups, k, f"{name}: ")
     if not _rows_are_own(mesh, over_groups, groups):
         raise UserError(
             f"{name}: {groups} groups do not lie on {jax.process_count()} processes in equal "
@@ -161,11 +153,6 @@ def place_params(mesh: Mesh, tree: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree, shardings(mesh, tree))
-
-
-def place_param(mesh: Mesh, path: str, array: np.ndarray) -> jax.Array:
-    """One parameter, by its path, laid out on the mesh."""
-    return place_params(mesh, {path: array})[path]
 
 
 def shapes_on(mesh: Mesh, tree: Any) -> Any:
@@ -245,9 +232,9 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     return spec
 
 
-def _refuse(mesh: Mesh, groups: int, k: int) -> NoReturn:
+def _refuse(mesh: Mesh, groups: int, k: int, name: str = "") -> NoReturn:
     raise UserError(
-        f"{groups} groups of {k} completions do not divide over data x fsdp = "
+        f"{name}{groups} groups of {k} completions do not divide over data x fsdp = "
         f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices; use a multiple of "
         f"{group_shards(mesh)} groups"
     )
