@@ -50,10 +50,8 @@ class DistributedConfig:
     def start(self) -> None:
         """Join the other processes; call it before anything touches a device.
 
-        Where the others do not come in time the program ends, with a line and status 2.
-
-        Raises:
-            UserError: half of the settings are missing, or the coordinator was not reached in time.
+        Where the others do not come in time the program ends, with a line and status 2. Raises
+        UserError where half of the settings are missing, or the coordinator is not reached in time.
         """
         if "proxy" in os.environ.get("JAX_PLATFORMS", ""):
             return _start_pathways()
@@ -110,8 +108,7 @@ def is_first() -> bool:
 def my_slice(groups: int) -> slice:
     """The groups of a batch that this process builds: equal parts, in the processes' order.
 
-    Raises:
-        UserError: they do not divide.
+    Raises UserError where they do not divide.
     """
     processes, here = jax.process_count(), jax.process_index()
     if groups % processes:
@@ -180,8 +177,7 @@ def max_over_hosts(number: int) -> int:
 def raise_together(work: Callable[[], Any]) -> Any:
     """What `work` gives, or the first process's error on every one: none waits for a dead one.
 
-    Raises:
-        UserError: as `work` raises it here, or whatever it raises elsewhere.
+    Raises UserError as `work` raises it here, or for whatever it raises elsewhere.
     """
     if jax.process_count() == 1:
         return work()
@@ -203,11 +199,7 @@ def raise_together(work: Callable[[], Any]) -> Any:
 
 
 def from_first_host(work: Callable[[], Any]) -> Any:
-    """What `work` gives in the first process, which alone does it, on every one.
-
-    Raises:
-        UserError: as `work` raises it there.
-    """
+    """What `work` gives, or raises, in the first process, which alone does it, on every one."""
     result = raise_together(lambda: work() if is_first() else None)
     if jax.process_count() == 1:
         return result
@@ -220,13 +212,9 @@ def from_first_host(work: Callable[[], Any]) -> Any:
 def _to_first_host(x: jax.Array) -> np.ndarray | None:
     assert isinstance(x.sharding, NamedSharding)
     everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    copied = jax.jit(_same, out_shardings=everywhere)(x)
+    copied = jax.device_put(x, everywhere)
     jax.block_until_ready(copied)  # who reads nothing would run ahead and hold many at once
     return np.asarray(copied.addressable_data(0)) if is_first() else None
-
-
-def _same(x: jax.Array) -> jax.Array:
-    return x
 
 
 def _give_up(message: str) -> None:

@@ -51,8 +51,7 @@ ACTIVATION_LAYOUT: dict[str, tuple[str | None, ...]] = {
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """A `NamedSharding` for every leaf of a tree of parameters or optimizer state, from `LAYOUT`.
 
-    Raises:
-        UserError: an axis of an array does not divide over the devices along its mesh axis.
+    Raises UserError where an array's axis does not divide over the devices along its mesh axis.
     """
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(mesh, path_name(path), np.shape(leaf))), tree
@@ -62,8 +61,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def batch_shardings(mesh: Mesh, tree: Any, groups: int, k: int) -> Any:
     """A `NamedSharding` for every array of a batch of [groups, k], from `BATCH_LAYOUT`.
 
-    Raises:
-        UserError: the groups do not divide over the mesh, see `check_batch`.
+    Raises UserError where the groups do not divide over the mesh, see `check_batch`.
     """
     over_groups, over_k = batch_axes(mesh, groups, k) or _refuse(mesh, groups, k)
     stands_for = {"groups": over_groups or None, "completions": over_k or None, "tensor": "tensor"}
@@ -103,12 +101,9 @@ def fill_up(mesh: Mesh, groups: int, k: int) -> int:
 
 
 def check_batch(mesh: Mesh, groups: int, k: int, name: str) -> None:
-    """That a batch of all processes divides.
+    """Raise UserError where a batch of all processes does not divide, and say what would.
 
     name: what the message begins with.
-
-    Raises:
-        UserError: it does not; says what would.
     """
     over_groups, _ = batch_axes(mesh, groups, k) or _refuse(mesh, groups, k, f"{name}: ")
     if not _rows_are_own(mesh, over_groups, groups):

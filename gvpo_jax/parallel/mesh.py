@@ -29,11 +29,8 @@ class MeshConfig:
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """A mesh with axes `data`, `fsdp`, `tensor`, each as long as its two sizes multiply to.
 
-        Args:
-            devices: default: all.
-
-        Raises:
-            UserError: the sizes do not multiply to a number of devices or slices that is there.
+        devices: default: all. Raises UserError where the sizes do not multiply to a number of
+        devices or slices that is there.
         """
         devices = jax.devices() if devices is None else devices
         slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -69,10 +66,9 @@ class MeshConfig:
 
 
 def check_hosts(mesh: Mesh, setting: str) -> None:
-    """That no row of a batch lies on several hosts: each host builds its own rows.
+    """Raise UserError, naming the setting, where a row of a batch lies on several hosts.
 
-    Raises:
-        UserError: it does; names the setting.
+    Each host builds its own rows.
     """
     for row in mesh.devices.reshape(-1, mesh.shape["tensor"]):
         hosts = {device.process_index for device in row}
