@@ -1,4 +1,7 @@
-"""The commands: whole runs from a config, their evaluation and export."""
+"""The commands: whole runs from a config, their evaluation and export.
+
+All raise `UserError` for the user's mistakes.
+"""
 
 import contextlib
 import dataclasses
@@ -10,18 +13,14 @@ import jax
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import is_first, raise_together
+from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.claim import lock, write_evaluation
 from gvpo_jax.trainer import Trainer
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train as the config says; returns the summary. Its mistakes show before a model is loaded.
-
-    Raises:
-        UserError: for the user's mistakes.
-    """
+    """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
     _join(config)
     offline = config.data.groups_path is not None
 
@@ -50,9 +49,6 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
     """Held-out accuracy of the model that a config starts from, or of its run's last checkpoint.
 
     checkpoint: the latter, whose answers are kept as eval/latest.jsonl.
-
-    Raises:
-        UserError: for the user's mistakes.
     """
     _join(config)
     reward_funcs = config.rewards.functions()
@@ -65,7 +61,7 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(trainer.engine))
         if checkpoint:
-            raise_together(lambda: _hold_servers(config, stack))
+            from_first_host(lambda: _hold_servers(config, stack))
             trainer.restore(config.run.dir)
         metrics, records = trainer.evaluate(held_out, reward_funcs)
     if checkpoint and is_first():
@@ -74,13 +70,8 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
 
 
 def export(config: Config, folder: Path) -> Path:
-    """Write a run's last checkpoint as a model folder that transformers loads.
-
-    Raises:
-        UserError: there is no checkpoint, or the folder can't be written.
-    """
-    alone = dataclasses.replace(config, servers=ServersConfig())  # nothing is sampled
-    trainer = Trainer(alone)
+    """Write a run's last checkpoint as a model folder that transformers loads."""
+    trainer = Trainer(dataclasses.replace(config, servers=ServersConfig()))  # nothing is sampled
     trainer.restore(config.run.dir)
     trainer.save_pretrained(folder)
     return folder
@@ -88,7 +79,7 @@ def export(config: Config, folder: Path) -> Path:
 
 def _hold_servers(config: Config, stack: contextlib.ExitStack) -> None:
     """See that no training in this run's folder has other weights on the servers meanwhile."""
-    if is_first() and config.servers.kind != "none":
+    if config.servers.kind != "none":
         try:
             stack.enter_context(lock(Path(config.run.dir)))
         except UserError as error:

@@ -3,6 +3,7 @@
 `gvpo-jax train --help` and docs/settings.md list them all.
 """
 
+import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,7 @@ if TYPE_CHECKING:  # these bring in flax, which a misspelt config should not wai
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run.
-
-    Raises:
-        UserError: a value out of range, or settings that do not go together.
-    """
+    """All settings of a run; UserError where one is out of range, or some do not go together."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -97,8 +94,8 @@ def _check_loss(c: Config) -> None:
     loss = c.loss
     if loss.huber_delta is not None and loss.name != "gvpo":
         raise UserError(f"loss.huber_delta is for gvpo, not for loss.name={loss.name}")
-    clips = {"epsilon": loss.epsilon, "epsilon_high": loss.epsilon_high, "kl_coef": loss.kl_coef}
-    given = [f"loss.{name}" for name, value in clips.items() if value]
+    clips = ("epsilon", "epsilon_high", "kl_coef")
+    given = [f"loss.{name}" for name in clips if getattr(loss, name)]
     if given and loss.name in ("gvpo", "rebel", "dpo"):
         raise UserError(
             f"loss.name={loss.name} has neither clipping nor a KL penalty: leave out "
@@ -136,13 +133,8 @@ def _check_sources(c: Config) -> None:
             f"replay.groups={r.groups} must be less than train.batch_size={c.train.batch_size}: "
             "some groups have to be new"
         )
-    sampling = {
-        "rollout.demonstrations": c.rollout.demonstrations,
-        "rollout.lookahead": c.rollout.lookahead,
-        "replay.completions": r.completions,
-        "replay.groups": r.groups,
-    }
-    useless = [name for name, value in sampling.items() if value]
+    names = ("rollout.demonstrations", "rollout.lookahead", "replay.completions", "replay.groups")
+    useless = [name for name in names if operator.attrgetter(name)(c)]
     if c.data.groups_path and useless:
         raise UserError(
             f"{', '.join(useless)}: nothing is sampled with data.groups_path; leave it out"
@@ -153,10 +145,8 @@ def _check_servers(c: Config) -> None:
     c.servers.check()
     if c.servers.kind == "none":
         return
-    cache = None if c.rollout.cache_dtype == "model" else c.rollout.cache_dtype
-    own = {"tensor": c.rollout.tensor, "slots": c.rollout.slots, "cache_dtype": cache}
-    for name, value in own.items():
-        if value is not None:
+    for name, default in (("tensor", None), ("slots", None), ("cache_dtype", "model")):
+        if getattr(c.rollout, name) != default:
             raise UserError(
                 f"rollout.{name} is for sampling in this process, not on servers "
                 f"(servers.kind={c.servers.kind}); leave it out"

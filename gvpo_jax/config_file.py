@@ -33,8 +33,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     `configs/quickstart.yaml`) is taken from there. Files that settings name are looked for from the
     working directory, then beside the config; `~` is the home folder.
 
-    Raises:
-        UserError: no such file, no YAML, an unknown key, or a value out of range.
+    Raises UserError for no such file, no YAML, an unknown key, or a value out of range.
     """
     file = _find(Path(path))
     given = [read_override(override) for override in overrides]
@@ -61,8 +60,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def override(config: Config, **values: Any) -> Config:
     """A copy with `section__key=value` changed, e.g. `override(config, loss__beta=0.2)`.
 
-    Raises:
-        UserError: an unknown key or a value out of range.
+    Raises UserError for an unknown key or a value out of range.
     """
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -135,9 +133,7 @@ def claim(config: Config) -> Path:
     """The run folder, made and marked with the config, or found again with the same config in it.
 
     A run with a constant learning rate may be made longer: `train.steps` may grow.
-
-    Raises:
-        UserError: as for `check_claim`; nothing is written then.
+    Where `check_claim` raises, nothing is written.
     """
     folder = check_claim(config)
     # Where this session stops, and on which machines it runs, is not the run's business.
@@ -152,8 +148,7 @@ def claim(config: Config) -> Path:
 def check_claim(config: Config) -> Path:
     """The run folder, nothing written yet.
 
-    Raises:
-        UserError: the folder holds something else, or a run of another config.
+    Raises UserError where it holds something else, or a run of another config.
     """
     folder = Path(config.run.dir)
     with usable(folder):
@@ -174,8 +169,7 @@ def check_claim(config: Config) -> Path:
 def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config of a run folder, overrides on top, with `run.dir` set to where it lies now.
 
-    Raises:
-        UserError: the folder is no run.
+    Raises UserError where the folder is no run.
     """
     folder = Path(path)
     if not (folder / SETTINGS).is_file():

@@ -152,11 +152,7 @@ class Loop:
         self.policy.save(checkpoints, log.counters.step, about, samples)
 
     def _resume(self, checkpoints: Checkpoints) -> Counters:
-        """Let policy and feed take over the last whole checkpoint; all at 0 where there is none.
-
-        Raises:
-            UserError: it belongs to another model, or to other data than these.
-        """
+        """Let policy and feed take over the last whole checkpoint; all at 0 where there is none."""
         restored = self.policy.load(checkpoints)
         if restored is None:
             return Counters()

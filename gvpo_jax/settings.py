@@ -61,10 +61,9 @@ def all_settings(config: Any) -> Iterator[Setting]:
 
 
 def check_limits(config: Any) -> None:
-    """That every setting of a config lies within its limits; NaN and infinities lie outside.
+    """Raise UserError, naming key, limit and value, where a setting lies outside its limits.
 
-    Raises:
-        UserError: one does not; names key, limit and value.
+    NaN and infinities lie outside.
     """
     for key, value, _, about in all_settings(config):
         problem = None if value is None else _problem(value, about)

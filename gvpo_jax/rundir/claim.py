@@ -55,11 +55,7 @@ def usable(folder: Path) -> Iterator[None]:
 
 
 def check_not_foreign(folder: Path) -> None:
-    """That a folder without settings holds nothing but what a run leaves there before it begins.
-
-    Raises:
-        UserError: it holds something else, or is no folder.
-    """
+    """Raise UserError where a folder without settings holds what is no run's, or is no folder."""
     ours = (_LOCK, "checkpoints", "weights")
     if folder.exists() and (
         not folder.is_dir() or any(entry.name not in ours for entry in folder.iterdir())
@@ -78,8 +74,7 @@ def has_begun(folder: Path) -> bool:
 def lock(folder: Path) -> Iterator[Path]:
     """The run folder, made where it is missing, held against other processes meanwhile.
 
-    Raises:
-        UserError: another process trains in the folder, or it can't be used.
+    Raises UserError where another process trains in the folder, or it can't be used.
     """
     with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +89,9 @@ def lock(folder: Path) -> Iterator[Path]:
 
 
 def check_not_lost(folder: Path, every: int) -> None:
-    """For a folder without any checkpoint: that starting anew destroys no results.
+    """Raise UserError where a run without checkpoints got so far that it must have had some.
 
-    every: updates between checkpoints.
-
-    Raises:
-        UserError: the run got further than its checkpoints tell.
+    every: updates between checkpoints. Starting anew would destroy the results.
     """
     last = max((line["step"] for line in read_metrics(folder)), default=0)
     if (folder / "summary.json").exists() or last >= 2 * every:

@@ -142,11 +142,7 @@ class RunLog:
 
 
 def check_finite(metrics: Mapping[str, float], what: str) -> None:
-    """That an update made sense.
-
-    Raises:
-        UserError: it did not.
-    """
+    """Raise UserError where an update made no sense."""
     if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
         raise UserError(
             f"{what}: loss or gradient is not finite; lower optimizer.learning_rate, or "
