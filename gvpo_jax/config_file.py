@@ -137,9 +137,8 @@ def claim(config: Config) -> Path:
     """
     folder = check_claim(config)
     # Where this session stops, and on which machines it runs, is not the run's business.
-    kept = dataclasses.replace(
-        override(config, train__stop_at=None), distributed=DistributedConfig()
-    )
+    train = dataclasses.replace(config.train, stop_at=None)
+    kept = dataclasses.replace(config, train=train, distributed=DistributedConfig())
     with usable(folder):
         write_text(folder / SETTINGS, to_yaml(kept))
     return folder

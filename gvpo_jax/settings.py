@@ -1,6 +1,7 @@
 """A setting is written once: name, type, default, limits and meaning, in one dataclass field."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -11,29 +12,20 @@ _MAX = sys.float_info.max
 
 
 def setting(
-    default: Any,
-    description: str,
+    default: Any,  # where nothing is given; a list or dict is copied
+    description: str,  # what it does, for `--help` and the documentation
     *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    hint: str = "",
+    least: float | None = None,  # the smallest value allowed
+    most: float | None = None,  # the largest
+    above: float | None = None,  # what the value must exceed
+    below: float | None = None,  # what it must stay under
+    hint: str = "",  # what to do about a value out of range
     free: bool = False,
-    path: Literal["", "input", "output", "model", "functions", "template"] = "",
+    path: Literal["", "input", "output", "model", "functions", "template"] = "",  # of such a file
 ) -> Any:
     """A field of a config section.
 
-    Args:
-        default: its value where nothing is given; a list or dict is copied.
-        description: what it does, for `--help` and the documentation.
-        least: the smallest value allowed.
-        most: the largest value allowed.
-        above: what the value must exceed.
-        below: what the value must stay under.
-        hint: what to do about a value out of range.
-        free: a resumed run may change it: it touches neither what was computed nor what will be.
-        path: what kind of file it names; "": none.
+    free: a resumed run may change it: it touches neither what was computed nor what will be.
     """
     metadata = {"description": description, "free": free, "hint": hint, "path": path}
     metadata |= {"least": least, "most": most, "above": above, "below": below}
@@ -74,10 +66,8 @@ def check_limits(config: Any) -> None:
 
 def describe(config: Any) -> Iterator[tuple[str, str, str, str, str]]:
     """Key, type, value, limits and meaning of every setting, as a person reads them."""
-    words = {None: "null", True: "true", False: "false"}
     for key, value, kind, about in all_settings(config):
-        plain = value is None or isinstance(value, bool)
-        shown = words[value] if plain else str(value)
+        shown = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
         yield key, _type_name(kind), shown, _limits(about), about["description"]
 
 
