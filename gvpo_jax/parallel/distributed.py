@@ -55,8 +55,8 @@ class DistributedConfig:
         """
         if "proxy" in os.environ.get("JAX_PLATFORMS", ""):
             return _start_pathways()
-        explicit = (self.coordinator_address, self.num_processes, self.process_id)
-        if any(value is not None for value in explicit) and None in explicit:
+        address = self.coordinator_address
+        if 0 < [address, self.num_processes, self.process_id].count(None) < 3:
             raise UserError(
                 "distributed.coordinator_address, num_processes and process_id belong together: "
                 "give all three, or none"
@@ -66,12 +66,11 @@ class DistributedConfig:
                 f"distributed.process_id={self.process_id} must be less than "
                 f"distributed.num_processes={self.num_processes}"
             )
-        explicitly = self.initialize == "always" or self.coordinator_address is not None
-        wanted = explicitly or _in_a_cluster()
+        wanted = self.initialize == "always" or address is not None or _in_a_cluster()
         if self.initialize == "never" or not wanted or jax.distributed.is_initialized():
             return
-        if self.coordinator_address is not None:
-            host, port = _host_and_port(self.coordinator_address)
+        if address is not None:
+            host, port = _host_and_port(address)
             if self.process_id:
                 _wait_for(host, port, self.initialization_timeout)
         self._join()

@@ -47,8 +47,7 @@ class MeshConfig:
             devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
         )[: math.prod(inner) * slices]
         grid = np.array(ordered).reshape(*outer, *inner).transpose(0, 3, 1, 4, 2, 5)
-        sizes = [o * i for o, i in zip(outer, inner, strict=True)]
-        return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+        return Mesh(grid.reshape(np.multiply(outer, inner)), AXES, axis_types=(AxisType.Auto,) * 3)
 
     def _sizes(self, prefix: str, available: int, what: str) -> tuple[int, ...]:
         """Of the axes, what is left in place of -1."""

@@ -31,15 +31,12 @@ def watch() -> Iterator[Callable[[], bool]]:
         told.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def any_was_told() -> bool:
-        return bool(max_over_hosts(int(told.is_set())))
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield any_was_told
-        return
-    signal.signal(signal.SIGTERM, on_signal)
+    in_main = threading.current_thread() is threading.main_thread()
+    ours = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, on_signal)
     try:
-        yield any_was_told
+        yield lambda: bool(max_over_hosts(int(told.is_set())))
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
