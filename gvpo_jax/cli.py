@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gvpo_jax import __version__
 from gvpo_jax.errors import UserError
@@ -25,8 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "train":  # here: see CONTRIBUTING.md on the way to the gradient
             config = _config(arguments)
             from gvpo_jax import commands
+            from gvpo_jax.parallel.distributed import is_first
 
-            _show_summary(config.run.dir, commands.train(config))
+            summary = commands.train(config)
+            if is_first():
+                print(json.dumps(summary, indent=2))
+                print(f"report: {Path(config.run.dir) / 'report.html'}")
             return 0
         return _COMMANDS[arguments.command](arguments) or 0
     except UserError as error:
@@ -113,14 +117,6 @@ def _parser() -> argparse.ArgumentParser:
 # The imports below are late: --help and a misspelt config should not wait for transformers.
 
 
-def _show_summary(run_dir: str, summary: dict[str, Any]) -> None:
-    from gvpo_jax.parallel.distributed import is_first
-
-    if is_first():
-        print(json.dumps(summary, indent=2))
-        print(f"report: {Path(run_dir) / 'report.html'}")
-
-
 def _eval(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from gvpo_jax.commands import evaluate
@@ -140,7 +136,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from gvpo_jax.config_file import open_run
 
     config = open_run(arguments.run_dir)
-    print(export(config, Path(arguments.folder or Path(arguments.run_dir) / "export")))
+    print(export(config, Path(arguments.folder or f"{arguments.run_dir}/export")))
 
 
 def _compile(arguments: argparse.Namespace) -> int:

@@ -58,10 +58,10 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
             "there are no held-out rows: give data.tasks or data.eval_path, and data.eval_size"
         )
     trainer = Trainer(config)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(trainer.engine))
+    with contextlib.closing(trainer.engine), contextlib.ExitStack() as stack:
         if checkpoint:
-            from_first_host(lambda: _hold_servers(config, stack))
+            if config.servers.kind != "none":
+                from_first_host(lambda: _hold_servers(config, stack))
             trainer.restore(config.run.dir)
         metrics, records = trainer.evaluate(held_out, reward_funcs)
     if checkpoint and is_first():
@@ -79,13 +79,10 @@ def export(config: Config, folder: Path) -> Path:
 
 def _hold_servers(config: Config, stack: contextlib.ExitStack) -> None:
     """See that no training in this run's folder has other weights on the servers meanwhile."""
-    if config.servers.kind != "none":
-        try:
-            stack.enter_context(lock(Path(config.run.dir)))
-        except UserError as error:
-            raise UserError(
-                f"{error}; or sample here: servers.kind=none 'servers.urls=[]'"
-            ) from None
+    try:
+        stack.enter_context(lock(Path(config.run.dir)))
+    except UserError as error:
+        raise UserError(f"{error}; or sample here: servers.kind=none 'servers.urls=[]'") from None
 
 
 def _join(config: Config) -> None:
