@@ -45,9 +45,8 @@ class Loop:
     def run(self) -> dict[str, Any]:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds.
 
-        Raises:
-            Preempted: told to end by SIGTERM; the run is saved.
-            UserError: the folder belongs to another run, or what sampling and updates raise.
+        Raises Preempted, with the run saved, where told to end by SIGTERM, and UserError where the
+        folder belongs to another run, or as sampling and updates do.
         """
         c, run_dir = self.config, Path(self.config.run.dir)
         with contextlib.ExitStack() as stack:

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
 from gvpo_jax.collect.evaluate import evaluate
 from gvpo_jax.collect.feed import Feed, OnlineFeed
@@ -14,15 +12,7 @@ from gvpo_jax.collect.metrics import reward_metrics
 from gvpo_jax.collect.offline import OfflineFeed, OfflineGroups, read_groups, rows_with_reference
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
-from gvpo_jax.data.groups import (
-    Groups,
-    Source,
-    length_problem,
-    make_group,
-    read_reward,
-    stack,
-    to_batch,
-)
+from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
 from gvpo_jax.data.rows import EncodedPrompts, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
@@ -60,7 +50,10 @@ class Trainer:
     def __init__(self, config: Config, model: LoadedModel | None = None):
         c = self.config = config
         mesh = c.mesh.mesh()
-        _check_batch(c, mesh)
+        groups = c.train.batch_size // c.train.micro_batches
+        name = f"train.batch_size / train.micro_batches = {groups}"
+        check_batch(mesh, groups, c.rollout.num_generations, name)
+        my_slice(c.train.batch_size - c.replay.groups)  # raises where new groups do not divide
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
         needed = c.data.max_prompt_length + c.rollout.max_completion_length
         if model is None:
@@ -104,10 +97,8 @@ class Trainer:
         """A trainer of a hub model, a folder of safetensors or a .gguf file.
 
         Any other setting of the config is given as `section__key`, e.g. `train__steps=200` or
-        `run__dir="runs/mine"`; so given, it goes before its short name.
-
-        Raises:
-            UserError: as for the class, or for an unknown setting.
+        `run__dir="runs/mine"`; so given, it goes before its short name. Raises UserError as the
+        class does, or for an unknown setting.
         """
         named = {
             "model__name": name,
@@ -204,8 +195,7 @@ class Trainer:
             seed=c.run.seed,
         )
         feed = OnlineFeed(self.policy, collector, c.train, c.replay)
-        bad = {"demonstrations": lost}
-        return self._loop(feed, judge, prompts, eval_dataset, bad).run()
+        return self._loop(feed, judge, prompts, eval_dataset, {"demonstrations": lost}).run()
 
     def train_offline(
         self, dataset: Dataset, *, reward_funcs: RewardFuncs = (), eval_dataset: Dataset = ()
@@ -241,11 +231,8 @@ class Trainer:
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
         """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
 
-        Args:
-            dataset: as for `train_offline`.
-
-        Raises:
-            UserError: a group can't be used, or the reference changes with every update.
+        dataset: as for `train_offline`. Raises UserError where a group can't be used, or the
+        reference changes with every update.
         """
         c = self.config
         prompts = c.data.encode(dataset, self.tokenizer)
@@ -290,10 +277,8 @@ class Trainer:
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads.
 
-        Of several processes all call it, and the first writes.
-
-        Raises:
-            UserError: the folder holds something else, or can't be written.
+        Of several processes all call it, and the first writes. Raises UserError where the folder
+        holds something else, or can't be written.
         """
         params = to_first_host(self.policy.params)
         from_first_host(lambda: export_model(folder, self.model, params))
@@ -301,10 +286,8 @@ class Trainer:
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
 
-        Its optimizer state is not read: an update after this begins with a fresh one.
-
-        Raises:
-            UserError: there is none.
+        Its optimizer state is not read: an update after this begins with a fresh one. Raises
+        UserError where there is no checkpoint.
         """
         folder, restored = Path(run_dir) / "checkpoints", None
         if folder.is_dir():
@@ -314,7 +297,7 @@ class Trainer:
             raise UserError(f"{run_dir} has no checkpoint yet")
         return restored.step
 
-    def _group(self, name: str, prompt_ids, texts, values) -> Groups:
+    def _group(self, name: str, prompt_ids, texts, values):
         """A group handed over as text, checked."""
         limit = self.config.rollout.max_completion_length
         if len(texts) != len(values):
@@ -374,10 +357,3 @@ class Trainer:
         if encoded.skipped:
             raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
         return encoded
-
-
-def _check_batch(c: Config, mesh: Mesh) -> None:
-    groups = c.train.batch_size // c.train.micro_batches
-    name = f"train.batch_size / train.micro_batches = {groups}"
-    check_batch(mesh, groups, c.rollout.num_generations, name)
-    my_slice(c.train.batch_size - c.replay.groups)

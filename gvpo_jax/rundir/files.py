@@ -33,11 +33,6 @@ class Evaluation:
     rows: list[dict[str, Any]]
 
 
-def step_file(folder: Path, step: int) -> Path:
-    """The path folder/step_000010.jsonl."""
-    return folder / f"step_{step:06d}.jsonl"
-
-
 def step_files(folder: Path) -> dict[int, Path]:
     """The step_*.jsonl files of a folder by step, in order; empty where there is no folder."""
     found = ((_STEP_FILE.fullmatch(path.name), path) for path in folder.glob("step_*.jsonl"))

@@ -96,9 +96,10 @@ class RunLog:
     def step(self, on_device: Mapping[str, jax.Array | float], here: Mapping[str, float]) -> None:
         """Book an update that was just sent off."""
         self._fetch()
-        now, told = time.perf_counter(), dict(here)
+        now = time.perf_counter()
         seconds, self._step_start = now - self._step_start, now
-        tokens, c = int(told.pop("tokens")), self.counters
+        c, told = self.counters, dict(here)
+        tokens = int(told.pop("tokens"))
         c.step += 1
         c.num_tokens += tokens
         c.train_seconds += seconds

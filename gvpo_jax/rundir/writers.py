@@ -14,15 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.rundir.files import (
-    METRICS,
-    read_jsonl,
-    step_file,
-    step_files,
-    to_json,
-    write_jsonl,
-    write_text,
-)
+from gvpo_jax.rundir.files import METRICS, read_jsonl, step_files, to_json, write_jsonl, write_text
 from gvpo_jax.rundir.formats import compact, duration, percent
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -58,7 +50,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write completions/step_000010.jsonl, whole or not at all."""
-        write_jsonl(step_file(self._run_dir / "completions", step), rows)
+        write_jsonl(self._run_dir / "completions" / f"step_{step:06d}.jsonl", rows)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
