@@ -29,23 +29,14 @@ _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of communication in a program, over one kind of device group.
+    """One kind of communication in a program, over one kind of device group."""
 
-    Attributes:
-        kind: "all-gather", ...
-        devices: in each group that communicates.
-        between_slices: whether a group reaches over several slices.
-        count: how often it runs.
-        bytes: of its results on one device, over all runs.
-        wire_bytes: received by each device, over all runs, by the usual ring algorithms.
-    """
-
-    kind: str
-    devices: int
-    between_slices: bool
-    count: int
-    bytes: float
-    wire_bytes: float
+    kind: str  # "all-gather", ...
+    devices: int  # in each group that communicates
+    between_slices: bool  # whether a group reaches over several slices
+    count: int  # how often it runs
+    bytes: float  # of its results on one device, over all runs
+    wire_bytes: float  # received by each device, over all runs, by the usual ring algorithms
 
 
 @dataclass(frozen=True)
@@ -56,19 +47,6 @@ class Buffer:
     count: int
     shape: str
     origin: str
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of HBM on one device, from XLA's buffer assignment; `total` is what has to fit."""
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    constants: int
-    total: int
-    largest: tuple[Buffer, ...]
 
 
 def collectives(hlo: str, *, devices: int, slices: int = 1, trips: int = 1) -> list[Collective]:
@@ -111,8 +89,8 @@ def loops(hlo: str) -> dict[str, int | None]:
     }
 
 
-def memory(assignment: str, hlo: str) -> Memory:
-    """What a dumped buffer assignment holds in HBM.
+def memory(assignment: str, hlo: str) -> tuple[dict[str, int], list[Buffer]]:
+    """Bytes of HBM on one device, by kind, and the largest buffers, from XLA's buffer assignment.
 
     `memory_analysis()` of the compiled program can't take its place: there is none where a program
     does not fit, it has no total, and on TPU its temporaries are more than what HBM holds of them.
@@ -120,21 +98,25 @@ def memory(assignment: str, hlo: str) -> Memory:
     Args:
         assignment: text of XLA's "buffer-assignment" dump.
         hlo: text of the optimized module, to say where buffers come from.
+
+    Returns:
+        Sums for "arguments", "outputs", "aliased" (both of these), "temporaries" and "constants",
+        and "total", which has to fit; and the largest buffers.
     """
     allocations = list(_allocations(assignment))
 
     def held(*words: str) -> int:
         return sum(size for size, kind, _ in allocations if all(word in kind for word in words))
 
-    return Memory(
-        arguments=held("parameter"),
-        outputs=held("maybe-live-out"),
-        aliased=held("parameter", "maybe-live-out"),
-        temporaries=held("temp"),
-        constants=held("constant"),
-        total=held(),
-        largest=_largest(allocations, _origins(hlo)),
-    )
+    sums = {
+        "arguments": held("parameter"),
+        "outputs": held("maybe-live-out"),
+        "aliased": held("parameter", "maybe-live-out"),
+        "temporaries": held("temp"),
+        "constants": held("constant"),
+        "total": held(),
+    }
+    return sums, _largest(allocations, _origins(hlo))
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
@@ -282,7 +264,7 @@ def _allocations(text: str) -> Iterable[tuple[int, str, list[str]]]:
 
 def _largest(
     allocations: Iterable[tuple[int, str, list[str]]], origins: dict[str, str]
-) -> tuple[Buffer, ...]:
+) -> list[Buffer]:
     """Values of one shape and origin are one row; those at one place in memory count once."""
     places = defaultdict(set)
     for number, (_, kind, values) in enumerate(allocations):
@@ -295,4 +277,4 @@ def _largest(
                 place = (number if what else None, found[3])
                 places[int(found[2]), shape, origin].add(place)
     buffers = [Buffer(size, len(at), shape, origin) for (size, shape, origin), at in places.items()]
-    return tuple(sorted(buffers, key=lambda b: -b.bytes * b.count)[:_NAMED])
+    return sorted(buffers, key=lambda b: -b.bytes * b.count)[:_NAMED]

@@ -33,21 +33,13 @@ _STOP_IDS = (0, 1)  # which they are changes no size
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled function of a run.
+    """One compiled function of a run."""
 
-    Attributes:
-        name: what it does.
-        lower: traces it for its mesh.
-        beside: bytes on a device that it does not touch but that lie there meanwhile.
-        loop: how often its main loop's body runs: micro-batches, or tokens; 1: there is none.
-        reads: bytes that a device reads in each round of that loop, where they are known better
-            than XLA counts them.
-    """
-
-    name: str
-    lower: Callable[[], jax.stages.Lowered]
-    beside: int
-    loop: int
+    name: str  # what it does
+    lower: Callable[[], jax.stages.Lowered]  # traces it for its mesh
+    beside: int  # bytes on a device that it does not touch but that lie there meanwhile
+    loop: int  # how often its main loop's body runs: micro-batches, or tokens; 1: there is none
+    # Bytes that a device reads in each round of that loop, where known better than XLA counts them.
     reads: int | None = None
 
 

@@ -134,34 +134,34 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
     start = time.monotonic()
     hlo, buffers, costs, error = _compile(program.lower())
     seconds = time.monotonic() - start
-    held = memory(buffers, hlo)
+    held, largest = memory(buffers, hlo)
     traffic = collectives(hlo, devices=devices, slices=slices, trips=program.loop)
     accessed = costs.get("bytes accessed")
-    read = program.reads or accessed or held.arguments + held.outputs
-    limits = estimate(
+    read = program.reads or accessed or held["arguments"] + held["outputs"]
+    limits, bound = estimate(
         chip,
         flops=work.executed / devices,
         hbm_bytes=read * program.loop,
         ici_bytes=sum(c.wire_bytes for c in traffic if not c.between_slices),
         dcn_bytes=sum(c.wire_bytes for c in traffic if c.between_slices),
     )
-    sums = dataclasses.asdict(held)
-    largest, peak, usable = sums.pop("largest"), held.total + program.beside, chip.hbm - RESERVED
+    slowest = limits[bound]
+    peak, usable = held["total"] + program.beside, chip.hbm - RESERVED
     return {
         "name": program.name,
         "compile_seconds": round(seconds, 1),
         "fits": error is None and peak <= usable,
         "error": error,
-        "hbm": sums | {"beside": program.beside, "peak": peak, "usable": usable},
-        "largest": list(largest),
+        "hbm": held | {"beside": program.beside, "peak": peak, "usable": usable},
+        "largest": [dataclasses.asdict(buffer) for buffer in largest],
         "cost_analysis": {"flops": costs.get("flops"), "bytes_accessed": accessed},
         "main_loop": program.loop,
         "loops": loops(hlo),
         "flops": dataclasses.asdict(work),
         "collectives": [dataclasses.asdict(c) for c in traffic],
-        "seconds": dataclasses.asdict(limits) | {"estimate": limits.seconds},
-        "bound": limits.bound,
-        "mfu": work.model / devices / chip.flops / limits.seconds if limits.seconds else None,
+        "seconds": limits | {"estimate": slowest},
+        "bound": bound,
+        "mfu": work.model / devices / chip.flops / slowest if slowest else None,
     }
 
 

@@ -7,22 +7,15 @@ from gvpo_jax.models.decoder import DecoderConfig
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip has, in bytes, FLOP and seconds.
+    """What one chip has, in bytes, FLOP and seconds."""
 
-    Attributes:
-        hbm: bytes of memory.
-        flops: bfloat16 FLOP/s at peak.
-        hbm_bandwidth: bytes/s.
-        ici_bandwidth: bytes/s that a chip receives over all its links to its neighbours; half of
-            the documented figure, which counts both directions.
-        dcn_bandwidth: bytes/s that a chip receives from other slices: its share of its host's
-            network cards.
-    """
-
-    hbm: int
-    flops: float
-    hbm_bandwidth: float
+    hbm: int  # bytes of memory
+    flops: float  # bfloat16 FLOP/s at peak
+    hbm_bandwidth: float  # bytes/s
+    # Bytes/s that a chip receives over all its links to its neighbours; half of the documented
+    # figure, which counts both directions.
     ici_bandwidth: float
+    # Bytes/s that a chip receives from other slices: its share of its host's network cards.
     dcn_bandwidth: float
 
 
@@ -42,35 +35,10 @@ CHIPS: dict[str, Chip] = {
 
 @dataclass(frozen=True)
 class Work:
-    """FLOP of one run of a program over all devices.
+    """FLOP of one run of a program over all devices."""
 
-    Attributes:
-        model: what the mathematics asks for: counts for MFU.
-        executed: with what is computed twice to save memory.
-    """
-
-    model: float
-    executed: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds that each of a program's limits alone would allow; `bound` names the largest."""
-
-    compute: float
-    hbm: float
-    ici: float
-    dcn: float
-
-    @property
-    def seconds(self) -> float:
-        """The largest of the four."""
-        return max(self.compute, self.hbm, self.ici, self.dcn)
-
-    @property
-    def bound(self) -> str:
-        """Its name."""
-        return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
+    model: float  # what the mathematics asks for: counts for MFU
+    executed: float  # with what is computed twice to save memory
 
 
 @dataclass(frozen=True)
@@ -161,11 +129,12 @@ def decode_work(s: Shape, *, groups: int, k: int, p: int, t: int) -> Work:
 
 def estimate(
     chip: Chip, *, flops: float, hbm_bytes: float, ici_bytes: float, dcn_bytes: float
-) -> Estimate:
-    """Seconds on one chip, from what each chip computes, moves and receives."""
-    return Estimate(
-        compute=flops / chip.flops,
-        hbm=hbm_bytes / chip.hbm_bandwidth,
-        ici=ici_bytes / chip.ici_bandwidth,
-        dcn=dcn_bytes / chip.dcn_bandwidth,
-    )
+) -> tuple[dict[str, float], str]:
+    """Seconds on one chip that each of its limits alone would allow, and which is the slowest."""
+    seconds = {
+        "compute": flops / chip.flops,
+        "hbm": hbm_bytes / chip.hbm_bandwidth,
+        "ici": ici_bytes / chip.ici_bandwidth,
+        "dcn": dcn_bytes / chip.dcn_bandwidth,
+    }
+    return seconds, max(seconds, key=lambda limit: seconds[limit])
