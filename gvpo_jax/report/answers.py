@@ -52,10 +52,8 @@ class Answers:
     cards: list[Question]
 
 
-def held_out_answers(compared: Comparison | None) -> Answers | None:
+def held_out_answers(compared: Comparison) -> Answers:
     """Answers to the same questions before and after training, side by side."""
-    if compared is None:
-        return None
     first, *_ = found = [_by_question(evaluation.rows) for evaluation in compared.evaluations]
     shared = [key for key in first if all(key in rows for rows in found)]
     by_task = sorted(shared, key=lambda key: str(column(first[key][0], "task")))

@@ -14,16 +14,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: `ys` over `xs`, None where there is no value (the line breaks there).
-
-    look: "bold", "faint" or "dots" (a bold line with a dot at each value). spans: (low, high) for
-    each x, drawn as whiskers under dots and as a band under a line. titles: what the pointer
-    reads at each x.
-    """
+    """One line of a chart: `ys` over `xs`, with `titles`, which the pointer reads at each x."""
 
     xs: Sequence[float]
-    ys: Sequence[float | None]
-    look: Literal["bold", "faint", "dots"] = "bold"
+    ys: Sequence[float | None]  # None where there is no value: the line breaks there
+    look: Literal["bold", "faint", "dots"] = "bold"  # dots: bold with a dot at each value
+    # (low, high) for each x, drawn as whiskers under dots and as a band under a line.
     spans: Sequence[tuple[float, float] | None] = ()
     titles: Sequence[str] = ()
 

@@ -37,20 +37,17 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run_dir = Path(run_dir)
     check_run(run_dir)
-    path = run_dir / "report.html"
-    page = _templates().get_template("page.html").render(_contents(run_dir))
-    write_text(path, _NOT_XML.sub("\ufffd", page))
-    return path
-
-
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("gvpo_jax.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    path = run_dir / "report.html"
+    page = templates.get_template("page.html").render(_contents(run_dir))
+    write_text(path, _NOT_XML.sub("\ufffd", page))
+    return path
 
 
 def _contents(run_dir: Path) -> dict[str, Any]:
@@ -60,19 +57,21 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     total = train.get("steps") if isinstance(train, dict) else None
     end = summary.get("steps", last)
     finished = bool(summary) and end >= last
+    model = summary.get("model", settings.get("model", ""))
     evaluations = read_evaluations(run_dir, end)
     compared = compare(evaluations)
+    scores = score_tiles(compared) if compared else []
     return {
         "name": run_dir.resolve().name,
         "finished": finished,
         "state": "finished" if finished else f"step {last}" + (f" of {total}" if total else ""),
-        "model": _model(summary.get("model", settings.get("model", ""))),
-        "tiles": [*score_tiles(compared), *_tiles(rows, summary, last, total)],
-        "scores": task_ranges(compared),
+        "model": str(model.get("name", "") if isinstance(model, dict) else model),
+        "tiles": [*scores, *_tiles(rows, summary, last, total)],
+        "scores": compared and task_ranges(compared),
         "large": main_figures(rows, evaluations),
         "small": metric_figures(rows),
         "more": other_figures(rows),
-        "samples": held_out_answers(compared),
+        "samples": compared and held_out_answers(compared),
         "groups": latest_groups(*read_latest_completions(run_dir)),
         "settings": _tables(settings, summary),
     }
@@ -122,10 +121,6 @@ def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return to_json(value) if isinstance(value, list | dict) else str(value)
-
-
-def _model(model: Any) -> str:
-    return str(model.get("name", "") if isinstance(model, dict) else model)
 
 
 def _numbers(rows: Rows, name: str) -> list[float]:

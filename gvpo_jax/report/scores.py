@@ -129,10 +129,8 @@ def span(interval: Interval, show: Show) -> str:
     return f"[{show(interval.low)}, {show(interval.high)}]" if interval.known else ""
 
 
-def score_tiles(compared: Comparison | None) -> list[Tile]:
+def score_tiles(compared: Comparison) -> list[Tile]:
     """Headline numbers of the held-out answers: before, after and the paired change."""
-    if compared is None:
-        return []
     title, show, label = compared.scale.title, compared.scale.show, compared.evaluations[-1].label
     intervals = [mean_interval(scores.values()) for scores in compared.scores]
     spans = " and ".join(span(interval, show) for interval in intervals)
@@ -145,10 +143,8 @@ def score_tiles(compared: Comparison | None) -> list[Tile]:
     return [main, *_change(compared)]
 
 
-def task_ranges(compared: Comparison | None) -> Ranges | None:
+def task_ranges(compared: Comparison) -> Ranges:
     """Means and intervals before and after, over all questions and for each task."""
-    if compared is None:
-        return None
     found = []
     tasks = (column(row, "task") for row in compared.evaluations[-1].rows)
     for task in ["", *dict.fromkeys(str(task) for task in tasks if task)]:
@@ -156,8 +152,7 @@ def task_ranges(compared: Comparison | None) -> Ranges | None:
         if all(scores):
             intervals = [mean_interval(of_one.values()) for of_one in scores]
             found.append((task or "all", intervals, len(scores[-1])))
-    if len(found) == 2:  # a single task is all there is
-        found = found[:1]
+    found = found[:1] if len(found) == 2 else found  # a single task is all there is
     scale = compared.scale
     low, high = (0.0, 1.0) if scale is _ACCURACY else _ends([i for _, two, _ in found for i in two])
     return Ranges(
