@@ -31,7 +31,7 @@ class BadReply(Exception):
 
 @dataclass(eq=False)
 class Client:
-    """Sends JSON to one server, from the threads of `Fleet.map`.
+    """Sends JSON to one server of a `Fleet`.
 
     Connection errors, answers cut short, time-outs and statuses 429 and 5xx are tried again after a
     pause that doubles each time, with jitter.
@@ -42,6 +42,7 @@ class Client:
     retries: int = 6  # tries after the first
     first_pause: float = 0.5  # seconds before the second try
     headers: Mapping[str, str] = field(default_factory=dict)  # sent along, e.g. an authorization
+    run: Any = None  # a fleet's, which gives the result of an async function with arguments
 
     def __post_init__(self):
         self._httpx = _httpx()
@@ -53,9 +54,6 @@ class Client:
             "verify": _tls(),
             "trust_env": False,  # no proxies
         }
-        self._portal: Any = None
-        self._under_way: set[Future[Any]] = set()
-        self._stopped = False
 
     def post(
         self,
@@ -66,15 +64,10 @@ class Client:
         about: str,
         if_missing: str = "",
     ) -> T | None:
-        """What `read` makes of the answer; without it, None.
+        """What `read` makes of the answer's JSON, None where it is empty; without it, None.
 
-        Args:
-            path: of the address.
-            body: becomes JSON.
-            read: takes the JSON of the answer, None where it is empty; may raise `TryAgain` and
-                `BadReply`.
-            about: what is asked for, for the messages.
-            if_missing: what to do where the server does not know the path.
+        `body` becomes JSON, and `read` may raise `TryAgain` and `BadReply`. For the messages:
+        `about` is what is asked for, `if_missing` what to do where the server lacks the path.
 
         Raises:
             UserError: no usable answer; names server, `about` and the last error.
@@ -83,8 +76,8 @@ class Client:
         for attempt in range(self.retries + 1):
             try:
                 if attempt:
-                    self._run(asyncio.sleep, pause(self.first_pause, attempt))
-                return _read(self._run(self._exchange, path, body), read, if_missing)
+                    self.run(asyncio.sleep, pause(self.first_pause, attempt))
+                return _read(self.run(self._exchange, path, body), read, if_missing)
             except (TryAgain, OSError, self._httpx.HTTPError) as error:
                 reason = self._describe(error)
             except BadReply as error:
@@ -93,27 +86,6 @@ class Client:
                 raise UserError(f"{where}: stopped") from None
         tries = f"tried {self.retries + 1} times" if self.retries else "tried once"
         raise UserError(_one_line(f"{where}: {reason}") + f" ({tries})")
-
-    def start(self, portal: Any) -> None:
-        """Send requests from the event loop behind anyio's `portal`."""
-        self._portal, self._stopped = portal, False
-
-    def stop(self) -> None:
-        """End what is under way, from another thread, and what comes until the next `start`."""
-        self._stopped = True
-        for future in self._under_way.copy():
-            future.cancel()
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The result of an async function, in this thread."""
-        future = self._portal.start_task_soon(function, *args)
-        self._under_way.add(future)
-        if self._stopped:  # only now, so that `stop` misses none
-            future.cancel()
-        try:
-            return future.result()
-        finally:
-            self._under_way.discard(future)
 
     async def _exchange(self, path: str, body: Any) -> Any:
         """The whole answer, in `timeout` seconds for everything together."""
@@ -137,11 +109,7 @@ class Client:
 class Fleet:
     """Servers, each asked for at most `concurrency` things at a time; the rest waits here.
 
-    Args:
-        urls: their addresses.
-        concurrency: requests under way at each.
-        api_key: sent as a bearer token.
-        client: further options of `Client`.
+    `api_key` is sent as a bearer token; `client` are further options of `Client`.
     """
 
     def __init__(
@@ -150,8 +118,11 @@ class Fleet:
         if not urls:
             raise UserError("no servers are given")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.clients = [Client(url, headers=headers, **client) for url in urls]
+        self.clients = [Client(url, headers=headers, run=self._run, **client) for url in urls]
         self._concurrency, self._one_at_a_time = concurrency, threading.Lock()
+        self._portal: Any = None
+        self._under_way: set[Future[Any]] = set()
+        self._stopped = False
 
     def map(self, tasks: Sequence[tuple[int, Callable[[Client], T]]]) -> list[T]:
         """The result of each (number of a server, work there), in order.
@@ -161,12 +132,10 @@ class Fleet:
         from anyio.from_thread import start_blocking_portal  # httpx needs it too
 
         with self._one_at_a_time, contextlib.ExitStack() as stack:
-            portal = stack.enter_context(start_blocking_portal(name="rollout requests"))
-            threads = []
-            for client in self.clients:
-                client.start(portal)
-                pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="rollout")
-                threads.append(stack.enter_context(pool))
+            self._portal = stack.enter_context(start_blocking_portal(name="rollout requests"))
+            self._stopped = False
+            pools = [ThreadPoolExecutor(self._concurrency, "rollout") for _ in self.clients]
+            threads = [stack.enter_context(pool) for pool in pools]
             futures = [threads[n].submit(work, self.clients[n]) for n, work in tasks]
             try:
                 for future in as_completed(futures):
@@ -186,9 +155,22 @@ class Fleet:
             self._stop()
         self._one_at_a_time.release()
 
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of an async function, for the threads of `map`, from the portal's loop."""
+        future = self._portal.start_task_soon(function, *args)
+        self._under_way.add(future)
+        if self._stopped:  # only now, so that `_stop` misses none
+            future.cancel()
+        try:
+            return future.result()
+        finally:
+            self._under_way.discard(future)
+
     def _stop(self) -> None:
-        for client in self.clients:
-            client.stop()
+        """End what is under way, from another thread, and what comes until the next `map`."""
+        self._stopped = True
+        for future in self._under_way.copy():
+            future.cancel()
 
 
 def _httpx() -> Any:

@@ -161,15 +161,10 @@ def http_engine(
     logps: SequenceLogps,
     run_dir: str,
 ) -> HttpEngine:
-    """Samples on these servers, which get new weights through a folder.
+    """Samples on these servers, of any kind but "none", which get new weights through a folder.
 
-    Args:
-        config: how to ask them; any kind but "none".
-        fleet: the servers.
-        model: gives configuration and tokenizer.
-        stop_ids: tokens that end a completion.
-        logps: the trainer's log-probs, on every process those of all sequences.
-        run_dir: where the folder is, unless `weights_dir` names another.
+    It lies in `run_dir`, unless `config.weights_dir` names another; `model` gives it configuration
+    and tokenizer. `logps` are the trainer's, on every process those of all sequences.
     """
     assert config.kind != "none"
     weights = WeightSync(
