@@ -17,7 +17,8 @@ import inspect
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ def _check_reference(cluster: Any) -> None:
             raise UserError("GVPO needs a reference: give RLCluster a reference model") from None
 
 
-def _check_sampling(cluster: Any, tunix: "_Tunix") -> None:
+def _check_sampling(cluster: Any, tunix: SimpleNamespace) -> None:
     found = cluster.cluster_config.rollout_config
     by_mode = found if isinstance(found, dict) else {"train": found}
     configs, rollout = list(by_mode.values()), cluster.rollout
@@ -244,18 +245,8 @@ def _keep_end_tokens(rollout: Any) -> None:
     rollout.generate = generate_with_ends
 
 
-class _Tunix(NamedTuple):
-    """What we use of Tunix. `output` makes a loss's result of a sum, its divisor and metrics."""
-
-    registry: Any
-    config: Any
-    learner: Any
-    own_rollout: Any
-    token_logps: Callable[..., Any]
-    output: Callable[..., Any]
-
-
-def _tunix() -> _Tunix:
+def _tunix() -> SimpleNamespace:
+    """What we use of Tunix."""
     try:
         learner = importlib.import_module("tunix.rl.grpo.grpo_learner")
         registry = importlib.import_module("tunix.rl.function_registry")
@@ -265,7 +256,7 @@ def _tunix() -> _Tunix:
     except ImportError as error:
         raise _not_imported(error) from None
     try:
-        tunix = _Tunix(
+        tunix = SimpleNamespace(
             registry=registry,
             config=learner.GRPOConfig,
             learner=learner.GRPOLearner,
@@ -286,7 +277,10 @@ def _tunix() -> _Tunix:
 
 
 def _output(utils: Any) -> Callable[..., Any]:
-    """0.1.7 wants the mean; later versions divide themselves, over all micro-batches at once."""
+    """What makes a loss's result of a sum, its divisor and metrics.
+
+    0.1.7 wants the mean; later versions divide themselves, over all micro-batches at once.
+    """
     if not hasattr(utils, "LossOutput"):
         return lambda total, groups, metrics: (total / groups, metrics)
     _need(utils.LossOutput, "primary_loss aux_metrics")
