@@ -75,8 +75,7 @@ class InProcessEngine(Engine):
     slots: int | None = None
 
     def __post_init__(self) -> None:
-        functions, mesh = self.model.functions, self.model.mesh
-        self._prefill, self._decode = compiled(functions, self.stop_ids, mesh)
+        self._prefill, self._decode = compiled(self.model.functions, self.stop_ids, self.model.mesh)
 
     def generate(
         self,

@@ -124,7 +124,7 @@ def test_completions_of_a_group_may_lie_on_different_devices():
 
 def test_to_sample_the_weights_are_cut_otherwise():
     cut = policy(1, 8, 1, rollout__tensor=2, model__dtype="bfloat16")
-    params = cut.engine._prepare(cut.policy.params)
+    params = cut.engine.model.prepare(cut.policy.params)
     kernel = params["layers"][0]["mlp"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 2 == kernel.size
     assert kernel.dtype == jnp.bfloat16
@@ -281,17 +281,15 @@ def test_caches_are_cut_over_the_groups_and_odd_shapes_are_replicated():
     many = policy(1, 8, 1)
     engine = many.engine
     prompts, lengths = pad_prompts([[65, 66]] * 8)
-    placed = place_batch(engine._mesh, {"prompts": prompts, "prompt_lengths": lengths}, 4)
+    placed = place_batch(engine.model.mesh, {"prompts": prompts, "prompt_lengths": lengths}, 4)
     prompts, lengths = placed["prompts"], placed["prompt_lengths"]
-    state, computed = engine._prefill(
-        many.policy.params, prompts, lengths, k=4, max_completion_length=6, size=(8, 4)
-    )
+    state, computed = engine._prefill(many.policy.params, prompts, lengths, k=4, t=6, size=(8, 4))
     for leaf in jax.tree.leaves((state, computed)):
         if leaf.ndim:
             assert leaf.addressable_shards[0].data.shape[0] == 1, leaf.shape
     small = policy(2, 2, 2, rollout__cache_dtype="int8")
     state, computed = small.engine._prefill(
-        small.policy.params, np.ones((8, 16), int), np.full(8, 3), k=4, max_completion_length=6,
+        small.policy.params, np.ones((8, 16), int), np.full(8, 3), k=4, t=6,
         size=(4, 1),
     )  # fmt: skip
     for prefix in (state.prefix, computed.prefix):

@@ -5,7 +5,6 @@ import functools
 import logging
 import operator
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -30,7 +29,6 @@ from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, NoPromptLogps, Serv
 _log = logging.getLogger(__name__)
 # (params, sequences) -> log-probs of each sequence's tokens[1:]
 SequenceLogps = Callable[[Any, Sequence[Sequence[int]]], list[np.ndarray]]
-_NAME = re.compile(r"version-(\d{8})")
 _SCRATCH = ".writing-"
 _KEPT = 2  # versions that stay on disk
 _PROBES, _LONGEST_PROBE = 4, 128  # sequences, and tokens of each
@@ -147,8 +145,8 @@ class WeightSync:
         except NoPromptLogps:
             scores = None
         fresh, logps = [], []
+        vocab_size = self.model.config.vocab_size
         for number, probe in enumerate(self._probes):
-            vocab_size = self.model.config.vocab_size
             ask = Ask(probe, 1, _FRESH, SamplingParams(), (), vocab_size, key=(number, 0))
             (sample,) = self._dialect.sample(post, ask)
             fresh.append([*probe, *sample.tokens])
@@ -219,8 +217,7 @@ class WeightSync:
             self._moved[url] = [then[0], (ours, theirs)]
 
     def _versions(self) -> dict[Path, int]:
-        found = {path: _NAME.fullmatch(path.name) for path in self._folder.iterdir()}
-        return {path: int(name[1]) for path, name in found.items() if name}
+        return {path: int(path.name[-8:]) for path in self._folder.glob("version-" + 8 * "[0-9]")}
 
     def _remove_old(self) -> None:
         with contextlib.suppress(OSError):  # somebody else clears up too
