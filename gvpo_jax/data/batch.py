@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -108,7 +109,8 @@ def join_completions(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 0, 2).reshape(g, k * parts, *rest)
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """Sizes of a batch: groups of k completions; prompts of p and completions of t tokens."""
 
     groups: int
