@@ -137,10 +137,9 @@ class Collector:
         """The groups of batch `number` with their rewards."""
         rows = [self.prompts.rows[row] for row in groups.row]
         texts, scores = self.judge.judge(rows, groups)
-        nothing = np.isnan(scores.rewards).all()
         if gather(np.array([scores.failed == scores.rewards.size])).all():
             raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
-        if number == 0 and gather(np.array([nothing])).all():
+        if number == 0 and gather(np.isnan(scores.rewards)).all():
             raise UserError(
                 "no completion of the first batch has a reward: every reward function gave None "
                 "for all of them; is a return missing?"

@@ -3,47 +3,39 @@
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
+@dataclass
 class Lookahead(Generic[T]):
     """Draws round n + ahead when round n is taken, so that a round is at most `ahead` rounds stale.
 
     The schedule is fixed: which policy draws which round does not depend on how fast anything runs.
     So a resumed run is that of an uninterrupted one, if it `load`s what was pending.
-
-    Args:
-        draw: (number of a round, parameters) -> the round; called in one other thread, in order.
-        snapshot: the current parameters, in a copy that training does not overwrite.
-        ahead: rounds, at least 1.
-        last: number of the last round.
-        interrupt: makes what is being drawn fail soon, where it can.
     """
 
-    def __init__(
-        self,
-        draw: Callable[[int, Any], T],
-        snapshot: Callable[[], Any],
-        *,
-        ahead: int,
-        last: int,
-        interrupt: Callable[[], None] = lambda: None,
-    ):
-        self._draw, self._snapshot, self._ahead, self._last = draw, snapshot, ahead, last
-        self._interrupt = interrupt
+    # (number of a round, parameters) -> the round; called in one other thread, in order
+    draw: Callable[[int, Any], T]
+    snapshot: Callable[[], Any]  # the current parameters, in a copy that training won't overwrite
+    ahead: int  # rounds, at least 1
+    last: int  # number of the last round
+    interrupt: Callable[[], None] = lambda: None  # makes what is being drawn fail soon, if it can
+
+    def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._pending: dict[int, Future[T]] = {}
 
     def take(self, number: int) -> T:
         """Round `number`; rounds after the `last` are not begun."""
-        wanted = range(number, min(number + self._ahead, self._last) + 1)
+        wanted = range(number, min(number + self.ahead, self.last) + 1)
         missing = [n for n in wanted if n not in self._pending]
         if missing:
-            params = self._snapshot()
+            params = self.snapshot()
             for n in missing:
-                self._pending[n] = self._thread.submit(self._draw, n, params)
+                self._pending[n] = self._thread.submit(self.draw, n, params)
         return self._pending.pop(number).result()
 
     def pending(self) -> dict[int, T]:
@@ -63,8 +55,8 @@ class Lookahead(Generic[T]):
     def close(self) -> None:
         """Drop what was not begun, and interrupt what is being drawn."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._interrupt()
+        self.interrupt()
         while not all(future.done() for future in self._pending.values()):
             time.sleep(0.05)
-            self._interrupt()  # again: the last one may have come between two requests
+            self.interrupt()  # again: the last one may have come between two requests
         self._thread.shutdown(wait=True)

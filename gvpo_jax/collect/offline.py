@@ -220,13 +220,12 @@ class OfflineFeed:
         for state in states:
             if "ref_logps" not in state:  # version 0.1 kept them otherwise: they are scored again
                 continue
-            ends = np.cumsum([self._groups[place].ref_logps.size for place in state["places"]])
-            logps = np.split(state["ref_logps"], ends[:-1])
-            for place, of_group, reference in zip(
-                state["places"], logps, state["reference"], strict=True
-            ):
-                of_group = of_group.reshape(self._groups[place].ref_logps.shape)
-                self._groups[place] = with_reference(self._groups[place], of_group, int(reference))
+            rest = state["ref_logps"]
+            for place, reference in zip(state["places"], state["reference"], strict=True):
+                group = self._groups[place]
+                logps, rest = np.split(rest, [group.ref_logps.size])
+                logps = logps.reshape(group.ref_logps.shape)
+                self._groups[place] = with_reference(group, logps, reference)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -240,7 +239,7 @@ class OfflineFeed:
         scoring = self._sent.pop(number, None) or self._send(number)
         batch, scored = scoring()
         for row, place in enumerate(self._indices(number)):
-            logps, reference = scored.ref_logps[row : row + 1], int(scored.reference[row])
+            logps, reference = scored.ref_logps[[row]], scored.reference[row]
             self._groups[place] = with_reference(self._groups[place], logps, reference)
         if number < self._last:
             self._sent[number + 1] = self._send(number + 1)

@@ -52,12 +52,11 @@ def reasoning_gym_rows(
     seen: set[str] = set()
     placed_rows = []
     counts = _shares([task.weight for task in tasks], size)
-    for order, (task, count) in enumerate(zip(tasks, counts, strict=True)):
+    for task, count in zip(tasks, counts, strict=True):
         rows = _draw(task, count, seed, split, seen)
         # Sorting by the place within the task spreads every task evenly over the rows.
-        placed_rows += [((i + 0.5) / count, order, row) for i, row in enumerate(rows)]
-    placed_rows.sort(key=lambda placed: placed[:2])
-    return [row for _, _, row in placed_rows]
+        placed_rows += [((i + 0.5) / count, row) for i, row in enumerate(rows)]
+    return [row for _, row in sorted(placed_rows, key=lambda placed: placed[0])]
 
 
 def _draw(
@@ -69,12 +68,11 @@ def _draw(
     while len(rows) < count:
         row = next(items)
         text = _normalise(row["prompt"])
+        misses += 1
         if text not in seen and _is_eval(text) == (split == "eval"):
             misses = 0
             seen.add(text)
             rows.append(row)
-            continue
-        misses += 1
         if misses == _MISSES:
             raise UserError(
                 f"task {task.name!r} has about {len(rows)} different questions for {split}, "
@@ -89,7 +87,7 @@ def _shares(weights: Sequence[float], size: int) -> list[int]:
         raise UserError(f"task weights must be positive numbers, got {list(weights)}")
     exact = [size * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: size - sum(counts)]:
         counts[i] += 1
     return counts

@@ -249,7 +249,7 @@ def _read_answer(
 def _problem(value: Any) -> str | None:
     if isinstance(value, Exception):
         return str(value) if isinstance(value, RewardError) else describe(value)
-    if isinstance(value, np.generic) or (hasattr(value, "item") and getattr(value, "ndim", 1) == 0):
+    if getattr(value, "ndim", None) == 0:  # of NumPy, JAX or PyTorch
         value = value.item()
     if not isinstance(value, Real):
         return f"it gave {value!r}, not a number"

@@ -42,8 +42,8 @@ def load_reward_func(spec: str) -> RewardFunc:
 
     Raises `UserError` where there is no such thing.
     """
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name:
+    where, _, name = spec.rpartition(":")
+    if not (where and name):
         raise UserError(f"reward {spec!r}: write module:function or path/to/file.py:function")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
