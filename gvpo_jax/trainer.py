@@ -339,8 +339,7 @@ class Trainer:
 
     def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
         return read_groups(
-            prompts.rows,
-            prompts.token_ids,
+            prompts,
             lambda text: completion_ids(text, self.tokenizer, self.stop_ids),
             reference=self.policy.reference_fingerprint,
             vocab_size=self.model.config.vocab_size,

@@ -24,8 +24,7 @@ from gvpo_jax.data.rows import EncodedPrompts, Row, batch_indices, columns_of, c
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.rewards import RewardConfig, Scores, compute_rewards
-from gvpo_jax.rollout import Engine
-from gvpo_jax.rollout.engine import RolloutConfig
+from gvpo_jax.rollout.engine import Engine, RolloutConfig
 from gvpo_jax.rundir.files import to_json
 
 SOLUTION = "solution"  # the column with demonstrations

@@ -47,8 +47,7 @@ class OfflineGroups(NamedTuple):
 
 
 def read_groups(
-    rows: Sequence[Mapping[str, Any]],
-    prompts: Sequence[Sequence[int]],
+    prompts: EncodedPrompts,
     encode: Callable[[str], list[int]],
     *,
     reference: int,
@@ -59,8 +58,7 @@ def read_groups(
     """The rows as groups of token ids.
 
     Args:
-        rows: see above; other columns are not looked at.
-        prompts: the rows' prompts as token ids.
+        prompts: with their rows, see above; other columns are not looked at.
         encode: a completion's text -> token ids, end token included.
         reference: fingerprint of the run's reference, or `UNKNOWN` where it keeps changing.
         vocab_size: token ids are less.
@@ -74,7 +72,7 @@ def read_groups(
     """
     groups: list[Groups] = []
     skipped = 0
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+    for number, (row, prompt) in enumerate(zip(prompts.rows, prompts.token_ids, strict=True)):
         name = f"groups, row {number + 1}"
         ids = _completions(name, row, encode, vocab_size)
         values: Any = row.get("rewards")
@@ -105,8 +103,8 @@ def read_groups(
         elif bad_samples == "error":
             raise UserError(f"{name}: a group needs at least two completions{_HINT}")
     if not groups:
-        raise UserError(f"none of the {len(rows)} groups has two completions to compare")
-    return OfflineGroups(groups, skipped, len(rows) - len(groups))
+        raise UserError(f"none of the {len(prompts.rows)} groups has two completions to compare")
+    return OfflineGroups(groups, skipped, len(prompts.rows) - len(groups))
 
 
 _HINT = "; data.bad_samples=skip leaves out what can't be used"

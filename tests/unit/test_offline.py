@@ -3,6 +3,7 @@ import pytest
 
 from gvpo_jax.collect.offline import read_groups
 from gvpo_jax.data.groups import UNKNOWN, Source, cache_key
+from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
 
 INF, NAN = float("inf"), float("nan")
@@ -14,8 +15,7 @@ def encode(text):
 
 def read(*rows, reference=5, **settings):
     return read_groups(
-        rows,
-        [[1, 2]] * len(rows),
+        EncodedPrompts(list(rows), [[1, 2]] * len(rows), skipped=0),
         encode,
         reference=reference,
         vocab_size=256,
