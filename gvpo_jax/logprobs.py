@@ -67,11 +67,9 @@ def sequence_logprobs(token_logps: jax.Array, lengths: ArrayLike) -> jax.Array:
 
 def completion_mask(lengths: ArrayLike, max_length: int) -> jax.Array:
     """Which positions lie in the completion, from lengths alone: `[...] -> [..., T]` booleans."""
-    lengths = jnp.expand_dims(lengths, -1)
-    return (
-        jax.lax.broadcasted_iota(jnp.int32, (*lengths.shape[:-1], max_length), lengths.ndim - 1)
-        < lengths
-    )
+    lengths = jnp.asarray(lengths)
+    places = jax.lax.broadcasted_iota(jnp.int32, (*lengths.shape, max_length), lengths.ndim)
+    return places < lengths[..., None]
 
 
 def _split(x, axis, width):
@@ -145,10 +143,8 @@ def _work_off(chunk, where, arrays):
         return stacked, jax.tree.map(jnp.add, added, here)
 
     stacked, added = jax.eval_shape(one, 0)
-    start = (
-        jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), stacked),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), added),
-    )
+    stacked = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), stacked)
+    start = stacked, jax.tree.map(jnp.zeros_like, added)
     count = n
     if where is not None:
         asked = jnp.any(where, axis=range(1, where.ndim))

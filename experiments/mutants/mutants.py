@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "the last token, the end token, left out of the log-prob",
         "logprobs.py",
-        "        < lengths\n",
-        "        < lengths - 1\n",
+        "places < lengths[..., None]",
+        "places < lengths[..., None] - 1",
         STEP,
     ),
     Mutant(

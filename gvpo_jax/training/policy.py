@@ -158,11 +158,8 @@ class Policy:
     def logps_of_all(self, params, prompts, lengths, completions) -> np.ndarray:
         """Token log-probs of groups that all processes have; each computes its part."""
         here = my_slice(len(prompts))
-        part = {
-            "prompts": prompts[here],
-            "prompt_lengths": lengths[here],
-            "completions": completions[here],
-        }
+        arrays = {"prompts": prompts, "prompt_lengths": lengths, "completions": completions}
+        part = {name: x[here] for name, x in arrays.items()}
         placed = place_batch(self._programs.mesh, part, k=1)
         return gather(to_host(self._programs.token_logps(params, placed)))
 
@@ -177,11 +174,8 @@ class Policy:
 
         JSON values, `extra`, and this process's arrays, `samples`, are saved along.
         """
-        own = {
-            "updates": self.updates,
-            "refreshed_at": self.refreshed_at,
-            "start_fingerprint": self.start_fingerprint,
-        }
+        kept = ("updates", "refreshed_at", "start_fingerprint")
+        own = {name: getattr(self, name) for name in kept}
         trees = {"params": self.params, "state": self.state.rest()}
         if self._options.name != "initial":
             trees["reference"] = self.reference

@@ -191,7 +191,7 @@ def train_step(
         total = objective.total(logps_gkt, old_gkt, batch.ref_logps, *of_part)
         return total / count
 
-    logps_of = functools.partial(token_logps, model, packed_size=packed_size)
+    logps_of: Any = functools.partial(token_logps, model, packed_size=packed_size)
 
     def part_loss(params, batch: Batch, advantages_gk):
         logps_gkt = logps_of(params, *batch[:4])  # from prompts to lengths
@@ -228,7 +228,7 @@ def _check_shapes(batch: Batch) -> None:
 
 def _in_two_passes(logps_of, loss_of, parts, params, batch: Batch, advantages_gk):
     """The gradient, over parts of groups: log-probs first, then backward with known weights."""
-    cut = functools.partial(split_completions, parts=parts)
+    cut: Any = functools.partial(split_completions, parts=parts)
     pieces = cut(batch.completions), cut(batch.lengths)
 
     def logps_of_part(params, part):
