@@ -62,7 +62,14 @@ def _has_cudnn(mesh: Mesh, head_dim: int) -> bool:
 
 
 @on_each_device
-def on_gpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, implementation="cudnn"):
+def on_gpu(
+    queries_gkthd,
+    keys_gknsd,
+    values_gknsd,
+    prefix,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+):
     """See `attention.causal`: cuDNN's attention.
 
     implementation: "xla" computes the same without a GPU, to test it.
