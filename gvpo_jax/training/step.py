@@ -258,20 +258,21 @@ def _metrics(logps_gkt, batch: Batch, beta, step) -> Metrics:
     log_ratio = jnp.sum(diff, axis=-1)
     arrays = log_ratio, jnp.zeros_like(log_ratio), batch.rewards
     weights = gvpo_weights(*arrays, beta=beta, where=valid)
+    completions = jnp.maximum(jnp.sum(valid), 1)
     metrics = {
         "gvpo_mse": gvpo_mse(*arrays, beta=beta, where=valid),
         "kl": _mean(jnp.expm1(-diff) + diff, mask),
-        "log_ratio": _mean(log_ratio, valid),
-        "weight_abs": _mean(jnp.abs(weights), valid),
+        "log_ratio": jnp.sum(log_ratio) / completions,
+        "weight_abs": jnp.sum(jnp.abs(weights)) / completions,
         "entropy_sampled": -_mean(logps_gkt, mask),
     }
     for source in Source:
         name, theirs = f"source/{source.name.lower()}", valid & (batch.source == source)
         dated = theirs & (batch.version != UNKNOWN)
         age = _mean(step - batch.version, dated)
-        metrics[f"{name}/share"] = jnp.sum(theirs) / jnp.maximum(jnp.sum(valid), 1)
+        metrics[f"{name}/share"] = jnp.sum(theirs) / completions
         metrics[f"{name}/residual"] = _mean(weights, theirs)
-        metrics[f"{name}/staleness"] = jnp.where(jnp.any(dated), age, -1)
+        metrics[f"{name}/staleness"] = jnp.where(jnp.sum(dated) > 0, age, -1)
     return metrics
 
 
