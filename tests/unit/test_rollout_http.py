@@ -315,6 +315,7 @@ def test_the_key_is_sent_and_addresses_may_end_as_openai_clients_want_them(stub)
     fleet = Fleet([stub.url + "/v1/"], api_key="sesame", timeout=5)
     generate(HttpEngine(fleet, "vllm", STOPS, vocab_size=V), PROMPTS[:1])
     assert stub.headers[0]["Authorization"] == "Bearer sesame"
+    assert "sesame" not in f"{fleet!r} {fleet.clients!r}"
 
 
 def in_vllm(change):

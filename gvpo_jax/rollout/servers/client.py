@@ -29,7 +29,7 @@ class BadReply(Exception):
     """An answer that can't be used, and would be no better a second time."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # the headers hold the key
 class Client:
     """Sends JSON to one server of a `Fleet`.
 
