@@ -120,6 +120,8 @@ def _check_loss(c: Config) -> None:
 
 def _check_sources(c: Config) -> None:
     r = c.replay
+    if "" in c.rollout.stop:
+        raise UserError("rollout.stop holds an empty text, which is at the start of every one")
     given = c.rollout.demonstrations + r.completions
     if c.rollout.num_generations - given < 2:
         raise UserError(

@@ -26,6 +26,7 @@ from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.make import sampling_model
 from gvpo_jax.rollout.servers.engine import http_engine
 from gvpo_jax.rollout.servers.weight_sync import sequence_logps
+from gvpo_jax.rollout.stop import StopStrings
 from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
 from gvpo_jax.training.policy import Policy, copy
@@ -69,16 +70,19 @@ class Trainer:
         self.model = dataclasses.replace(model, params={})
         self.tokenizer = model.tokenizer
         self.stop_ids = tuple(dict.fromkeys((*stop_token_ids(model), *c.rollout.stop_token_ids)))
+        stop = StopStrings(tuple(c.rollout.stop), self.tokenizer) if c.rollout.stop else None
         functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
         programs = c.programs(functions, model.config, mesh)
         self.policy = Policy(params, programs, train=c.train, reference=c.reference)
         self.engine: Engine
         if fleet is None:
             sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions)
-            self.engine = InProcessEngine(sampling, self.stop_ids, slots=c.rollout.slots)
+            self.engine = InProcessEngine(sampling, self.stop_ids, c.rollout.slots, stop)
         else:
             logps = sequence_logps(self.policy.logps_of_all, multiple=group_shards(mesh))
-            self.engine = http_engine(c.servers, fleet, self.model, self.stop_ids, logps, c.run.dir)
+            self.engine = http_engine(
+                c.servers, fleet, self.model, self.stop_ids, logps, c.run.dir, stop
+            )
 
     @classmethod
     def from_pretrained(
@@ -272,7 +276,8 @@ class Trainer:
             sampling=self.config.rollout.params(),
             seed=seed,
         )
-        return texts_of(self.tokenizer, groups.completions, groups.lengths)
+        stop = self.config.rollout.stop
+        return texts_of(self.tokenizer, groups.completions, groups.lengths, stop)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads.
@@ -335,7 +340,8 @@ class Trainer:
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         funcs = [reward_funcs] if callable(reward_funcs) else reward_funcs
-        return Judge([batched(func) for func in funcs], self.config.rewards, self.tokenizer)
+        c = self.config
+        return Judge([batched(f) for f in funcs], c.rewards, self.tokenizer, c.rollout.stop)
 
     def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
         return read_groups(

@@ -53,6 +53,7 @@ class StubServer:
         drip: seconds that each byte of it takes.
         processed: log-probs are those after temperature and truncation.
         on_tpu: as tpu-inference: no seeds, no log-probs of prompts.
+        detokenize: tokens -> the text in which stop strings are looked for.
         dev_mode: vLLM's, without which there is no way to load weights.
     """
 
@@ -66,6 +67,7 @@ class StubServer:
         self.delay, self.drip, self.most_at_once = 0.0, 0.0, 0
         self.processed = self.on_tpu = False
         self.dev_mode = True
+        self.detokenize: Callable[[list[int]], str] = lambda tokens: ""
         self._at_once, self._unseeded, self._loaded = 0, 10_000, None
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
@@ -194,14 +196,17 @@ class StubServer:
 
     def _draw(self, prompt, limit, options, stops, seed) -> tuple[list[int], list[float], bool]:
         rng, tokens, logps = np.random.default_rng(seed), list(prompt), []
+        texts, stopped = options.get("stop", ()), False
         options = DEFAULTS | {key: options[key] for key in DEFAULTS if key in options}
-        while len(logps) < limit and not (logps and tokens[-1] in stops):
+        while len(logps) < limit and not stopped:
             raw = np.float64(self.logits(tokens)[-1])
             shaped = _shape(raw, tokens, options)
             token = int(rng.choice(len(raw), p=np.exp(shaped) / np.exp(shaped).sum()))
             logps.append(float((shaped if self.processed else _log_softmax(raw))[token]))
             tokens.append(token)
-        return tokens[len(prompt) :], logps, tokens[-1] in stops
+            text = self.detokenize(tokens[len(prompt) :])
+            stopped = token in stops or any(stop in text for stop in texts)
+        return tokens[len(prompt) :], logps, stopped
 
 
 def _shape(logits: np.ndarray, tokens: list[int], options: dict[str, float]) -> np.ndarray:

@@ -25,6 +25,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.rewards import RewardConfig, Scores, compute_rewards
 from gvpo_jax.rollout.engine import Engine, RolloutConfig
+from gvpo_jax.rollout.stop import before_stop
 from gvpo_jax.rundir.files import to_json
 
 SOLUTION = "solution"  # the column with demonstrations
@@ -45,8 +46,14 @@ class Judge:
     reward_funcs: Sequence[Callable[..., Any]]  # called as TRL does
     options: RewardConfig  # their weights, and what becomes of failures
     tokenizer: PreTrainedTokenizerBase  # makes texts of token ids
+    stop: Sequence[str] = ()  # texts before which a completion's own text ends
     # Rounds drawn ahead, and evaluations, go one at a time.
     lock: Any = dataclasses.field(default_factory=threading.Lock)
+
+    def texts(self, completions: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
+        """Completions `[g, k, t]` as the reward functions and records get them."""
+        skip = self.options.skip_special_tokens
+        return texts_of(self.tokenizer, completions, lengths, self.stop, skip_special_tokens=skip)
 
     def judge(self, rows: Sequence[Row], groups: Groups) -> tuple[list[list[str]], Scores]:
         """The completions' texts `[g][k]`, and their rewards `[g, k]`.
@@ -56,7 +63,7 @@ class Judge:
         Raises:
             UserError: a reward function failed, on whichever process.
         """
-        texts = texts_of(self.tokenizer, groups.completions, groups.lengths)
+        texts = self.texts(groups.completions, groups.lengths)
         there = groups.lengths > 0  # not a skipped demonstration
         given, completions = [], []
         for g, i in np.argwhere(there):
@@ -194,11 +201,18 @@ def read_demonstrations(
 
 
 def texts_of(
-    tokenizer: PreTrainedTokenizerBase, completions: np.ndarray, lengths: np.ndarray
+    tokenizer: PreTrainedTokenizerBase,
+    completions: np.ndarray,
+    lengths: np.ndarray,
+    stop: Sequence[str] = (),
+    *,
+    skip_special_tokens: bool = True,
 ) -> list[list[str]]:
-    """Completions `[g, k, t]` as text, a list for each group, without special tokens."""
-    texts = tokenizer.batch_decode(token_lists(completions, lengths), skip_special_tokens=True)
-    k = lengths.shape[1]
+    """Completions `[g, k, t]` as text, a list for each group, each up to the first stop string."""
+    texts = tokenizer.batch_decode(
+        token_lists(completions, lengths), skip_special_tokens=skip_special_tokens
+    )
+    texts, k = [before_stop(text, stop) for text in texts], lengths.shape[1]
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 

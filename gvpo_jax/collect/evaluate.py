@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_jax.collect.collector import Judge, sample_records, texts_of
+from gvpo_jax.collect.collector import Judge, sample_records
 from gvpo_jax.data.rows import EncodedPrompts, Row
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_items
@@ -65,7 +65,7 @@ def evaluate(
         _, scores = judge.judge([held_out.rows[i] for i in here], groups)
         # Not the prompts: they are as wide as each process's longest.
         *drawn, rewards = gather((groups.completions, groups.lengths, scores.rewards))
-        texts = texts_of(judge.tokenizer, *drawn)
+        texts = judge.texts(*drawn)
         records += sample_records(held_out.rows[start : start + size], texts, rewards, start)
     for r in records:
         r["correct"] = r["reward"] is not None and r["reward"] >= options.success_reward

@@ -23,6 +23,11 @@ class RewardConfig:
     on_error: Literal["raise", "skip"] = setting(
         "raise", "skip leaves out, and counts, the completions on which a function fails."
     )
+    skip_special_tokens: bool = setting(
+        True,
+        "Leave special tokens out of the texts that functions and records get; false: keep them "
+        "all, such as <think> and the end token.",
+    )
 
     def functions(self) -> list[RewardFunc]:
         """The functions.

@@ -33,6 +33,11 @@ class RolloutConfig:
         0.0, "Keep tokens at least so likely, relative to the likeliest.", least=0, most=1
     )
     stop_token_ids: list[int] = setting([], "Tokens that end a text, besides the model's own.")
+    stop: list[str] = setting(
+        [],
+        "Texts that end a completion. Rewards get the text before the first one; the tokens up to "
+        "and including the one that completes it are trained on.",
+    )
     slots: int | None = setting(
         None,
         "Completions that the in-process engine draws at a time, of all hosts; one that ends makes "

@@ -19,12 +19,15 @@ from jax.sharding import Mesh
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.data.groups import Groups, Source, make_groups
-from gvpo_jax.parallel.distributed import to_host
+from gvpo_jax.parallel.distributed import to_devices, to_host
 from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lanes, place_batch
 from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.precision import einsum_f32
 from gvpo_jax.rollout.draw import draw
 from gvpo_jax.rollout.engine import Engine, SamplingParams
+from gvpo_jax.rollout.stop import StopStrings
+
+_STEPS = 16  # decoded between two looks at the texts, where stop strings may end them
 
 
 class DecodeState(NamedTuple):
@@ -73,9 +76,15 @@ class InProcessEngine(Engine):
     stop_ids: Sequence[int]  # tokens that end a completion and belong to it
     # Completions drawn at a time, see `gvpo_jax.parallel.layout.lanes`; None: all.
     slots: int | None = None
+    stop: StopStrings | None = None  # texts that end a completion; None: there are none
 
     def __post_init__(self) -> None:
         self._prefill, self._decode = compiled(self.model.functions, self.stop_ids, self.model.mesh)
+        self._end = jax.jit(
+            functools.partial(end, mesh=self.model.mesh),
+            static_argnames=("k",),
+            donate_argnames=("state",),
+        )
 
     def generate(
         self,
@@ -103,19 +112,49 @@ class InProcessEngine(Engine):
         state, computed = self._prefill(
             params, batch["prompts"], lengths_g, k=k, t=max_completion_length, size=size
         )
-        key = jax.random.key(seed)
-        state = self._decode(
-            params, lengths_g, batch["prompt_ids"], key, computed, state=state, sampling=sampling
-        )
-        drawn = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))
-        completions, lengths, logps = (
+        given_to_all = params, lengths_g, batch["prompt_ids"], jax.random.key(seed), computed
+        go_on = functools.partial(self._decode, *given_to_all, sampling=sampling)
+        if self.stop is None:
+            state = go_on(state=state)
+            at_stop = np.zeros((given + filling, k), bool)
+        else:
+            end_at = functools.partial(self._end, computed, k=k)
+            state, at_stop = _to_stop_strings(self.stop, state, go_on, end_at)
+        drawn = (*to_host((state.completions_snt, state.lengths_sn, state.logps_snt)), at_stop)
+        completions, lengths, logps, at_stop = (
             np.asarray(x).reshape(given + filling, k, *x.shape[2:])[:given] for x in drawn
         )
+        kept = np.arange(max_completion_length) < lengths[..., None]
+        completions, logps = np.where(kept, completions, 0), np.where(kept, logps, 0)
         last = np.take_along_axis(completions, lengths[..., None] - 1, axis=2)[..., 0]
-        stopped = np.isin(last, self.stop_ids)
+        stopped = np.isin(last, self.stop_ids) | at_stop
         return make_groups(
             prompts, completions, lengths, source=Source.POLICY, stopped=stopped, old_logps=logps
         )
+
+
+def _to_stop_strings(stop: StopStrings, state: DecodeState, go_on, end_at):
+    """Decodes a few tokens at a time, and ends the completions in whose text there is a stop.
+
+    So a row draws a few tokens in vain, but no other one than without stop strings.
+
+    Returns:
+        The last state, and this process's completions that a stop string ended, `[s, n]`.
+    """
+    seen = at_stop = np.zeros(0)
+    unfinished = True
+    while unfinished:
+        state = go_on(state=state, steps=_STEPS)
+        tokens, lengths = to_host((state.completions_snt, state.lengths_sn))
+        if not len(seen):
+            seen, at_stop = np.zeros_like(lengths), np.zeros(lengths.shape, bool)
+        ends = np.zeros_like(lengths)
+        for place in map(tuple, np.argwhere(lengths > seen)):
+            ends[place] = stop.end(tokens[place][: lengths[place]].tolist()) or 0
+        seen, at_stop = np.where(ends, ends, lengths), at_stop | (ends > 0)
+        state, more = end_at(to_devices(ends, state.lengths_sn.sharding), state=state)
+        unfinished = bool(more)
+    return state, at_stop
 
 
 def compiled(model: Any, stop_ids: Sequence[int], mesh: Mesh):
@@ -124,7 +163,7 @@ def compiled(model: Any, stop_ids: Sequence[int], mesh: Mesh):
     then = functools.partial(decode, model, stop_ids=tuple(stop_ids), mesh=mesh)
     return (
         jax.jit(first, static_argnames=("k", "t", "size")),
-        jax.jit(then, static_argnames=("sampling",), donate_argnames=("state",)),
+        jax.jit(then, static_argnames=("sampling", "steps"), donate_argnames=("state",)),
     )
 
 
@@ -150,14 +189,17 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, t, size, mesh):
     return constrain_batch(mesh, (state, Prompts(hidden_gd, prefix)), s, r)
 
 
-def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, stop_ids, mesh):
-    """Draw tokens until every completion has stopped or is full."""
+def decode(
+    model, params, lengths_g, ids_g, key, prompts, *, state, sampling, stop_ids, mesh, steps=None
+):
+    """Draw tokens until every completion has stopped or is full, or for so many `steps`."""
     (s, n, t), r = state.completions_snt.shape, state.item_sr.shape[1]
     k = n * s // len(ids_g)
-    head_vd = model.head(params)
+    head_vd, start = model.head(params), state.at
 
     def unfinished(state: DecodeState):
-        return jnp.any(state.item_sr < n)
+        drawing = jnp.any(state.item_sr < n)
+        return drawing if steps is None else drawing & (state.at < start + steps)
 
     def step(state: DecodeState) -> DecodeState:
         tokens_sr, logps_sr = _draw_tokens(state, head_vd, key, ids_g, k, sampling)
@@ -184,6 +226,26 @@ def decode(model, params, lengths_g, ids_g, key, prompts, *, state, sampling, st
 
     state = jax.lax.while_loop(unfinished, step, constrain_batch(mesh, state, s, r))
     return constrain_batch(mesh, state, s, r)
+
+
+def end(prompts, ends_sn, *, state, k, mesh):
+    """End completions at these lengths (0: not), however long they are, and hand out others.
+
+    Returns:
+        The state, and whether there is a token left to draw.
+    """
+    n, r = state.lengths_sn.shape[1], state.item_sr.shape[1]
+    ends_sr = jnp.take_along_axis(ends_sn > 0, jnp.minimum(state.item_sr, n - 1), axis=1)
+    kept = state._replace(lengths_sn=jnp.where(ends_sn > 0, ends_sn, state.lengths_sn))
+    handed, goes_on_sr = _hand_out(kept, ends_sr, k)
+    takes_sr = ~goes_on_sr & (handed.item_sr < n)
+    handed = handed._replace(drawn_sr=jnp.where(takes_sr, 0, state.drawn_sr))
+    if state.prefix is not None:
+        handed = _load(handed, prompts.prefix, handed.group_s != state.group_s)
+    first = _first_hidden(prompts.prompt_hidden, handed.group_s, r)
+    hidden = jnp.where(takes_sr[..., None], first, state.hidden_srd)
+    handed = handed._replace(hidden_srd=hidden)
+    return constrain_batch(mesh, handed, len(ends_sn), r), jnp.any(handed.item_sr < n)
 
 
 def _draw_tokens(state: DecodeState, head_vd, key, ids_g, k, sampling):

@@ -8,6 +8,7 @@ from rounding import rounding
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.logprobs import completion_mask
+from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import (
     DecoderConfig,
     DecoderFns,
@@ -19,6 +20,7 @@ from gvpo_jax.models.decoder import (
 from gvpo_jax.parallel.layout import lanes
 from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 from gvpo_jax.rollout.draw import draw
+from gvpo_jax.rollout.stop import StopStrings, before_stop
 from gvpo_jax.training.step import token_logps
 
 CONFIG = DecoderConfig("llama", 43, 16, 24, 2, 4, 2, 4, tie_embeddings=True)
@@ -31,8 +33,10 @@ MORE_PROMPTS = [*PROMPTS, *(RNG.integers(7, 43, n).tolist() for n in (3, 1, 7))]
 SCORE = jax.jit(functools.partial(token_logps, APPLY))
 
 
-def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None):
-    return InProcessEngine(SamplingModel(APPLY), stops, slots=slots).generate(
+def generate(
+    prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None, stop=None
+):
+    return InProcessEngine(SamplingModel(APPLY), stops, slots=slots, stop=stop).generate(
         PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
         sampling=sampling or SamplingParams(), seed=seed,
     )  # fmt: skip
@@ -106,6 +110,87 @@ def test_samples_do_not_depend_on_the_slots(slots):
     atol = tolerance(MORE_PROMPTS, at_once)
     assert atol < 5e-3
     np.testing.assert_allclose(few.old_logps, at_once.old_logps, atol=atol)
+
+
+class Words:
+    """A tokenizer whose tokens are two letters, or none."""
+
+    rng = np.random.default_rng(3)
+    words = ("", *("".join(letters) for letters in rng.choice(list("abc"), (42, 2))))
+
+    def decode(self, tokens, **options):
+        assert options == {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return "".join(self.words[token] for token in tokens)
+
+
+TEXTS = ("abc", "ccba")
+
+
+@pytest.mark.parametrize(
+    ("slots", "steps"), [(None, 1), (None, 16), (1, 7), (3, 16), (5, 1), (8, 7)]
+)
+def test_stop_strings_end_what_is_sampled_as_a_plain_loop_does(monkeypatch, slots, steps):
+    """Over the texts sampled without them; a stop string spans two tokens at least, and may end inside one."""
+    free, lengths = all_at_once(), all_at_once().lengths.copy()
+    for place in np.ndindex(lengths.shape):
+        text = ""
+        for n, token in enumerate(free.completions[place][: lengths[place]], start=1):
+            text += Words.words[token]
+            if any(stop in text for stop in TEXTS):
+                lengths[place] = n
+                break
+    assert 3 <= (lengths < free.lengths).sum() <= lengths.size - 3
+    monkeypatch.setattr("gvpo_jax.rollout.inprocess._STEPS", steps)
+    ended = generate(MORE_PROMPTS, range(6), slots=slots, stop=StopStrings(TEXTS, Words()))
+    kept = np.arange(24) < lengths[..., None]
+    np.testing.assert_array_equal(ended.lengths, lengths)
+    np.testing.assert_array_equal(ended.completions, np.where(kept, free.completions, 0))
+    np.testing.assert_array_equal(ended.stopped, free.stopped | (lengths < free.lengths))
+    atol = tolerance(MORE_PROMPTS, free)
+    np.testing.assert_allclose(ended.old_logps, np.where(kept, free.old_logps, 0), atol=atol)
+
+
+def test_stop_strings_save_steps():
+    """Of 24 tokens the first ends every text; the next look is after 16, not 24."""
+    engine = InProcessEngine(SamplingModel(APPLY), (), stop=StopStrings(("",), Words()))
+    drawn = []
+    decode = engine._decode
+
+    def counted(*arrays, **options):
+        state = decode(*arrays, **options)
+        drawn.append(int(state.at))
+        return state
+
+    engine._decode = counted
+    rollout = engine.generate(
+        PARAMS, PROMPTS, range(3), num_generations=4, max_completion_length=24,
+        sampling=SamplingParams(), seed=1,
+    )  # fmt: skip
+    assert drawn == [16]
+    assert rollout.lengths.tolist() == [[1] * 4] * 3
+    assert rollout.stopped.all()
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("a = 4\n\nQ: 5", ["Q:", "\n\n"], "a = 4"),
+        ("a = 4", ["Q:"], "a = 4"),
+        ("a = 4", [], "a = 4"),
+        ("Q:", ["Q:"], ""),
+    ],
+)
+def test_a_text_ends_before_the_first_stop_string(text, stops, expected):
+    assert before_stop(text, stops) == expected
+
+
+def test_a_special_token_may_be_a_stop_string():
+    tokenizer = debug_tokenizer()
+    tokens = [*b"so<|im_end", tokenizer.convert_tokens_to_ids("<|im_end|>"), *b"more"]
+    assert StopStrings(("<|im_end|>",), tokenizer).end(tokens) == len(b"so<|im_end") + 1
+    euro = [*"2 €, 3".encode()]  # three tokens, of which the last completes the sign
+    assert StopStrings(("€",), tokenizer).end(euro) == 5
+    assert StopStrings(("€, 4",), tokenizer).end(euro) is None
 
 
 @functools.cache

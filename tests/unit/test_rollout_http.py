@@ -28,6 +28,7 @@ from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.rollout.servers.dialects import DIALECTS, ServerKind
 from gvpo_jax.rollout.servers.engine import HttpEngine
 from gvpo_jax.rollout.servers.weight_sync import WeightSync, sequence_logps
+from gvpo_jax.rollout.stop import StopStrings
 from gvpo_jax.training.step import token_logps
 
 V, K, T, STOPS = 13, 3, 6, (5, 11)
@@ -109,6 +110,42 @@ def test_servers_stop_at_our_stop_tokens_only(stub, protocol, stops):
     rollout = generate(engine, k=8)
     goes_on = rollout.completions[..., :-1] == OWN_EOS
     assert (goes_on & (np.arange(1, T) < rollout.lengths[..., None])).any()
+
+
+class Letters:
+    """A tokenizer: token 0 is a, token 12 is m."""
+
+    def decode(self, tokens, **options):
+        return "".join("abcdefghijklm"[token] for token in tokens)
+
+
+@pytest.mark.parametrize("protocol", ["vllm", "sglang"])
+@pytest.mark.parametrize("heeded", [True, False])
+def test_stop_strings_end_what_servers_sample_as_a_plain_loop_does(stub, protocol, heeded):
+    """Also where a server runs on past one, as with speculative decoding."""
+    texts = ("be", "hh", "c")
+    free = generate(engine_on(stub, protocol=protocol), k=8)
+    stub.detokenize = Letters().decode if heeded else stub.detokenize
+    stop = StopStrings(texts, Letters())
+    engine = HttpEngine(fleet_of(stub), protocol, STOPS, vocab_size=V, stop=stop)
+    ended = generate(engine, k=8)
+    lengths = free.lengths.copy()
+    for place in np.ndindex(lengths.shape):
+        letters = ["abcdefghijklm"[token] for token in free.completions[place]][: lengths[place]]
+        found = [n for n in range(len(letters)) if any(x in "".join(letters[:n]) for x in texts)]
+        lengths[place] = min([*found, lengths[place]])
+    assert (lengths < free.lengths).sum() > 3
+    np.testing.assert_array_equal(ended.lengths, lengths)
+    kept = np.arange(T) < lengths[..., None]
+    np.testing.assert_array_equal(ended.completions, np.where(kept, free.completions, 0))
+    np.testing.assert_array_equal(ended.old_logps, np.where(kept, free.old_logps, 0))
+    by_text = [
+        any(x in Letters().decode(tokens[:n]) for x in texts)
+        for tokens, n in zip(free.completions.reshape(-1, T), lengths.ravel(), strict=True)
+    ]
+    np.testing.assert_array_equal(ended.stopped.ravel(), free.stopped.ravel() | by_text)
+    body = stub.requests[-1][1]
+    assert (body if protocol == "vllm" else body["sampling_params"][0])["stop"] == list(texts)
 
 
 @pytest.mark.parametrize("protocol", ["vllm", "sglang"])

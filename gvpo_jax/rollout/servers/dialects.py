@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import BadReply, TryAgain
+from gvpo_jax.rollout.stop import StopStrings
 
 Post = Callable[..., Any]
 ServerKind = Literal["vllm", "vllm-tpu", "sglang"]
@@ -31,6 +32,7 @@ class Ask:
     stop_ids: Sequence[int]
     vocab_size: int
     key: tuple[int, int] = (0, 0)  # the run's seed and the prompt's id
+    stop: StopStrings | None = None  # texts that end a completion; None: there are none
 
 
 class Sampled(NamedTuple):
@@ -59,35 +61,45 @@ class Dialect(NamedTuple):
 def check(samples: list[Sampled], ask: Ask) -> list[Sampled]:
     """The samples, if they can be k completions of the prompt; else raises BadReply.
 
-    `stopped` is true of each that ends in a stop token, also where it is the last there may be.
+    They end with the token that completes a stop string: a server may give more. `stopped` is true
+    of these and of each that ends in a stop token, also where it is the last there may be.
     """
     if len(samples) != ask.k:
         raise BadReply(f"{len(samples)} completions instead of {ask.k}")
-    for tokens, logps, stopped in samples:
-        _check_tokens(tokens, stopped, ask)
-        if len(logps) != len(tokens):
-            raise BadReply(f"{len(logps)} log-probs of {len(tokens)} tokens")
-        _check_logps(logps, above=_NEVER)
-    return [sample._replace(stopped=sample.tokens[-1] in ask.stop_ids) for sample in samples]
+    return [_check_sample(sample, ask) for sample in samples]
 
 
-def _check_tokens(tokens: list[int], stopped: bool, ask: Ask) -> None:
+def _check_sample(sample: Sampled, ask: Ask) -> Sampled:
+    tokens, logps, _ = sample
     if not tokens:
         raise BadReply("an empty completion")
     for token in tokens:
         if type(token) is not int or not 0 <= token < ask.vocab_size:
             raise BadReply(f"token id {token!r}, outside the vocabulary of {ask.vocab_size}")
+    end = ask.stop.end(tokens) if ask.stop else None
+    _check_end(tokens[:end], sample.stopped, end is not None, ask)
+    if len(logps) != len(tokens):
+        raise BadReply(f"{len(logps)} log-probs of {len(tokens)} tokens")
+    _check_logps(logps, above=_NEVER)
+    stopped = end is not None or tokens[-1] in ask.stop_ids
+    return Sampled(tokens[:end], logps[:end], stopped)
+
+
+def _check_end(tokens: list[int], stopped: bool, at_text: bool, ask: Ask) -> None:
+    """at_text: a stop string ends it."""
     if len(tokens) > ask.max_completion_length:
         raise BadReply(f"{len(tokens)} tokens, where {ask.max_completion_length} are the limit")
     at_stop = [token in ask.stop_ids for token in tokens]
     if any(at_stop[:-1]):
         raise BadReply(f"more tokens after stop token {tokens[at_stop.index(True)]}")
-    if stopped and not at_stop[-1]:
+    if at_text or at_stop[-1]:
+        return
+    if stopped:
         raise BadReply(
             f"stopped at token {tokens[-1]}, which is none of the stop tokens "
             f"{list(ask.stop_ids)}: add it to rollout.stop_token_ids"
         )
-    if not at_stop[-1] and len(tokens) < ask.max_completion_length:
+    if len(tokens) < ask.max_completion_length:
         raise BadReply(
             f"cut off after {len(tokens)} of {ask.max_completion_length} tokens: start the server "
             "with a longer context"
@@ -119,6 +131,7 @@ def _common(ask: Ask) -> dict[str, Any]:
         "presence_penalty": 0.0,
         "stop_token_ids": list(ask.stop_ids),
         "skip_special_tokens": False,
+        **({"stop": list(ask.stop.texts)} if ask.stop else {}),
     }
 
 

@@ -18,6 +18,7 @@ from gvpo_jax.rollout.servers.client import Client, Fleet
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, NoPromptLogps, Sampled, ServerKind
 from gvpo_jax.rollout.servers.weight_sync import SequenceLogps, SyncReport, WeightSync
+from gvpo_jax.rollout.stop import StopStrings
 
 _log = logging.getLogger(__name__)
 _RESCORED = 4  # completions that show what kind of log-probs a server gives
@@ -43,6 +44,7 @@ class HttpEngine(Engine):
     vocab_size: int  # token ids are below it
     # Brings `params` to the servers before they sample; None: they keep theirs.
     weights: WeightSync | None = None
+    stop: StopStrings | None = None  # texts that end a completion; None: there are none
 
     def __post_init__(self) -> None:
         self._dialect = DIALECTS[self.kind]
@@ -71,7 +73,7 @@ class HttpEngine(Engine):
         del longest_prompt  # nothing is padded
         limits = num_generations, max_completion_length, sampling, self.stop_ids, self.vocab_size
         asks = [
-            Ask([int(token) for token in prompt], *limits, key=(seed, int(prompt_id)))
+            Ask([int(token) for token in prompt], *limits, (seed, int(prompt_id)), self.stop)
             for prompt, prompt_id in zip(prompts, prompt_ids, strict=True)
         ]
         return _as_groups(asks, raise_together(lambda: self._ask(params, asks)))
@@ -160,6 +162,7 @@ def http_engine(
     stop_ids: Sequence[int],
     logps: SequenceLogps,
     run_dir: str,
+    stop: StopStrings | None = None,
 ) -> HttpEngine:
     """Samples on these servers, of any kind but "none", which get new weights through a folder.
 
@@ -177,7 +180,7 @@ def http_engine(
         tolerance=config.logp_tolerance,
     )
     vocab_size = model.config.vocab_size
-    return HttpEngine(fleet, config.kind, stop_ids, vocab_size=vocab_size, weights=weights)
+    return HttpEngine(fleet, config.kind, stop_ids, vocab_size, weights, stop)
 
 
 def _as_groups(asks: Sequence[Ask], groups: Sequence[Sequence[Sampled]]) -> Groups:
