@@ -1,7 +1,9 @@
 """A config as a file: YAML with `key=value` on top, and what a resumed run may change."""
 
 import dataclasses
+import glob
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -203,8 +205,15 @@ def _with_paths(config: Config, beside: Path | None) -> Config:
 def _input(path: str, key: str, beside: Path | None) -> str | None:
     if not path:
         return None
-    places = [Path(path).expanduser(), *([beside / path] if beside else [])]
-    return next((str(place.absolute()) for place in places if place.exists()), str(places[0]))
+    wanted, folders = (
+        Path(path).expanduser(),
+        [Path.cwd(), *([beside.absolute()] if beside else [])],
+    )
+    if found := next((folder / wanted for folder in folders if (folder / wanted).exists()), None):
+        return str(found)
+    # Or the pattern of several files; the folder's own name is none.
+    patterns = [os.path.join(glob.escape(str(folder)), wanted) for folder in folders]
+    return next((p for p in patterns if any(glob.iglob(p, recursive=True))), str(wanted))
 
 
 def _output(path: str, key: str, beside: Path | None) -> str:

@@ -197,6 +197,7 @@ class Trainer:
             batch_size=c.train.batch_size,
             samples=c.rollout.num_generations - c.rollout.demonstrations - c.replay.completions,
             seed=c.run.seed,
+            shuffle=c.data.shuffle,
         )
         feed = OnlineFeed(self.policy, collector, c.train, c.replay)
         return self._loop(feed, judge, prompts, eval_dataset, {"demonstrations": lost}).run()
@@ -227,6 +228,7 @@ class Trainer:
             c.train,
             longest_completion=c.rollout.max_completion_length,
             seed=c.run.seed,
+            shuffle=c.data.shuffle,
             ahead=c.reference.name == "initial",
         )
         bad = {"completions": offline.skipped_completions, "groups": offline.skipped_groups}

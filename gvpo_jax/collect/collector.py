@@ -105,6 +105,7 @@ class Collector:
     batch_size: int  # groups of an update, older ones included
     samples: int  # completions of a group that are sampled
     seed: int  # of the data's order and of sampling
+    shuffle: bool = True  # the rows, in every epoch
 
     def collect(self, numbers: Sequence[int], params: Any, version: int) -> list[Collected]:
         """The new groups of these batches, sampled together by `params` after `version` updates.
@@ -117,7 +118,9 @@ class Collector:
         here = my_slice(self.new)
         rows, visits = [], []
         for number in numbers:
-            rows.append(batch_indices(len(self.prompts.rows), self.new, number, self.seed)[here])
+            count = len(self.prompts.rows)
+            every = batch_indices(count, self.new, number, self.seed, shuffle=self.shuffle)
+            rows.append(every[here])
             first = number * self.batch_size  # visits, not rows: a row's next has fresh keys
             visits += range(first, first + self.new)[here]
         indices, size = np.concatenate(rows), len(rows[0])
@@ -180,20 +183,20 @@ def read_demonstrations(
     """
     groups, count = [], options.demonstrations
     for place, (row, prompt) in enumerate(zip(prompts.rows, prompts.token_ids, strict=True)):
-        texts = row.get(SOLUTION)
+        name, texts = getattr(row, "place", f"row {place + 1}"), row.get(SOLUTION)
         texts = [texts] if isinstance(texts, str) else texts
         if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             texts = []
         if len(texts) < count:
             raise UserError(
-                f"row {place + 1}: rollout.demonstrations={count} needs as many texts in the "
+                f"{name}: rollout.demonstrations={count} needs as many texts in the "
                 f"column '{SOLUTION}', here are {len(texts)}"
             )
         ids = [completion_ids(text, tokenizer, stop_ids) for text in texts[:count]]
         for number, tokens in enumerate(ids):
             problem = length_problem(tokens, options.max_completion_length)
             if problem and bad_samples == "error":
-                raise UserError(f"row {place + 1}, {SOLUTION}: {problem}")
+                raise UserError(f"{name}, {SOLUTION}: {problem}")
             ids[number] = [] if problem else tokens
         nothing = [None] * count
         groups.append(make_group(prompt, ids, nothing, source=Source.DEMONSTRATION, row=place))

@@ -73,7 +73,7 @@ def read_groups(
     groups: list[Groups] = []
     skipped = 0
     for number, (row, prompt) in enumerate(zip(prompts.rows, prompts.token_ids, strict=True)):
-        name = f"groups, row {number + 1}"
+        name = f"groups, {getattr(row, 'place', f'row {number + 1}')}"
         ids = _completions(name, row, encode, vocab_size)
         values: Any = row.get("rewards")
         if not _is_list(values):
@@ -169,7 +169,7 @@ def _fits(cached: Any, group: Groups) -> bool:
 
 
 class OfflineFeed:
-    """Groups sampled elsewhere, in an order that depends on the seed alone.
+    """Groups sampled elsewhere, in an order that depends on the seed alone, or in their own.
 
     Reference log-probs are kept with the groups for as long as the reference stays.
 
@@ -186,9 +186,11 @@ class OfflineFeed:
         *,
         longest_completion: int,
         seed: int,
+        shuffle: bool,
         ahead: bool,
     ):
-        self._policy, self._groups, self._train, self._seed = policy, list(groups), train, seed
+        self._policy, self._groups, self._train = policy, list(groups), train
+        self._seed, self._shuffle = seed, shuffle
         k = max(group.lengths.shape[1] for group in groups)
         longest_prompt = max(group.prompts.shape[1] for group in groups)
         self._largest = Sizes(train.batch_size, k, longest_prompt, longest_completion)
@@ -249,7 +251,8 @@ class OfflineFeed:
 
     def _indices(self, number: int) -> np.ndarray:
         size = self._train.batch_size
-        every = batch_indices(len(self._groups), size, number, self._seed)
+        count = len(self._groups)
+        every = batch_indices(count, size, number, self._seed, shuffle=self._shuffle)
         return every[my_slice(size)]
 
 

@@ -6,15 +6,15 @@ start of the answer, after the prompt.
 """
 
 import hashlib
-import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from gvpo_jax.data.files import read_files
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import setting
@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+# Arguments of `apply_chat_template` that are not the template's.
+_NOT_OF_TEMPLATES = (
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
+    "return_assistant_tokens_mask",
+)  # fmt: skip
+
+
+class PlacedRow(dict[str, Any]):
+    """A row that knows where it came from, for messages."""
+
+    def __init__(self, row: Mapping[str, Any], place: str):
+        super().__init__(row)
+        self.place = place  # such as "train.jsonl:3" or "row 3"
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,10 @@ class DataConfig:
     """Rows to train on and to be judged by, and how their prompts become tokens."""
 
     path: str | None = setting(
-        None, "JSONL or parquet with a column `prompt`, or ...", path="input"
+        None,
+        "Rows with a column `prompt`: .jsonl, .json or .parquet, also .jsonl.gz and .json.gz; a "
+        "folder or a pattern such as data/train-*.jsonl takes all such files by name. Or ...",
+        path="input",
     )
     eval_path: str | None = setting(None, "Held-out rows, with the same columns.", path="input")
     tasks: list[TaskConfig] = setting([], "... tasks that rows are drawn from, or ...")
@@ -62,8 +79,14 @@ class DataConfig:
     system_prompt: str | None = setting(
         None, "Opens every templated prompt that has no system message of its own."
     )
+    template_arguments: dict[str, Any] = setting(
+        {}, "Handed to the chat template, such as {enable_thinking: false}."
+    )
     max_prompt_length: int = setting(512, "Tokens; longer prompts are never cut.", least=1)
     too_long: Literal["error", "skip"] = setting("error", "What becomes of longer prompts.")
+    shuffle: bool = setting(
+        True, "Each epoch in an order of its own; false: rows in their order, epoch after epoch."
+    )
 
     def load(self, seed: int) -> tuple[list[Row], list[Row]]:
         """Training rows and held-out rows, from files or from generated tasks.
@@ -96,22 +119,26 @@ class DataConfig:
         A templated prompt gets no further special tokens; `chat_template=never` takes texts only.
 
         Raises:
-            UserError: naming the row (from 1), where a prompt can't be encoded, or is longer than
-                `max_prompt_length` tokens and `too_long` is `error`; or no row is left.
+            UserError: naming the row (its file and line, or its number from 1), where a prompt
+                can't be encoded, or is longer than `max_prompt_length` tokens and `too_long` is
+                `error`; or no row is left.
         """
-        rows = [dict(row) for row in rows]
+        rows = list(rows)
         if not rows:
             raise UserError("there are no rows; give at least one with a prompt")
+        if own := [name for name in self.template_arguments if name in _NOT_OF_TEMPLATES]:
+            raise UserError(f"data.template_arguments: {own[0]} is not the template's to be given")
         kept: list[Row] = []
         token_ids: list[list[int]] = []
         for number, row in enumerate(rows, start=1):
-            ids = _encode(f"row {number}", row, tokenizer, self)
+            place = getattr(row, "place", f"row {number}")
+            ids = _encode(place, PlacedRow(row, place), tokenizer, self)
             if len(ids) <= self.max_prompt_length:
-                kept.append(row)
+                kept.append(PlacedRow(row, place))
                 token_ids.append(ids)
             elif self.too_long == "error":
                 raise UserError(
-                    f"row {number}: the prompt is {len(ids)} tokens long, max_prompt_length is "
+                    f"{place}: the prompt is {len(ids)} tokens long, max_prompt_length is "
                     f"{self.max_prompt_length}; raise it, or skip prompts that are too long"
                 )
         if not kept:
@@ -141,23 +168,24 @@ class EncodedPrompts:
 
 
 def load_rows(path: str | Path) -> list[Row]:
-    """Read the rows of a `.jsonl` or `.parquet` file.
+    """Read the rows of a file, or of several one after the other.
 
-    Raises `UserError`, naming the file and the line (parquet: the row), for whatever is not a row
-    with a usable prompt.
+    Args:
+        path: a file that ends in .jsonl (one JSON object a line), .json (one array of objects, or
+            such lines), .jsonl.gz, .json.gz or .parquet; a folder of such files; or a pattern such
+            as `data/train-*.jsonl`. Several files come in the order of their names.
+
+    Returns:
+        `PlacedRow`s.
+
+    Raises:
+        UserError: naming file and line (row, where there are no lines), for whatever is not a row
+            with a usable prompt; or there is no such file, or no row.
     """
-    path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: data files end in .jsonl (one JSON object a line) or .parquet")
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    placed_rows = list(readers[path.suffix](path))
-    if not placed_rows:
-        raise UserError(f"{path}: the file holds no rows")
+    placed_rows = read_files(Path(path))
     for place, row in placed_rows:
         _check_row(place, row)
-    return [row for _, row in placed_rows]
+    return [PlacedRow(row, place) for place, row in placed_rows]
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -183,12 +211,14 @@ def completion_ids(
     return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
 
 
-def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+def batch_indices(
+    n_rows: int, batch_size: int, step: int, seed: int, *, shuffle: bool = True
+) -> np.ndarray:
     """Row numbers [batch_size] of batch number `step`.
 
-    Epochs follow each other endlessly, each in an order of its own, and are cut into batches. A
-    pure function, so a run resumes from `step` alone. Every epoch holds each row once; a batch may
-    straddle two epochs, and so hold a row twice.
+    Epochs follow each other endlessly, each in an order of its own, or without `shuffle` in that of
+    the rows, and are cut into batches. A pure function, so a run resumes from `step` alone. Every
+    epoch holds each row once; a batch may straddle two epochs, and so hold a row twice.
     """
     if n_rows < 1 or batch_size < 1 or step < 0 or seed < 0:
         raise ValueError(
@@ -196,6 +226,8 @@ def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> np.ndar
             f"got {n_rows}, {batch_size}, {step}, {seed}"
         )
     epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n_rows)
+    if not shuffle:
+        return offsets
     indices = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
@@ -208,29 +240,6 @@ def shuffled(n: int, *key: int) -> np.ndarray:
     # Raw bits keep their values across NumPy versions; Generator.permutation doesn't promise to.
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(bits, kind="stable")
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            yield place, json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            raise UserError(f"{place}: not a JSON object on one line: {error}") from None
-
-
-def _read_parquet(path: Path) -> list[tuple[str, Any]]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise UserError(f'{path}: pyarrow is missing: pip install "gvpo-jax[parquet]"') from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise UserError(f"{path}: can't be read as parquet: {_one_line(error)}") from None
-    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _check_row(place: str, row: Any) -> None:
@@ -269,11 +278,12 @@ def _encode(
     _check_row(place, row)
     prompt = row["prompt"]
     plain = isinstance(prompt, str) and options.chat_template != "always"
-    if plain and options.system_prompt is not None:
-        raise UserError(
-            f"{place}: a system_prompt needs the chat template, and this prompt is "
-            "plain text; set chat_template: always"
-        )
+    for name in ("system_prompt", "template_arguments"):
+        if plain and getattr(options, name) not in (None, {}):
+            raise UserError(
+                f"{place}: {name} needs the chat template, and this prompt is "
+                "plain text; set chat_template: always"
+            )
     if not plain and options.chat_template == "never":
         raise UserError(f"{place}: the prompt is a list of messages; set chat_template: auto")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -297,7 +307,11 @@ def _templated(
         )
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=options.template
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=options.template,
+            **options.template_arguments,
         )
     except Exception as error:  # templates raise what they like
         raise UserError(f"{place}: the chat template failed: {_one_line(error)}") from error

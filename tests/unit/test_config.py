@@ -8,6 +8,7 @@ import pytest
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import difference, load_config, override, to_yaml
+from gvpo_jax.data.rows import load_rows
 from gvpo_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -271,6 +272,26 @@ def test_data_is_found_from_here_or_beside_the_config(tmp_path, monkeypatch):
     (tmp_path / "here" / "rows.jsonl").touch()
     assert load_config(config).data.path == str(tmp_path / "here" / "rows.jsonl")
     assert load_config(config, [f"data.path={beside}"]).data.path == str(beside)
+
+
+def test_a_pattern_of_files_is_found_from_here_or_beside_the_config(tmp_path, monkeypatch):
+    folder = tmp_path / "set [1]"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train-0.jsonl").write_text('{"prompt": "beside"}')
+    config = folder / "c.yaml"
+    config.write_text("data: {path: data/train-*.jsonl, eval_path: data, groups_path: 'no-*'}")
+    monkeypatch.chdir(tmp_path)
+    data = load_config(config).data
+    assert load_rows(data.path or "") == load_rows(data.eval_path or "") == [{"prompt": "beside"}]
+    assert data.groups_path == "no-*"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-9.jsonl").write_text('{"prompt": "here"}')
+    data = load_config(config).data
+    assert load_rows(data.path or "") == [{"prompt": "here"}]
+    monkeypatch.chdir("/")  # the run goes on from elsewhere
+    kept = tmp_path / "config.yaml"
+    kept.write_text(to_yaml(override(Config(), data__path=data.path)))
+    assert load_config(kept).data.path == data.path
 
 
 def test_every_path_is_found_beside_the_config_or_at_home(tmp_path, monkeypatch):

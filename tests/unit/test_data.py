@@ -1,5 +1,7 @@
 """Rows, prompts and their order."""
 
+import glob
+import gzip
 import importlib
 import json
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.data.rows import DataConfig, batch_indices, columns_of, load_rows
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.debug import debug_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -121,6 +124,80 @@ def test_bad_file_is_named(tmp_path, name, text, problem):
         load_rows(tmp_path / "missing.jsonl")
 
 
+def test_json_and_compressed_files_hold_the_same_rows(tmp_path):
+    rows = [{"prompt": "a", "solution": 3}, {"prompt": "b\u2028", "n": [1, None]}]
+    array = json.dumps(rows, indent=2, ensure_ascii=False).encode()
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    files = {
+        "rows.json": array,
+        "bom.JSON": b"\xef\xbb\xbf\r\n" + array,
+        "lines.json": lines,  # as others write them
+        "rows.json.gz": gzip.compress(array),
+        "rows.jsonl.gz": gzip.compress(lines),
+    }
+    for name, content in files.items():
+        assert load_rows(write(tmp_path / name, content)) == rows, name
+
+
+def test_folders_and_patterns_are_read_in_the_order_of_their_names(tmp_path):
+    """The first of ten, then the last: 2 comes after 10, as everywhere that names are sorted."""
+    folder = tmp_path / "run [1]"  # no pattern: it is there
+    folder.mkdir()
+    for name in ("train-2.jsonl", "train-10.json.gz", "test-0.jsonl", "._train-1.jsonl"):
+        content = json.dumps({"prompt": name}).encode()
+        write(folder / name, gzip.compress(content) if name.endswith("gz") else content)
+    write(folder / "README.md", "no rows")
+    names = [row["prompt"] for row in load_rows(folder)]
+    assert names == ["test-0.jsonl", "train-10.json.gz", "train-2.jsonl"]
+    pattern = f"{glob.escape(str(folder))}/train-*.json*"
+    assert [row["prompt"] for row in load_rows(pattern)] == names[1:]
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "x.jsonl", '{"prompt": "deep"}')
+    rows = load_rows(f"{tmp_path}/**/*.jsonl")
+    assert [row["prompt"] for row in rows] == ["deep", "test-0.jsonl", "train-2.jsonl"]
+
+
+BROKEN = {
+    "rows.json": (b'[{"prompt": "a"}, {"prompt": ""}]', "rows.json: row 2: the prompt is empty"),
+    "object.json": (b'{\n"prompt": "a"}', "object.json:1: not a JSON object on one line"),
+    "number.json": (b"3", "number.json: a .json file is an array of objects"),
+    "torn.json": (b'[{"prompt": "a"}', "torn.json: not a JSON array of objects: Expecting"),
+    "deep.json": (b"[" * 200_000, "deep.json: not a JSON array of objects: maximum recursion"),
+    "flat.jsonl.gz": (b'{"prompt": "a"}', "flat.jsonl.gz: can't be read: Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(b'{"prompt": "a"}')[:-9], "cut.jsonl.gz: can't be read: Comp"),
+    "rows.jsonl.gz": (gzip.compress(b'{"prompt": "a"}\n[]'), "rows.jsonl.gz:2: a row is a JSON ob"),
+    "*.csv": (b"", "*.csv: no file has a name of this pattern"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_in_a_file_is_told_by_file_and_row(tmp_path, name):
+    content, problem = BROKEN[name]
+    if content:
+        write(tmp_path / name, content)
+    with pytest.raises(UserError) as caught:
+        load_rows(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path}/{problem}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_data_and_a_shard_without_rows(tmp_path):
+    with pytest.raises(UserError, match=r"no file in this folder ends in \.jsonl, \.json"):
+        load_rows(tmp_path)
+    write(tmp_path / "a.jsonl", "")
+    with pytest.raises(UserError, match="holds no rows"):
+        load_rows(tmp_path)
+    write(tmp_path / "b.jsonl", '{"prompt": "b"}')
+    assert load_rows(tmp_path) == [{"prompt": "b"}]
+
+
+def test_a_prompt_that_does_not_fit_is_told_by_its_file_and_line(tmp_path):
+    write(tmp_path / "a.jsonl", '{"prompt": "a"}\n')
+    write(tmp_path / "b.jsonl", '{"prompt": "b"}\n\n{"prompt": "long"}\n')
+    with pytest.raises(UserError, match=r"b\.jsonl:3: the prompt is \d tokens long"):
+        encode(load_rows(tmp_path), Letters(), max_prompt_length=3)
+
+
 def test_columns_keep_the_order_of_the_rows_and_have_none_where_one_lacks_them():
     rows = [{"prompt": "p", "solution": 1, "task": "t"}, {"prompt": "q", "solution": 2}]
     assert columns_of(rows) == {"solution": [1, 2], "task": ["t", None]}
@@ -161,6 +238,25 @@ def test_a_transformers_tokenizer_is_called_rightly():
     assert encoded.token_ids == [[2, 5, 3, 4, 6]]
     encoded = DataConfig(max_prompt_length=9).encode(rows, tokenizer)
     assert encoded.token_ids == [[1, 5, 6]]
+
+
+def test_template_arguments_reach_the_template():
+    tokenizer = debug_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if thinking %}<think>{% endif %}{{ (level or {}).much }}"
+    )
+
+    def text(**arguments):
+        options = DataConfig(chat_template="always", template_arguments=arguments)
+        return tokenizer.decode(options.encode([{"prompt": "hi"}], tokenizer).token_ids[0])
+
+    assert text() == "hi"
+    assert text(thinking=True) == "hi<think>"
+    assert text(thinking=False, level={"much": 3}) == "hi3"
+    with pytest.raises(UserError, match="template_arguments: tokenize is not the template's"):
+        text(tokenize=True)
+    with pytest.raises(UserError, match="row 1: template_arguments needs the chat template"):
+        DataConfig(template_arguments={"a": 1}).encode([{"prompt": "hi"}], tokenizer)
 
 
 def test_a_given_template_replaces_the_tokenizers_own():
@@ -238,6 +334,11 @@ def test_order_depends_on_seed_and_epoch_only():
     assert not np.array_equal(first, batch_indices(50, 50, 0, 1))
     # Fixed for ever: a resumed run must see the order that the interrupted one saw.
     assert batch_indices(8, 8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+def test_rows_in_their_order_epoch_after_epoch():
+    batches = [batch_indices(5, 3, step, 7, shuffle=False).tolist() for step in range(4)]
+    assert batches == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
 
 
 def test_impossible_batches_raise():

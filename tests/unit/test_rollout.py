@@ -33,9 +33,7 @@ MORE_PROMPTS = [*PROMPTS, *(RNG.integers(7, 43, n).tolist() for n in (3, 1, 7))]
 SCORE = jax.jit(functools.partial(token_logps, APPLY))
 
 
-def generate(
-    prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None, stop=None
-):
+def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None, stop=None):
     return InProcessEngine(SamplingModel(APPLY), stops, slots=slots, stop=stop).generate(
         PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
         sampling=sampling or SamplingParams(), seed=seed,
@@ -130,7 +128,7 @@ TEXTS = ("abc", "ccba")
     ("slots", "steps"), [(None, 1), (None, 16), (1, 7), (3, 16), (5, 1), (8, 7)]
 )
 def test_stop_strings_end_what_is_sampled_as_a_plain_loop_does(monkeypatch, slots, steps):
-    """Over the texts sampled without them; a stop string spans two tokens at least, and may end inside one."""
+    """Over texts sampled without them; one spans two tokens at least, and may end inside one."""
     free, lengths = all_at_once(), all_at_once().lengths.copy()
     for place in np.ndindex(lengths.shape):
         text = ""

@@ -1,0 +1,98 @@
+"""Files of data: which ones a setting names, and what they hold."""
+
+import codecs
+import glob
+import gzip
+import importlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gvpo_jax.errors import UserError
+
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+def read_files(path: Path) -> list[tuple[str, Any]]:
+    """What a file, or those of a folder or pattern, hold: each row's place, and what stands there.
+
+    Raises:
+        UserError: there is no such file, it is of another kind, is broken or holds nothing.
+    """
+    rows = [row for file in _files(path) for row in _read(file)]
+    if not rows:
+        raise UserError(f"{path}: the file holds no rows")
+    return rows
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of a folder or pattern in the order of their names."""
+    if path.is_dir():
+        shown = [file for file in path.iterdir() if not file.name.startswith(".")]
+        if not (found := sorted(x for x in shown if x.name.lower().endswith(_SUFFIXES))):
+            raise UserError(f"{path}: no file in this folder ends in {', '.join(_SUFFIXES)}")
+        return found
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    if not (found := sorted(map(Path, glob.glob(str(path), recursive=True)))):
+        raise UserError(f"{path}: no file has a name of this pattern")
+    return [file for file in found if not file.is_dir()]
+
+
+def _read(path: Path) -> Iterable[tuple[str, Any]]:
+    """What should be rows, each with its place."""
+    name = path.name.lower()
+    if not name.endswith(_SUFFIXES):
+        raise UserError(f"{path}: data files end in {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if name.endswith(".gz") else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: can't be read: {_one_line(error)}") from None
+    start = content.removeprefix(codecs.BOM_UTF8).lstrip()
+    array = name.removesuffix(".gz").endswith(".json") and not start.startswith(b"{")
+    return (_read_array if array else _read_lines)(path, content)
+
+
+def _read_array(path: Path, content: bytes) -> Iterable[tuple[str, Any]]:
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON array of objects: {_one_line(error)}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a .json file is an array of objects, [{{...}}, {{...}}]")
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read_lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            yield place, json.loads(line.decode("utf-8-sig"))
+        # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not a JSON object on one line: {error}") from None
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise UserError(f'{path}: pyarrow is missing: pip install "gvpo-jax[parquet]"') from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise UserError(f"{path}: can't be read as parquet: {_one_line(error)}") from None
+    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
