@@ -9,7 +9,13 @@ from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, te
 from gvpo_jax.collect.evaluate import evaluate
 from gvpo_jax.collect.feed import Feed, OnlineFeed
 from gvpo_jax.collect.metrics import reward_metrics
-from gvpo_jax.collect.offline import OfflineFeed, OfflineGroups, read_groups, rows_with_reference
+from gvpo_jax.collect.offline import (
+    OfflineFeed,
+    OfflineGroups,
+    content,
+    read_groups,
+    rows_with_reference,
+)
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
 from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
@@ -125,12 +131,12 @@ class Trainer:
         """One update on given text: k completions, with rewards, of each prompt.
 
         Groups may differ in size; a reward of None or NaN leaves its completion out. The end token
-        is added to every completion. With another `loss.name` than gvpo, the texts count as samples
+        is added to every completion that does not end in one. With another `loss.name` than gvpo, the texts count as samples
         of the current policy.
 
         Args:
             prompts: G texts, or lists of chat messages.
-            completions: G lists of texts.
+            completions: G lists of texts, or of lists with one message of the assistant.
             rewards: G lists of numbers, one per completion.
 
         Returns:
@@ -310,11 +316,12 @@ class Trainer:
         if len(texts) != len(values):
             raise UserError(f"{name} has {len(texts)} completions but {len(values)} rewards")
         tokens, rewards = [], []
-        for place, (text, value) in enumerate(zip(texts, values, strict=True), start=1):
+        for place, (given, value) in enumerate(zip(texts, values, strict=True), start=1):
+            text = content(given)
             if not isinstance(text, str):
                 raise UserError(f"{name}, completion {place}: must be a text, got {text!r}")
-            tokens.append(completion_ids(text, self.tokenizer, self.stop_ids))
             try:
+                tokens.append(completion_ids(text, self.tokenizer, self.stop_ids))
                 rewards.append(read_reward(value))
             except UserError as error:
                 raise UserError(f"{name}, completion {place}: {error}") from None

@@ -192,7 +192,10 @@ def read_demonstrations(
                 f"{name}: rollout.demonstrations={count} needs as many texts in the "
                 f"column '{SOLUTION}', here are {len(texts)}"
             )
-        ids = [completion_ids(text, tokenizer, stop_ids) for text in texts[:count]]
+        try:
+            ids = [completion_ids(text, tokenizer, stop_ids) for text in texts[:count]]
+        except UserError as error:
+            raise UserError(f"{name}, {SOLUTION}: {error}") from None
         for number, tokens in enumerate(ids):
             problem = length_problem(tokens, options.max_completion_length)
             if problem and bad_samples == "error":

@@ -2,14 +2,14 @@
 
     {"prompt": "2 + 2 =", "completions": [" 4", " 5", " four"], "rewards": [1, 0, 0.5]}
 
-A completion is a text, to which the end token is added, or a list of token ids, taken as it is.
+A completion is a text, to which the end token is added unless it ends in one, a list with one
+message of the assistant, which is the same, or a list of token ids, taken as it is.
 `ref_logps` may hold the reference's log-probs in nats: per completion a list with one number per
 token, end token included. Then `ref_fingerprint` says of which reference and which tokens they are:
 `gvpo_jax.data.groups.cache_key`, which `Trainer.with_reference_logps` writes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from gvpo_jax.data.groups import (
     length_problem,
     make_group,
     pick,
+    read_number,
     read_reward,
     stack,
     take,
@@ -83,8 +84,10 @@ def read_groups(
         rewards: list[float | None] = [None] * len(ids)
         good = []
         for place, value in enumerate(values):
-            if value is not None and not isinstance(value, Real):
-                raise UserError(f"{name}: a reward is a number, got {value!r}")
+            try:
+                read_number(value)
+            except UserError as error:  # no sample is bad then, but the file
+                raise UserError(f"{name}: {error}") from None
             try:
                 rewards[place] = read_reward(value)
                 problem = length_problem(ids[place], max_completion_length)
@@ -115,19 +118,31 @@ def _completions(name: str, row: Mapping[str, Any], encode, vocab_size: int) -> 
     if not _is_list(texts):
         raise UserError(f"{name}: the column 'completions' must be a list of texts")
     ids = []
-    for text in texts:
-        if isinstance(text, str):
-            ids.append(encode(text))
-        elif _is_list(text) and all(
-            isinstance(t, int | np.integer) and 0 <= t < vocab_size for t in text
+    for place, given in enumerate(texts, start=1):
+        completion = content(given)
+        if isinstance(completion, str):
+            try:
+                ids.append(encode(completion))
+            except UserError as error:
+                raise UserError(f"{name}, completion {place}: {error}") from None
+        elif _is_list(completion) and all(
+            isinstance(t, int | np.integer) and 0 <= t < vocab_size for t in completion
         ):
-            ids.append([int(token) for token in text])
+            ids.append([int(token) for token in completion])
         else:
             raise UserError(
-                f"{name}: a completion is a text or a list of token ids below {vocab_size}, "
-                f"got {str(text)[:80]!r}"
+                f"{name}: a completion is a text, a list with one message of the assistant or a "
+                f"list of token ids below {vocab_size}, got {str(given)[:80]!r}"
             )
     return ids
+
+
+def content(completion: Any) -> Any:
+    """The text of a completion that is a list with one message of the assistant."""
+    message = completion[0] if _is_list(completion) and len(completion) == 1 else None
+    if isinstance(message, Mapping) and message.get("role") == "assistant":
+        return message.get("content")
+    return completion
 
 
 def _is_list(value: Any) -> bool:

@@ -89,26 +89,39 @@ def make_group(
     return group._replace(row=np.array([row]), rewards=given)
 
 
+def read_number(value: Any) -> float | None:
+    """A reward as it was written: a number, a boolean or a text that says a number; None: none.
+
+    Raises:
+        UserError: something else.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, Real | str):
+            return float(value)
+    except OverflowError:
+        return float("inf")
+    except ValueError:
+        pass
+    raise UserError(f"a reward is a number, got {str(value)[:80]!r}")
+
+
 def read_reward(value: Any) -> float | None:
     """A reward as it will be stored: a float32, None where there is none (None or NaN).
 
     Raises:
-        UserError: no number, or an infinite one.
+        UserError: no number, see `read_number`, or an infinite one.
     """
-    if value is None:
+    reward = read_number(value)
+    if reward is None or np.isnan(reward):
         return None
-    if not isinstance(value, Real):
-        raise UserError(f"a reward is a number, got {value!r}")
-    try:
-        reward = float(value)
-    except OverflowError:
-        reward = float("inf")
     if abs(reward) > float(np.finfo(np.float32).max):
         raise UserError(
             f"its reward is infinite, at least in float32: {str(value)[:20]}; give a smaller "
             "number, or None to leave it out"
         )
-    return None if np.isnan(reward) else reward
+    return reward
 
 
 def length_problem(ids: Sequence[int], max_completion_length: int) -> str | None:

@@ -202,12 +202,21 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def completion_ids(
     text: str, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]
 ) -> list[int]:
-    """A completion given as text, as token ids with the end token.
+    """A completion given as text, as token ids with the end token, if it does not end in one.
 
-    stop_ids: the first one ends the text where the tokenizer has no end token.
+    stop_ids: tokens that end a text; the first one is put where the tokenizer has no end token.
+
+    Raises:
+        UserError: it holds half a character, which is no text.
     """
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except (TypeError, UnicodeEncodeError):
+        raise UserError(f"{text[-80:]!a} holds half a character (a lone surrogate)") from None
     end = tokenizer.eos_token_id  # a model may name several; this one ends its texts
+    first = next((n for n, token in enumerate(ids, start=1) if token in {*stop_ids, end}), None)
+    if first and not tokenizer.decode(ids[first:], skip_special_tokens=True).strip():
+        return ids[:first]  # a line break after an end mark comes from a chat template
     return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
 
 

@@ -3,8 +3,9 @@ import pytest
 
 from gvpo_jax.collect.offline import read_groups
 from gvpo_jax.data.groups import UNKNOWN, Source, cache_key
-from gvpo_jax.data.rows import EncodedPrompts
+from gvpo_jax.data.rows import EncodedPrompts, completion_ids
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.debug import debug_tokenizer
 
 INF, NAN = float("inf"), float("nan")
 
@@ -37,6 +38,35 @@ def test_texts_and_token_ids_become_groups():
     assert (group.version == UNKNOWN).all()
     assert group.prompts.tolist() == [[1, 2]]
     assert group.reference == UNKNOWN
+
+
+def test_chat_completions_and_rewards_in_other_words_are_taken():
+    chat = [[{"role": "assistant", "content": text}] for text in ("a", "bc")]
+    (group,) = read(row(chat, [True, "0.5"])).groups
+    (plain,) = read(row()).groups
+    for name, value in plain._asdict().items():
+        np.testing.assert_array_equal(getattr(group, name), value)
+    (same,) = read(row(["a", "a", "a"], ["1", " -2e-1 ", False])).groups  # duplicates are samples
+    assert same.completions.tolist() == [[[97, 0]] * 3]
+    np.testing.assert_allclose(same.rewards, [[1, -0.2, 0]])
+
+
+def test_an_end_mark_that_was_typed_is_the_end():
+    tokenizer = debug_tokenizer()
+    eos, im_end = 257, 259
+
+    def ids(text):
+        return completion_ids(text, tokenizer, (eos, im_end))
+
+    assert ids("4") == [52, eos]
+    assert ids("4<|endoftext|>") == [52, eos]
+    assert ids("4<|im_end|>") == ids("4<|im_end|>\n") == [52, im_end]
+    assert ids("4<|im_end|><|endoftext|>") == [52, im_end]
+    assert ids("4<|im_end|>5") == [52, im_end, 53, eos]
+    assert ids("<|im_end|>") == [im_end]
+    assert ids("") == [eos]
+    with pytest.raises(UserError, match=r"'4\\ud83d' holds half a character"):
+        ids("4\ud83d")
 
 
 KEY = cache_key(5, read(row()).groups[0])
@@ -77,10 +107,18 @@ def test_when_no_group_is_left_there_is_nothing_to_train_on():
     [
         ({"rewards": [1, 2]}, "'completions' must be a list"),
         (row() | {"completions": "ab"}, "'completions' must be a list"),
+        (row(["a", [{"role": "user", "content": "b"}]]), "one message of the assistant or"),
+        (row(["a", [{"role": "assistant", "content": None}]]), "one message of the assistant or"),
+        (row(["a", [{"role": "assistant", "content": "b"}] * 2]), "one message of the assistant"),
+        (
+            row(["a", {"role": "assistant", "content": "b"}]),
+            "a list with one message of the assist",
+        ),
         (row() | {"rewards": 1}, "'rewards' must be a list"),
-        (row(rewards=[1, "2"]), "a reward is a number, got '2'"),
+        (row(rewards=[1, "two"]), "groups, row 2: a reward is a number, got 'two'"),
+        (row(rewards=[1, [2]]), r"groups, row 2: a reward is a number, got '\[2\]'"),
         (row(rewards=[1]), "2 completions but 1 rewards"),
-        (row(["a", 3]), "a completion is a text or a list of token ids below 256, got '3'"),
+        (row(["a", 3]), "of the assistant or a list of token ids below 256, got '3'"),
         (row(["a", [-1]]), "token ids below 256, got"),
         (row(["a", [256]]), "token ids below 256, got"),
         (row(["a", [2**40]]), "token ids below 256, got"),
