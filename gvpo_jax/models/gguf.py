@@ -1,4 +1,4 @@
-"""Reading a .gguf file: config, weights and tokenizer, all from the one file.
+"""Reading a .gguf file: config, weights and tokenizer, all from the one file or its parts.
 
 llama.cpp keeps Hugging Face's numbers under other names, except that it reorders the rows of a
 Llama's q and k for its own rotary layout. Quantized weights are expanded to float32 with NumPy.
@@ -13,9 +13,9 @@ import numpy as np
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
-from gvpo_jax.models.gguf_tokenizer import build_tokenizer
+from gvpo_jax.models.gguf_tokenizer import build_tokenizer, end_token_ids
 from gvpo_jax.models.hf_config import ARCHITECTURES, config_json, decoder_config
-from gvpo_jax.models.hf_files import ModelFiles
+from gvpo_jax.models.hf_files import ModelFiles, check_fetched
 from gvpo_jax.models.hf_tensors import TensorSource
 
 _NAMES = {
@@ -40,22 +40,48 @@ _NAMES = {
 def read_gguf(path: Path) -> ModelFiles:
     """Config, tensors and tokenizer of a .gguf file.
 
-    Raises UserError for a missing `gguf` package, a broken file, and anything in it that the
-    decoder or the tokenizer does not support.
+    path: the file; of a model in several files, NAME-00001-of-0000N.gguf, any one.
+
+    Raises UserError for a missing `gguf` package, a broken or missing file, and anything in it that
+    the decoder or the tokenizer does not support.
     """
-    reader = _open(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    readers = [_open(part) for part in _parts(path)]
+    metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+    if metadata.get("split.count", 1) not in (0, len(readers)):
+        raise UserError(
+            f"{path} is one of {metadata['split.count']} files of a model; name them as they were, "
+            "NAME-00001-of-0000N.gguf, in one folder"
+        )
+    every = [tensor for reader in readers for tensor in reader.tensors]
+    tensors = {_hf_name(tensor.name): tensor for tensor in every}
+    if len(tensors) < len(every):
+        raise UserError(f"{path}: a tensor is there twice; its files are of different models")
     config = _config(path, metadata, tensors)
     tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
-    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
-    values = config_json(config) | {kind: getattr(tokenizer, kind) for kind in kinds}
+    ends = end_token_ids(metadata)
+    values = config_json(config) | {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return ModelFiles(config, values, _source(path, config, tensors), tokenizer)
 
 
+def _parts(path: Path) -> list[Path]:
+    """The model's files in their order; each is there."""
+    name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    parts = [path]
+    if name:
+        numbers = range(1, int(name[2]) + 1)
+        parts = [path.with_name(f"{name[1]}-{i:05d}-of-{name[2]}.gguf") for i in numbers]
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"{part} does not exist")
+    return parts
+
+
 def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    check_fetched(path)
     try:
         import gguf
     except ImportError as error:

@@ -21,6 +21,7 @@ from gvpo_jax.models.hf_tensors import TensorSource
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _READABLE = ("F32", "BF16", "F16")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -94,10 +95,22 @@ def as_dtype(name: str) -> np.dtype:
     return _DTYPES[name]
 
 
+def check_fetched(file: Path) -> None:
+    """Raises UserError where a file is the pointer that Git LFS leaves in place of the real one."""
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{file} is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+            )
+
+
 def read_json(file: Path, **options: Any) -> dict[str, Any] | None:
     """The object in a file, None where there is no file; `options` are those of `json.loads`."""
     if not file.is_file():
         return None
+    check_fetched(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"), **options)
     except ValueError as error:
@@ -160,6 +173,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _open(file: Path) -> Any:
+    check_fetched(file)
     try:
         return safe_open(file, framework="np")
     except FileNotFoundError as error:

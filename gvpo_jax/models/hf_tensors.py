@@ -75,7 +75,7 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
     """Parameters of a checkpoint, tensor by tensor through `place(path, array)`.
 
     All names and shapes are checked before the first tensor is read. Raises UserError naming a
-    missing, unexpected or mis-shaped tensor.
+    missing, unexpected or mis-shaped tensor, or one that holds NaN or infinite numbers.
     """
     specs, derived = tensor_specs(config), "rotary_emb.inv_freq"  # in old Llama checkpoints
     shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith(derived)}
@@ -86,6 +86,7 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
 
     def read(name: str, spec: TensorSpec) -> Any:
         array = source.read(name)
+        _check_finite(array, f"{source.name}: tensor {name}")
         return place(spec.path, np.ascontiguousarray(array.T if spec.transposed else array))
 
     params = unflatten_dict({spec.path: read(name, spec) for name, spec in specs.items()}, sep="/")
@@ -133,6 +134,14 @@ def _check_tensors(family: str, specs: dict, shapes: dict, source: str) -> None:
                 f"{source}: tensor {name} has shape {tuple(shapes[name])}, "
                 f"its config asks for {spec.shape}"
             )
+
+
+def _check_finite(array: np.ndarray, what: str) -> None:
+    with np.errstate(all="ignore"):
+        total = array.sum()  # quick, and NaN or infinite where any number is
+    if not np.isfinite(total) and not np.isfinite(array).all():
+        bad = "NaN" if np.isnan(array).any() else "infinite"
+        raise UserError(f"{what} holds {bad} numbers: these weights are broken, get others")
 
 
 def _check_tied_copy(source: TensorSource) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import check_length, config_json, decoder_config
-from gvpo_jax.models.hf_files import ModelFiles, open_safetensors, read_json
+from gvpo_jax.models.hf_files import ModelFiles, check_fetched, open_safetensors, read_json
 from gvpo_jax.models.hf_tensors import Place, read_params
 
 _PACKAGE = "package://"
@@ -65,15 +66,32 @@ def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> Lo
     )
 
 
-def stop_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
-    """Every token that ends a completion, without repeats: a model may name several."""
+def stop_token_ids(loaded: LoadedModel, more: Sequence[int] = ()) -> tuple[int, ...]:
+    """Every token that ends a completion, without repeats: a model may name several.
+
+    Args:
+        loaded: the model.
+        more: further ones, behind its own.
+
+    Raises:
+        UserError: one is no token id that the embedding has a row for.
+    """
     named = (
         loaded.generation_config.get("eos_token_id"),
         loaded.hf_config.get("eos_token_id"),
         loaded.tokenizer.eos_token_id,
     )
     ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    ids = [*(i for i in ids if i is not None), *more]
+    rows = loaded.config.vocab_size
+    for i in ids:
+        if not (isinstance(i, int) and 0 <= i < rows):
+            raise UserError(
+                f"{loaded.name}: {i!r} can't be a stop token: the embedding has {rows} rows, so "
+                f"token ids are 0 to {rows - 1}; correct eos_token_id in its files, the "
+                "tokenizer's end token, or rollout.stop_token_ids"
+            )
+    return tuple(dict.fromkeys(ids))
 
 
 def local_path(name: str) -> Path | None:
@@ -99,7 +117,9 @@ def _read_debug() -> ModelFiles:
 def _read_folder(folder: Path) -> ModelFiles:
     values = read_json(folder / "config.json")
     if values is None:
-        raise UserError(f"{folder} holds no config.json, so it is not a model folder")
+        gguf = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"; model.name may be a file in it, {gguf[0]}" if gguf else ""
+        raise UserError(f"{folder} holds no config.json, so it is not a model folder{hint}")
     try:
         config = decoder_config(values)
     except UserError as error:
@@ -112,6 +132,8 @@ def _read_folder(folder: Path) -> ModelFiles:
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / file).is_file() for file in _VOCABULARIES):
         raise UserError(f"{folder} holds no tokenizer: {' or '.join(_VOCABULARIES)} is missing")
+    for file in _VOCABULARIES:
+        check_fetched(folder / file)
     # tokenizer.json says how text is cut; AutoTokenizer may rebuild it by the name of a class, and
     # brings in PyTorch where that is installed.
     if (folder / _VOCABULARIES[0]).is_file():
