@@ -15,6 +15,7 @@ from gvpo_jax.models.load import LoadedModel
 
 _MARKER = "gvpo_jax_export.json"
 _WRITTEN = (".json", ".safetensors", ".txt", ".jinja", ".model")
+_TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
 
 
 def export_model(
@@ -24,6 +25,7 @@ def export_model(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes safetensors, config and tokenizer in the Hugging Face layout; returns the folder.
 
@@ -35,6 +37,7 @@ def export_model(
         params: what is written: NumPy or JAX arrays that this process can read in full.
         dtype: "float32" or "bfloat16".
         max_shard_bytes: weights beyond this go into several files with an index.
+        about: what gvpo_jax_export.json says beside the start model and dtype.
 
     Raises UserError for an unknown dtype, parameters that do not fit the config, and a folder
     that holds something other than an export.
@@ -55,7 +58,7 @@ def export_model(
         write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _write_settings(new, loaded, dtype)
         _write_tokenizer(new, loaded.tokenizer)
-        write_json(new / _MARKER, {"start_model": loaded.name, "dtype": dtype})
+        write_json(new / _MARKER, {"start_model": loaded.name, "dtype": dtype} | dict(about or {}))
         _put(new, folder, Path(scratch) / "old")
     return folder
 
@@ -65,7 +68,10 @@ def _replaceable(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     entries = list(folder.iterdir())
-    ours = all(entry.is_file() and entry.suffix in _WRITTEN for entry in entries)
+    inside = [entry for entry in entries if entry != folder / _TEMPLATES or not entry.is_dir()]
+    if len(inside) < len(entries):
+        inside += (folder / _TEMPLATES).iterdir()
+    ours = all(entry.is_file() and entry.suffix in _WRITTEN for entry in inside)
     return not entries or (ours and (folder / _MARKER).is_file())
 
 
@@ -82,6 +88,9 @@ def _put(new: Path, folder: Path, aside: Path) -> None:
 
 def _write_settings(folder: Path, loaded: LoadedModel, dtype: str) -> None:
     config = {k: v for k, v in loaded.hf_config.items() if k != "torch_dtype"}  # the older name
+    if rope := config.get("rope_parameters"):  # transformers before 5 reads these two instead
+        scaling = rope if rope.get("rope_type", "default") != "default" else None
+        config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaling}
     write_json(folder / "config.json", config | {"dtype": dtype})
     kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {kind: config[kind] for kind in kinds if config.get(kind) is not None}
@@ -92,7 +101,9 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(str(folder))
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) or {}
+    # Names that transformers before 5 knows too; both read tokenizer.json as it is.
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        # the name that transformers before 5 knows too; both read tokenizer.json as it is
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(settings_file, settings)
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    write_json(settings_file, settings)
