@@ -55,6 +55,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_limits(self)
+        self.data.day()
         _check_loss(self)
         _check_sources(self)
         _check_servers(self)

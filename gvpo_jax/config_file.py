@@ -18,6 +18,7 @@ from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
 from gvpo_jax.rundir.files import write_text
 from gvpo_jax.settings import all_settings, describe
 
+_DATE = "data.template_date"
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
 
 # Settings that earlier versions had in the section `rollout`, and their names in `servers` today.
@@ -157,7 +158,8 @@ def check_claim(config: Config) -> Path:
             check_not_foreign(folder)
             return folder
         old = load_config(folder / SETTINGS)
-        keys = difference(old, config)
+        dates = old.data.template_date, config.data.template_date
+        keys = [key for key in difference(old, config) if key != _DATE or None not in dates]
         longer = config.train.steps > old.train.steps and config.optimizer.schedule == "constant"
         if keys and not (keys == ["train.steps"] and longer) and has_begun(folder):
             raise UserError(
@@ -165,6 +167,15 @@ def check_claim(config: Config) -> Path:
                 "give those, or choose another run.dir"
             )
     return folder
+
+
+def with_run_date(config: Config) -> Config:
+    """The config with a date for its chat template: its own, that of the run begun there, today."""
+    folder, day = Path(config.run.dir), config.data.template_date
+    if day is None and (folder / SETTINGS).is_file() and has_begun(folder):
+        day = load_config(folder / SETTINGS).data.template_date
+    data = dataclasses.replace(config.data, template_date=day or str(config.data.day()))
+    return dataclasses.replace(config, data=data)
 
 
 def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:

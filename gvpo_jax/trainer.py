@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gvpo_jax.collect.offline import (
     rows_with_reference,
 )
 from gvpo_jax.config import Config
-from gvpo_jax.config_file import override
+from gvpo_jax.config_file import override, with_run_date
 from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
 from gvpo_jax.data.rows import EncodedPrompts, completion_ids
 from gvpo_jax.errors import UserError
@@ -52,6 +53,9 @@ class Trainer:
 
     Raises:
         UserError: the model can't be loaded, or does not fit the settings or the devices.
+
+    Attributes:
+        tokenizer: the model's, with `config.data.template` where that is given.
     """
 
     def __init__(self, config: Config, model: LoadedModel | None = None):
@@ -73,9 +77,12 @@ class Trainer:
         else:  # the caller keeps theirs
             check_length(model.config, needed, model.name)
             params = copy(place_params(mesh, model.params))
-        self.model = dataclasses.replace(model, params={})
+        self.stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
         self.tokenizer = model.tokenizer
-        self.stop_ids = tuple(dict.fromkeys((*stop_token_ids(model), *c.rollout.stop_token_ids)))
+        if c.data.template is not None:  # the one that trains is the one that is exported
+            self.tokenizer = deepcopy(model.tokenizer)
+            self.tokenizer.chat_template = c.data.template
+        self.model = dataclasses.replace(model, params={}, tokenizer=self.tokenizer)
         stop = StopStrings(tuple(c.rollout.stop), self.tokenizer) if c.rollout.stop else None
         functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
         programs = c.programs(functions, model.config, mesh)
@@ -131,8 +138,8 @@ class Trainer:
         """One update on given text: k completions, with rewards, of each prompt.
 
         Groups may differ in size; a reward of None or NaN leaves its completion out. The end token
-        is added to every completion that does not end in one. With another `loss.name` than gvpo, the texts count as samples
-        of the current policy.
+        is added to every completion that does not end in one. With another `loss.name` than gvpo,
+        the texts count as samples of the current policy.
 
         Args:
             prompts: G texts, or lists of chat messages.
@@ -143,8 +150,8 @@ class Trainer:
             Metrics of the policy before the update.
 
         Raises:
-            UserError: lists that do not fit together, no group with two rewards, or too long a
-                text.
+            UserError: lists that do not fit together, no group with two rewards, too long a text,
+                a token that the embedding has no row for, or NaN in weights or logits.
         """
         if not len(prompts) == len(completions) == len(rewards):
             raise UserError(
@@ -185,12 +192,13 @@ class Trainer:
             UserError: the run folder belongs to another config; and what data and reward functions
                 raise.
         """
+        self._keep_date()
         c, judge = self.config, self._judge(reward_funcs)
-        prompts = c.data.encode(dataset, self.tokenizer)
+        prompts = self._encode(dataset)
         demonstrations, lost = None, 0
         if c.rollout.demonstrations:
             demonstrations = read_demonstrations(
-                prompts, self.tokenizer, self.stop_ids, c.rollout, bad_samples=c.data.bad_samples
+                prompts, self._completion_ids, c.rollout, bad_samples=c.data.bad_samples
             )
             lost = sum(int((group.lengths == 0).sum()) for group in demonstrations)
         collector = Collector(
@@ -218,6 +226,7 @@ class Trainer:
             reward_funcs: what judges the held-out rows.
             eval_dataset: held-out rows.
         """
+        self._keep_date()
         c = self.config
         if c.loss.name not in ("gvpo", "dpo"):
             raise UserError(
@@ -226,7 +235,7 @@ class Trainer:
             )
         if eval_dataset and not reward_funcs:
             raise UserError("held-out rows need reward functions that judge them")
-        prompts = c.data.encode(dataset, self.tokenizer)
+        prompts = self._encode(dataset)
         offline = self._read_groups(prompts)
         feed = OfflineFeed(
             self.policy,
@@ -247,7 +256,7 @@ class Trainer:
         reference changes with every update.
         """
         c = self.config
-        prompts = c.data.encode(dataset, self.tokenizer)
+        prompts = self._encode(dataset)
         groups = self._read_groups(prompts).groups
         if len(groups) != len(dataset):
             raise UserError("some groups can't be used; remove them first")
@@ -263,7 +272,7 @@ class Trainer:
         alone.
         """
         return evaluate(
-            self.config.data.encode(dataset, self.tokenizer),
+            self._encode(dataset),
             self.engine,
             self.policy.params,
             self._judge(reward_funcs),
@@ -290,11 +299,16 @@ class Trainer:
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads.
 
+        Its tokenizer has the chat template that trained; gvpo_jax_export.json says what the
+        template was given.
+
         Of several processes all call it, and the first writes. Raises UserError where the folder
         holds something else, or can't be written.
         """
         params = to_first_host(self.policy.params)
-        from_first_host(lambda: export_model(folder, self.model, params))
+        names = ("template_arguments", "template_date", "system_prompt")
+        about = {name: getattr(self.config.data, name) for name in names}
+        from_first_host(lambda: export_model(folder, self.model, params, about=about))
 
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
@@ -321,7 +335,7 @@ class Trainer:
             if not isinstance(text, str):
                 raise UserError(f"{name}, completion {place}: must be a text, got {text!r}")
             try:
-                tokens.append(completion_ids(text, self.tokenizer, self.stop_ids))
+                tokens.append(self._completion_ids(text))
                 rewards.append(read_reward(value))
             except UserError as error:
                 raise UserError(f"{name}, completion {place}: {error}") from None
@@ -337,8 +351,7 @@ class Trainer:
         eval_dataset: Dataset,
         bad: Mapping[str, int],
     ) -> Loop:
-        data = self.config.data
-        held_out = data.encode(eval_dataset, self.tokenizer) if eval_dataset else None
+        held_out = self._encode(eval_dataset) if eval_dataset else None
         names = (getattr(f, "__name__", type(f).__name__) for f in judge.reward_funcs)
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         counts = {"prompts skipped: over data.max_prompt_length tokens": prompts.skipped}
@@ -355,19 +368,31 @@ class Trainer:
     def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
         return read_groups(
             prompts,
-            lambda text: completion_ids(text, self.tokenizer, self.stop_ids),
+            self._completion_ids,
             reference=self.policy.reference_fingerprint,
             vocab_size=self.model.config.vocab_size,
             max_completion_length=self.config.rollout.max_completion_length,
             bad_samples=self.config.data.bad_samples,
         )
 
+    def _keep_date(self) -> None:
+        """A run writes the date it began with into its prompts, if the template asks for one."""
+        if self.config.data.template_writes_date(self.tokenizer):
+            self.config = from_first_host(lambda: with_run_date(self.config))
+
+    def _encode(self, rows: Dataset) -> EncodedPrompts:
+        return self.config.data.encode(rows, self.tokenizer, self.model.config.vocab_size)
+
+    def _completion_ids(self, text: str) -> list[int]:
+        rows = self.model.config.vocab_size
+        return completion_ids(text, self.tokenizer, self.stop_ids, rows)
+
     def _encode_all(self, prompts: Sequence[Any]) -> EncodedPrompts:
         """Prompts given one by one, of which none may be skipped."""
         if isinstance(prompts, str):
             raise UserError("prompts must be a list: put brackets around a single text")
         rows = [{"prompt": prompt} for prompt in prompts]
-        encoded = self.config.data.encode(rows, self.tokenizer)
+        encoded = self._encode(rows)
         if encoded.skipped:
             raise UserError(f"{encoded.skipped} prompts are over data.max_prompt_length tokens")
         return encoded

@@ -20,7 +20,7 @@ from gvpo_jax.data.groups import (
     take,
     token_lists,
 )
-from gvpo_jax.data.rows import EncodedPrompts, Row, batch_indices, columns_of, completion_ids
+from gvpo_jax.data.rows import EncodedPrompts, Row, batch_indices, columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.rewards import RewardConfig, Scores, compute_rewards
@@ -167,8 +167,7 @@ class Collector:
 
 def read_demonstrations(
     prompts: EncodedPrompts,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int],
+    encode: Callable[[str], list[int]],
     options: RolloutConfig,
     *,
     bad_samples: Literal["error", "skip"],
@@ -176,10 +175,11 @@ def read_demonstrations(
     """Every row's solutions as completions without a reward; one that can't be used is empty.
 
     The column `solution` is a text or a list of texts. `options` says how many a row must have, and
-    how long they may be. For `stop_ids` see `completion_ids`.
+    how long they may be. `encode` makes token ids of a text, end token included.
 
     Raises:
-        UserError: a row has too few, or one is too long and `bad_samples` is `error`.
+        UserError: a row has too few, or one that `encode` refuses, or one is too long and
+            `bad_samples` is `error`.
     """
     groups, count = [], options.demonstrations
     for place, (row, prompt) in enumerate(zip(prompts.rows, prompts.token_ids, strict=True)):
@@ -193,7 +193,7 @@ def read_demonstrations(
                 f"column '{SOLUTION}', here are {len(texts)}"
             )
         try:
-            ids = [completion_ids(text, tokenizer, stop_ids) for text in texts[:count]]
+            ids = [encode(text) for text in texts[:count]]
         except UserError as error:
             raise UserError(f"{name}, {SOLUTION}: {error}") from None
         for number, tokens in enumerate(ids):
@@ -215,8 +215,11 @@ def texts_of(
     skip_special_tokens: bool = True,
 ) -> list[list[str]]:
     """Completions `[g, k, t]` as text, a list for each group, each up to the first stop string."""
+    # Some versions of transformers take out spaces where they are not told to leave them.
     texts = tokenizer.batch_decode(
-        token_lists(completions, lengths), skip_special_tokens=skip_special_tokens
+        token_lists(completions, lengths),
+        skip_special_tokens=skip_special_tokens,
+        clean_up_tokenization_spaces=False,
     )
     texts, k = [before_stop(text, stop) for text in texts], lengths.shape[1]
     return [texts[i : i + k] for i in range(0, len(texts), k)]

@@ -135,6 +135,15 @@ def length_problem(ids: Sequence[int], max_completion_length: int) -> str | None
     return None
 
 
+def check_logps(logps: np.ndarray, whose: str) -> None:
+    """Raises UserError where log-probs are NaN, as they are where weights or logits are."""
+    if np.isnan(logps).any():
+        raise UserError(
+            f"NaN among the logits of {whose}: its weights are not finite; lower "
+            "optimizer.learning_rate if training made them so, else load whole ones"
+        )
+
+
 def cache_key(reference: int, group: Groups) -> int:
     """Tells reference log-probs of a single group's very tokens from others; `UNKNOWN` stays."""
     if reference == UNKNOWN:

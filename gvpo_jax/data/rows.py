@@ -5,6 +5,7 @@ the reward functions receive under their own names. The column `answer_prefix` i
 start of the answer, after the prompt.
 """
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+_ANY_DAY = datetime.date(2000, 1, 1)
 # Arguments of `apply_chat_template` that are not the template's.
 _NOT_OF_TEMPLATES = (
     "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
@@ -76,6 +78,11 @@ class DataConfig:
         "A Jinja chat template, or its file, in place of the tokenizer's own.",
         path="template",
     )
+    template_date: str | None = setting(
+        None,
+        "The day that a chat template may write, e.g. 2026-07-31; null: the one on which the run "
+        "began.",
+    )
     system_prompt: str | None = setting(
         None, "Opens every templated prompt that has no system message of its own."
     )
@@ -111,12 +118,39 @@ class DataConfig:
             return rows, []
         return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")
 
+    def day(self) -> datetime.date:
+        """The day that a chat template may write.
+
+        Raises:
+            UserError: `template_date` is none.
+        """
+        if self.template_date is None:
+            return datetime.date.today()
+        try:
+            return datetime.date.fromisoformat(self.template_date)
+        except ValueError:
+            raise UserError(
+                f"data.template_date={self.template_date} is no day; write it as 2026-07-31"
+            ) from None
+
+    def template_writes_date(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether the chat template asks for the date."""
+        return "strftime_now" in str(self.template or tokenizer.chat_template)
+
     def encode(
-        self, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: "PreTrainedTokenizerBase",
+        vocab_size: int | None = None,
     ) -> "EncodedPrompts":
         """The rows' prompts as token ids, each together with its row's `answer_prefix`.
 
         A templated prompt gets no further special tokens; `chat_template=never` takes texts only.
+
+        Args:
+            rows: dicts with `prompt`.
+            tokenizer: makes token ids of texts.
+            vocab_size: the embedding's rows, which token ids must be below.
 
         Raises:
             UserError: naming the row (its file and line, or its number from 1), where a prompt
@@ -130,12 +164,22 @@ class DataConfig:
             raise UserError(f"data.template_arguments: {own[0]} is not the template's to be given")
         kept: list[Row] = []
         token_ids: list[list[int]] = []
+        undated: list[list[int]] = []
+        today, dated, checked = self.day(), self.template_writes_date(tokenizer), False
         for number, row in enumerate(rows, start=1):
             place = getattr(row, "place", f"row {number}")
-            ids = _encode(place, PlacedRow(row, place), tokenizer, self)
+            row = PlacedRow(row, place)
+            ids = _encode(place, row, tokenizer, self, today)
+            if problem := _id_problem(ids, tokenizer, vocab_size):
+                raise UserError(f"{place}: {problem}")
+            if not checked and (messages := _messages(place, row, self)):
+                _check_template(place, messages, tokenizer, self)
+                checked = True
             if len(ids) <= self.max_prompt_length:
                 kept.append(PlacedRow(row, place))
                 token_ids.append(ids)
+                if dated:
+                    undated.append(_encode(place, row, tokenizer, self, _ANY_DAY))
             elif self.too_long == "error":
                 raise UserError(
                     f"{place}: the prompt is {len(ids)} tokens long, max_prompt_length is "
@@ -145,7 +189,7 @@ class DataConfig:
             raise UserError(
                 f"no prompt is left: all {len(rows)} are over {self.max_prompt_length} tokens"
             )
-        return EncodedPrompts(kept, token_ids, len(rows) - len(kept))
+        return EncodedPrompts(kept, token_ids, len(rows) - len(kept), undated)
 
 
 @dataclass(frozen=True)
@@ -155,6 +199,8 @@ class EncodedPrompts:
     rows: list[Row]
     token_ids: list[list[int]]
     skipped: int
+    # Where the chat template writes the date: the token ids with the same one every day.
+    undated: Sequence[list[int]] = ()
 
     @property
     def longest(self) -> int:
@@ -162,8 +208,12 @@ class EncodedPrompts:
         return max(map(len, self.token_ids))
 
     def fingerprint(self) -> str:
-        """A short text that tells these rows, in this order and tokenisation, from others."""
-        content = json.dumps([self.rows, self.token_ids], sort_keys=True, default=str)
+        """A short text that tells these rows, in this order and tokenisation, from others.
+
+        The date that the chat template may have written is left out of it.
+        """
+        ids = self.undated or self.token_ids
+        content = json.dumps([self.rows, ids], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -200,24 +250,48 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def completion_ids(
-    text: str, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    stop_ids: Sequence[int],
+    vocab_size: int | None = None,
 ) -> list[int]:
     """A completion given as text, as token ids with the end token, if it does not end in one.
 
-    stop_ids: tokens that end a text; the first one is put where the tokenizer has no end token.
+    A text that ends in a stop token already gets no other; white space behind it is left out.
+
+    Args:
+        text: the completion.
+        tokenizer: makes token ids of it.
+        stop_ids: tokens that end a text; the first one is put where the tokenizer has no end token.
+        vocab_size: the embedding's rows, which token ids must be below.
 
     Raises:
-        UserError: it holds half a character, which is no text.
+        UserError: a token id is not, or the text holds half a character.
     """
     try:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except (TypeError, UnicodeEncodeError):
         raise UserError(f"{text[-80:]!a} holds half a character (a lone surrogate)") from None
+    if problem := _id_problem(ids, tokenizer, vocab_size):
+        raise UserError(problem)
     end = tokenizer.eos_token_id  # a model may name several; this one ends its texts
     first = next((n for n, token in enumerate(ids, start=1) if token in {*stop_ids, end}), None)
     if first and not tokenizer.decode(ids[first:], skip_special_tokens=True).strip():
         return ids[:first]  # a line break after an end mark comes from a chat template
     return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
+
+
+def _id_problem(
+    ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None
+) -> str | None:
+    """The token that the embedding has no row for, if there is one."""
+    if vocab_size is None or max(ids, default=0) < vocab_size:
+        return None
+    token = tokenizer.convert_ids_to_tokens(max(ids))
+    return (
+        f"token {token!r} has the id {max(ids)}, but the model's embedding has only {vocab_size} "
+        "rows; use the tokenizer that the model was trained with, without tokens added later"
+    )
 
 
 def batch_indices(
@@ -282,9 +356,37 @@ def _is_message(message: Any) -> bool:
 
 
 def _encode(
-    place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", options: DataConfig
+    place: str,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: DataConfig,
+    day: datetime.date,
 ) -> list[int]:
     _check_row(place, row)
+    messages = _messages(place, row, options)
+    plain = messages is None
+    text = row["prompt"] if plain else _templated(place, messages, tokenizer, options, day)
+    text += row.get("answer_prefix") or ""
+    ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
+    if plain:
+        ids = _special_once(text, ids, tokenizer)
+    if not ids:
+        raise UserError(f"{place}: the prompt is empty; remove the row")
+    return ids
+
+
+def _special_once(text: str, ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """A plain prompt's token ids with one BOS token, and no end token that the text has not."""
+    bos, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]  # the text was written by a template, which put its own
+    if eos is not None and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]  # the answer is still to come
+    return ids
+
+
+def _messages(place: str, row: Row, options: DataConfig) -> list[dict] | None:
+    """The chat messages that go through the template; None where the prompt is plain text."""
     prompt = row["prompt"]
     plain = isinstance(prompt, str) and options.chat_template != "always"
     for name in ("system_prompt", "template_arguments"):
@@ -295,17 +397,35 @@ def _encode(
             )
     if not plain and options.chat_template == "never":
         raise UserError(f"{place}: the prompt is a list of messages; set chat_template: auto")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = prompt if plain else _templated(place, messages, tokenizer, options)
-    text += row.get("answer_prefix") or ""
-    ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
-    if not ids:
-        raise UserError(f"{place}: the prompt is empty; remove the row")
-    return ids
+    if plain:
+        return None
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _check_template(
+    place: str, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", options: DataConfig
+) -> None:
+    """Raises UserError where the chat template ignores the messages."""
+    others = [{**message, "content": f"{message['content']} 2"} for message in messages]
+    texts = []
+    for these in (messages, others):
+        try:
+            texts.append(_templated(place, these, tokenizer, options, _ANY_DAY))
+        except UserError:  # it looks into them
+            return
+    if texts[0] == texts[1]:
+        raise UserError(
+            f"{place}: the chat template writes the same text whatever the messages say: "
+            f"{texts[0][:60]!r}; it must put them in, e.g. {{{{ messages[0]['content'] }}}}"
+        )
 
 
 def _templated(
-    place: str, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", options: DataConfig
+    place: str,
+    messages: list[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    options: DataConfig,
+    day: datetime.date,
 ) -> str:
     if options.system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
@@ -314,13 +434,16 @@ def _templated(
             f"{place}: the tokenizer has no chat template; give one, or use plain text "
             "prompts with chat_template: never"
         )
+    more = dict(options.template_arguments)
+    if options.template_writes_date(tokenizer):  # in place of the clock that transformers reads
+        more["strftime_now"] = datetime.datetime.combine(day, datetime.time()).strftime
     try:
         text = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=True,
             chat_template=options.template,
-            **options.template_arguments,
+            **more,
         )
     except Exception as error:  # templates raise what they like
         raise UserError(f"{place}: the chat template failed: {_one_line(error)}") from error

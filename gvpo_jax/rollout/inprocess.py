@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gvpo_jax.data.batch import pad_prompts
-from gvpo_jax.data.groups import Groups, Source, make_groups
+from gvpo_jax.data.groups import Groups, Source, check_logps, make_groups
 from gvpo_jax.parallel.distributed import to_devices, to_host
 from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lanes, place_batch
 from gvpo_jax.parallel.mesh import MeshConfig
@@ -121,6 +121,7 @@ class InProcessEngine(Engine):
             end_at = functools.partial(self._end, computed, k=k)
             state, at_stop = _to_stop_strings(self.stop, state, go_on, end_at)
         drawn = (*to_host((state.completions_snt, state.lengths_sn, state.logps_snt)), at_stop)
+        check_logps(drawn[2], "the policy")
         completions, lengths, logps, at_stop = (
             np.asarray(x).reshape(given + filling, k, *x.shape[2:])[:given] for x in drawn
         )

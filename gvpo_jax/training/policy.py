@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvpo_jax.data.batch import Batch, pad_groups
-from gvpo_jax.data.groups import UNKNOWN
+from gvpo_jax.data.groups import UNKNOWN, check_logps
 from gvpo_jax.data.packing_plan import Plan, make_plan
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, max_over_hosts, my_slice, to_host
@@ -86,7 +86,8 @@ class Policy:
         known: `[g]` booleans, the groups whose `ref_logps` are there already.
 
         Returns:
-            A function that waits, and returns the batch with the reference's token log-probs.
+            A function that waits, and returns the batch with the reference's token log-probs; it
+            raises UserError where they are NaN.
         """
         groups, k = batch.rewards.shape
         mesh = self._programs.mesh
@@ -112,6 +113,7 @@ class Policy:
             scored = np.empty_like(asked.ref_logps)
             for rows, on_devices in sent:
                 scored[rows] = to_host(on_devices)
+            check_logps(scored, "the reference")
             ref_logps = np.array(batch.ref_logps)
             ref_logps[missing] = scored[: len(missing)]
             return batch._replace(ref_logps=ref_logps)
