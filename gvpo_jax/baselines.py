@@ -40,6 +40,27 @@ from jax.typing import ArrayLike
 from gvpo_jax.loss import check_groups, check_positive
 from gvpo_jax.precision import float_type, valid
 
+__all__ = [
+    "Objective",
+    "dapo",
+    "dapo_loss",
+    "dpo",
+    "dpo_loss",
+    "dr_grpo",
+    "dr_grpo_loss",
+    "grpo",
+    "grpo_loss",
+    "gspo",
+    "gspo_loss",
+    "objective_loss",
+    "rebel",
+    "rebel_loss",
+    "reinforce_pp",
+    "reinforce_pp_loss",
+    "rloo",
+    "rloo_loss",
+]
+
 STD_OFFSET = 1e-4  # TRL's: added to a standard deviation before dividing by it
 MAX_LOG_RATIO = 40.0  # keeps exp, and the square of its gradient, finite in float32
 
@@ -413,3 +434,8 @@ def _check_groups(name, shape, other_name, other_shape):
 def _require(array, reason):
     if array is None:
         raise ValueError(f"{reason} must not be None")
+
+
+def __dir__() -> list[str]:
+    """Tab completion offers what is for others to use."""
+    return __all__

@@ -9,6 +9,12 @@ from jax.typing import ArrayLike
 
 from gvpo_jax.precision import einsum_f32
 
+__all__ = [
+    "completion_mask",
+    "sequence_logprobs",
+    "token_logprobs",
+]
+
 CHUNK_BYTES = 2**29
 
 
@@ -150,3 +156,8 @@ def _work_off(chunk, where, arrays):
         asked = jnp.any(where, axis=range(1, where.ndim))
         count = jnp.max(jnp.where(asked, jnp.arange(1, n + 1), 0))
     return jax.lax.fori_loop(0, count, step, start)
+
+
+def __dir__() -> list[str]:
+    """Tab completion offers what is for others to use."""
+    return __all__

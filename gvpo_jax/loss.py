@@ -29,6 +29,14 @@ from jax.typing import ArrayLike
 
 from gvpo_jax.precision import float_type, valid
 
+__all__ = [
+    "group",
+    "gvpo_loss",
+    "gvpo_mse",
+    "gvpo_weights",
+    "ungroup",
+]
+
 
 def gvpo_weights(
     logps: ArrayLike,
@@ -249,3 +257,8 @@ def ungroup(x: jax.Array) -> jax.Array:
     if x.ndim < 2:
         raise ValueError(f"expected [G, k, ...], got shape {x.shape}")
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def __dir__() -> list[str]:
+    """Tab completion offers what is for others to use."""
+    return __all__

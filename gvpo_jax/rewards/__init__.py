@@ -24,3 +24,8 @@ __all__ = [
     "load_reward_func",
     "per_sample",
 ]
+
+
+def __dir__() -> list[str]:
+    """Tab completion offers what is for others to use."""
+    return __all__

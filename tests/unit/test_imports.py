@@ -2,12 +2,15 @@
 
 import ast
 import graphlib
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import gvpo_jax
 
 PACKAGE = Path(__file__).parents[2] / "gvpo_jax"
 
@@ -145,3 +148,52 @@ def test_importing_gvpo_jax_takes_no_longer_than_jax():
         if len(our_seconds) >= 3 and min(our_seconds) <= 1.1 * min(jax_seconds):
             break
     assert min(our_seconds) <= 1.1 * min(jax_seconds)
+
+
+@pytest.mark.parametrize("name", ["Trainer", "GVPOTrainer", "GVPOConfig", "load_model", "train"])
+def test_what_lives_elsewhere_is_pointed_to(name):
+    """In both ways to ask; what it names can be imported."""
+    with pytest.raises(AttributeError, match=f"^{name} is not here: from gvpo_jax") as attribute:
+        getattr(gvpo_jax, name)
+    with pytest.raises(ImportError) as imported:
+        exec(f"from gvpo_jax import {name}")
+    assert str(imported.value) == str(attribute.value)
+    assert not hasattr(gvpo_jax, name)
+
+
+def test_all_that_is_pointed_to_is_there():
+    for text in gvpo_jax._ELSEWHERE.values():
+        exec(text.partition(",")[0])
+
+
+def test_pointing_elsewhere_loads_nothing():
+    ask = "import gvpo_jax; hasattr(gvpo_jax, 'Trainer'); hasattr(gvpo_jax, 'trainer')"
+    _, modules = fresh_import(ask)
+    assert "gvpo_jax.loss" in modules
+    assert not {"flax", "transformers", "gvpo_jax.trainer"} & modules
+
+
+def test_a_module_that_is_not_imported_yet_is_called_one():
+    code = "import gvpo_jax; gvpo_jax.report"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("no attribute 'report'; it is a module: import gvpo_jax.report\n")
+    exec("from gvpo_jax import report")  # which asks for it in the same way
+
+
+def test_an_unknown_name_is_an_ordinary_mistake():
+    with pytest.raises(AttributeError, match=r"^module 'gvpo_jax' has no attribute 'gvpo_los'$"):
+        gvpo_jax.gvpo_los  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'gvpo_los' from 'gvpo_jax'"):
+        exec("from gvpo_jax import gvpo_los")
+
+
+@pytest.mark.parametrize("name", ["loss", "baselines", "logprobs", "rewards"])
+def test_tab_completion_offers_what_is_public_alone(name):
+    module = importlib.import_module(f"gvpo_jax.{name}")
+    offered = dir(module)
+    assert offered == sorted(module.__all__)
+    for public in offered:
+        assert hasattr(module, public)
+        assert not public.startswith("_")
+    private = {"jax", "jnp", "check_positive", "count_groups", "CHUNK_BYTES", "einsum_f32", "call"}
+    assert not private & set(offered)
