@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status is 0, 1 if `compile` finds what does not fit, 2 for the user's mistakes, 130 if
     interrupted, 143 if ended by SIGTERM, saved where it was training.
     """
-    # Else transformers advises everyone to install PyTorch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parse(argv)
-        if arguments.command == "train":  # here: see CONTRIBUTING.md on the way to the gradient
-            config = _config(arguments)
+        from gvpo_jax.parallel.preemption import end_when_stuck
+
+        with end_when_stuck(_INTERRUPTED):
+            if arguments.command != "train":
+                return _COMMANDS[arguments.command](arguments) or 0
+            config = _config(arguments)  # here: see CONTRIBUTING.md on the way to the gradient
             from gvpo_jax import commands
             from gvpo_jax.parallel.distributed import is_first
 
@@ -32,17 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(summary, indent=2))
                 print(f"report: {Path(config.run.dir) / 'report.html'}")
             return 0
-        return _COMMANDS[arguments.command](arguments) or 0
     except UserError as error:
         print(f"gvpo-jax: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "gvpo-jax: interrupted; the same command goes on from the last checkpoint, "
-            "or starts over where there is none yet",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:
+        if not error.args:  # else the run has said what is saved
+            print(_INTERRUPTED, file=sys.stderr)
         return 130
+
+
+_INTERRUPTED = (
+    "gvpo-jax: interrupted; the same command goes on from the last checkpoint, or starts over "
+    "where there is none yet"
+)
 
 
 class _Parser(argparse.ArgumentParser):

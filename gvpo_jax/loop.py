@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first
-from gvpo_jax.parallel.preemption import Preempted, watch
+from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch
 from gvpo_jax.report import write_report
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rundir.claim import check_not_lost, lock, write_evaluation
@@ -41,16 +42,20 @@ class Loop:
     notes: Sequence[str]  # lines to show at the start
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
+    # Is closed by this session's first update: until then a signal may end the process.
+    starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     def run(self) -> dict[str, Any]:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds.
 
-        Raises Preempted, with the run saved, where told to end by SIGTERM, and UserError where the
-        folder belongs to another run, or as sampling and updates do.
+        Raises Preempted where told to end by SIGTERM, Interrupted on Ctrl-C, both with the run
+        saved, and UserError where the folder belongs to another run, or as sampling and updates do.
         """
         c, run_dir = self.config, Path(self.config.run.dir)
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
+            self.starting.enter_context(nothing_to_save())
+            stack.enter_context(self.starting)
             stack.enter_context(contextlib.closing(self.engine))
             from_first_host(lambda: self._open(stack))
             stack.enter_context(contextlib.closing(self.feed))
@@ -59,7 +64,8 @@ class Loop:
             counters = self._resume(checkpoints)
             from_first_host(lambda: self._claim(counters))
             per_round = c.train.steps_per_generation * c.train.num_iterations
-            with RunLog(run_dir, counters, c.log, c.train.steps, per_round) as log:
+            log = RunLog(run_dir, counters, c.log, c.train.steps, per_round)
+            with log, _saying_what_is_left(log, checkpoints):
                 if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
                     return summary
@@ -67,8 +73,8 @@ class Loop:
                     log.note(note)
                 if counters.step == 0:
                     counters.accuracy_before = self._evaluate(log, "before")
-                end, preempted = min(c.train.steps, c.train.stop_at or c.train.steps), False
-                while counters.step < end and not (preempted := told_to_end()):
+                end, told = min(c.train.steps, c.train.stop_at or c.train.steps), 0
+                while counters.step < end and not (told := told_to_end()):
                     last = counters.step - self.done
                     self._round(log, told_to_end)
                     if self.round:
@@ -79,10 +85,8 @@ class Loop:
                         self._save(log, checkpoints)
                 if counters.step:
                     self._save(log, checkpoints)
-                if preempted and counters.step:
-                    log.note("told to end: saved, the same command goes on")
-                elif preempted:
-                    log.note("told to end before the first update: the same command starts over")
+                if told:
+                    log.note(_why_it_ended(told, counters.step))
                 elif counters.step >= c.train.steps and counters.accuracy_after is None:
                     counters.accuracy_after = self._evaluate(log, "after")
         summary = counters.summary(self.model_name)
@@ -90,7 +94,9 @@ class Loop:
             if counters.step >= c.train.steps:
                 write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(run_dir)
-        if preempted:
+        if told == signal.SIGINT:
+            raise Interrupted(_why_it_ended(told, counters.step))
+        if told:
             raise Preempted
         return summary
 
@@ -104,7 +110,7 @@ class Loop:
             check_not_lost(Path(self.config.run.dir), self.config.checkpoint.every)
         claim(self.config)
 
-    def _round(self, log: RunLog, told_to_end: Callable[[], bool]) -> None:
+    def _round(self, log: RunLog, told_to_end: Callable[[], int]) -> None:
         """One rollout, or as many given groups, and the updates on them, as long as it may."""
         c, counters = self.config, log.counters
         if self.round is None:
@@ -121,6 +127,7 @@ class Loop:
         while self.done < last and not (self.done and told_to_end()):
             batch = queue[self.done]
             log.step(self.policy.update(batch.batch, batch.plan), batch.metrics)
+            self.starting.close()
             self.done += 1
         if self.done == last:
             self.round, self.done = None, 0
@@ -174,3 +181,23 @@ class Loop:
                 "is then not reached, because the samples do not cover the reference"
             )
         return [*lines, *self.notes]
+
+
+def _why_it_ended(told: int, step: int) -> str:
+    who = "interrupted" if told == signal.SIGINT else "told to end"
+    if not step:
+        return f"{who} before the first update: the same command starts over"
+    return f"{who}: saved, the same command goes on"
+
+
+@contextlib.contextmanager
+def _saying_what_is_left(log: RunLog, checkpoints: Checkpoints) -> Iterator[None]:
+    """Where Ctrl-C strikes in the middle of an update: what the next start finds."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        steps = checkpoints.steps()
+        text = "interrupted in the middle of the work: the same command "
+        text += f"goes on from the checkpoint of step {max(steps)}" if steps else "starts over"
+        log.note(text)
+        raise Interrupted(text) from None

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.collect.metrics import rollout_metrics
 from gvpo_jax.data.groups import (
@@ -28,6 +27,9 @@ from gvpo_jax.rollout.engine import Engine, RolloutConfig
 from gvpo_jax.rollout.stop import before_stop
 from gvpo_jax.rundir.files import to_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SOLUTION = "solution"  # the column with demonstrations
 
 
@@ -45,7 +47,7 @@ class Judge:
 
     reward_funcs: Sequence[Callable[..., Any]]  # called as TRL does
     options: RewardConfig  # their weights, and what becomes of failures
-    tokenizer: PreTrainedTokenizerBase  # makes texts of token ids
+    tokenizer: "PreTrainedTokenizerBase"  # makes texts of token ids
     stop: Sequence[str] = ()  # texts before which a completion's own text ends
     # Rounds drawn ahead, and evaluations, go one at a time.
     lock: Any = dataclasses.field(default_factory=threading.Lock)
@@ -207,7 +209,7 @@ def read_demonstrations(
 
 
 def texts_of(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     completions: np.ndarray,
     lengths: np.ndarray,
     stop: Sequence[str] = (),

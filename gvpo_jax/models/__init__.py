@@ -1,6 +1,7 @@
 """Language models: one decoder as plain dicts of arrays, and Hugging Face files in and out."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,9 @@ if TYPE_CHECKING:
     from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 
 __all__ = ["LoadedModel", "export_model", "load_model", "stop_token_ids"]
+
+# Else transformers advises everyone to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def __getattr__(name: str) -> Any:

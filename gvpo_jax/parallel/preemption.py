@@ -1,11 +1,21 @@
-"""SIGTERM, which schedulers send before they take a machine away: save, then end."""
+"""SIGTERM, which schedulers send before they take a machine away, and Ctrl-C: save, then end."""
 
 import contextlib
+import os
+import select
 import signal
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from types import FrameType
+
+import jax
 
 from gvpo_jax.parallel.distributed import max_over_hosts
+
+_DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_TOLD = b"\ninterrupted: the update under way is finished and saved; Ctrl-C again ends at once\n"
 
 
 class Preempted(SystemExit):
@@ -15,28 +25,108 @@ class Preempted(SystemExit):
         super().__init__(128 + signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was ended with Ctrl-C; its text says what is saved, and has been shown."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+_SECOND = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: _interrupt}
+
+
+class _Told:
+    """A handler that keeps what it was told; a second signal of the kind ends the process."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, _SECOND[signal.Signals(number)])
+        if number == signal.SIGINT:
+            os.write(2, _TOLD)  # print may be what was interrupted
+
+
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether the run shall save and end.
+def watch() -> Iterator[Callable[[], int]]:
+    """Gives a function that tells whether the run shall save and end: the signal, or 0.
 
-    All processes ask it equally often, and all hear True once one of them got the signal. JAX's own
-    agreement on a step is not used: Orbax asks it too, with other numbers, and it misses a signal
-    that comes in between. After the first signal the default action is back, so that a second one
-    ends the process at once. Where the program has a handler of its own, or this is not its main
-    thread, SIGTERM is left alone.
+    All processes ask it equally often, and all hear of the signal once one of them got it. JAX's
+    own agreement on a step is not used: Orbax asks it too, with other numbers, and it misses a
+    signal that comes in between. After the first signal the default action is back, so that a
+    second one ends the process at once. Where the program has a handler of its own, or this is not
+    its main thread, the signal is left alone.
     """
-    told = threading.Event()
-
-    def on_signal(*_):
-        told.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
+    told = _Told()
     in_main = threading.current_thread() is threading.main_thread()
-    ours = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, on_signal)
+    ours = [s for s, default in _DEFAULTS.items() if in_main and signal.getsignal(s) is default]
+    for number in ours:
+        signal.signal(number, told)
     try:
-        yield lambda: bool(max_over_hosts(int(told.is_set())))
+        yield lambda: max_over_hosts(told.signal)
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, _DEFAULTS[number])
+
+
+@contextlib.contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """Signals that `watch` looks for end the process at once, also while a program is compiled.
+
+    Of several processes all must agree to end, so there nothing changes.
+    """
+    alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    watched = {s: signal.getsignal(s) for s in _DEFAULTS if alone}
+    watched = {s: told for s, told in watched.items() if isinstance(told, _Told)}
+    for number in watched:
+        signal.signal(number, _DEFAULTS[number])
+    try:
+        yield
+    finally:
+        for number, told in watched.items():
+            signal.signal(number, told)
+
+
+@contextlib.contextmanager
+def end_when_stuck(message: str, *, seconds: float = 5) -> Iterator[None]:
+    """Ends the process on a signal that Python does not get to, say while XLA compiles.
+
+    That is on Ctrl-C, or a second signal for a run that saves on the first, if the `with` block is
+    not left within some seconds. The status is 128 + the signal. For a command, in the main thread:
+    the process ends without cleaning up.
+
+    Args:
+        message: what standard error is told then.
+        seconds: how long the block may take to end.
+    """
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+    left = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def look() -> None:
+        seen = Counter[int]()
+        while not left.is_set():
+            if not select.select([reading], [], [], 0.5)[0]:
+                continue
+            for number in os.read(reading, 100):
+                seen[number] += 1
+                unwatched = signal.getsignal(number) is signal.default_int_handler
+                at_once = number in _DEFAULTS and (unwatched or seen[number] > 1)
+                if at_once and not left.wait(seconds):
+                    os.write(2, f"{message}\n".encode())
+                    os._exit(128 + number)
+        os.close(reading)
+        os.close(writing)
+
+    threading.Thread(target=look, daemon=True, name="end when stuck").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        left.set()

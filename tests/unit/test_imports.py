@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,12 @@ def test_tab_completion_offers_what_is_public_alone(name):
         assert not public.startswith("_")
     private = {"jax", "jnp", "check_positive", "count_groups", "CHUNK_BYTES", "einsum_f32", "call"}
     assert not private & set(offered)
+
+
+def test_nobody_is_told_to_install_pytorch():
+    """Without it transformers says at its import that it was not found."""
+    code = "import sys; sys.modules['torch'] = None; import gvpo_jax.trainer"
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr == ""
