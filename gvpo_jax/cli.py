@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gvpo_jax import __version__
+from gvpo_jax.config_trl import TRL_NAMES
 from gvpo_jax.errors import UserError
 
 
@@ -69,7 +70,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     overrides = getattr(arguments, "overrides", None)
     strangers = [arg for arg in rest if overrides is None or arg.startswith("-")]
     if strangers:
-        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+        name = strangers[0].lstrip("-").partition("=")[0].replace("-", "_")
+        hint = f"; TRL's {name} is {TRL_NAMES[name]} here" if name in TRL_NAMES else ""
+        hint += "; settings are written key=value, without dashes" if overrides is not None else ""
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}{hint}")
     if overrides is not None:
         arguments.overrides = [*overrides, *rest]
     return arguments

@@ -68,7 +68,12 @@ def override(config: Config, **values: Any) -> Config:
     changes: dict[str, Any] = {}
     for name, value in values.items():
         put(changes, name.split("__", 1), value)
-    return _with_paths(as_record(Config, _with_new_names(changes), base=config), beside=None)
+    try:
+        return _with_paths(as_record(Config, _with_new_names(changes), base=config), beside=None)
+    except UserError as error:
+        if all("__" in name for name in values):
+            raise
+        raise UserError(f"{error}; as a keyword section.name is section__name") from None
 
 
 def to_yaml(config: Config) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gvpo_jax.config_trl import TRL_NAMES
 from gvpo_jax.errors import UserError
 
 _NULL = ("null", "~", "")
@@ -119,14 +120,27 @@ def as_record(kind: type, values: Any, key: str = "", base: Any = None) -> Any:
     for name, value in values.items():
         full = f"{key}.{name}" if key else str(name)
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
+            hint = _hint(str(name), known, {} if key else hints)
             raise UserError(
                 f"unknown setting {full}: {hint}{key or 'a config'} has {', '.join(known)}"
             )
         current = getattr(base, name) if base else None
         given[name] = as_type(hints[name], value, full, current)
     return dataclasses.replace(base, **given) if base else kind(**given)
+
+
+def _hint(name: str, known: Sequence[str], sections: Mapping[str, Any]) -> str:
+    """Where an unknown setting may be found; sections: those that it could have been left out of."""
+    if here := TRL_NAMES.get(name):
+        return f"TRL's {name} is {here} here; "
+    names = {
+        section: [f.name for f in dataclasses.fields(kind)] for section, kind in sections.items()
+    }
+    homes = [f"{section}.{name}" for section, fields in names.items() if name in fields]
+    if homes:
+        return f"write {' or '.join(homes)}; "
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean '{near[0]}'? " if near else ""
 
 
 def as_type(kind: Any, value: Any, key: str, base: Any = None) -> Any:

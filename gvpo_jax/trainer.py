@@ -59,6 +59,11 @@ class Trainer:
     """
 
     def __init__(self, config: Config, model: LoadedModel | None = None):
+        if not isinstance(config, Config):
+            raise UserError(
+                f"config is a {type(config).__name__}, not a gvpo_jax.config.Config; for the name "
+                "of a model there is Trainer.from_pretrained(name, ...)"
+            )
         c = self.config = config
         mesh = c.mesh.mesh()
         groups = c.train.batch_size // c.train.micro_batches

@@ -6,6 +6,8 @@ the rewards to the loss, is theirs.
 """
 
 import collections
+import inspect
+from dataclasses import fields
 from types import SimpleNamespace
 
 import jax
@@ -13,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOTrainer, ScriptArguments
 
 from gvpo_jax import baselines
+from gvpo_jax.config_trl import TRL_NAMES
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -218,3 +221,13 @@ def test_completions_without_a_reward_are_left_out_as_in_trl(name, batch):
     weights = batch["mask"].sum(-1) if name.startswith("dapo") else np.ones((G, K))
     scale = np.sum(weights * counted) / np.sum(weights)
     assert_same(our_value_and_grad(our_objective(name), batch, where), theirs, scale)
+
+
+def test_the_names_that_are_answered_are_those_of_trl():
+    """Today's, and those of earlier versions and of transformers that scripts still hold."""
+    theirs = {f.name for kind in (GRPOConfig, ModelConfig, ScriptArguments) for f in fields(kind)}
+    theirs |= set(inspect.signature(GRPOTrainer).parameters)
+    assert set(TRL_NAMES) - theirs == {
+        "max_prompt_length", "max_seq_length", "max_length", "max_new_tokens", "torch_dtype",
+        "warmup_ratio", "logging_dir",
+    }  # fmt: skip

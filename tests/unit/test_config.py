@@ -8,8 +8,11 @@ import pytest
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import difference, load_config, override, to_yaml
+from gvpo_jax.config_trl import TRL_NAMES
 from gvpo_jax.data.rows import load_rows
 from gvpo_jax.errors import UserError
+from gvpo_jax.settings import all_settings
+from gvpo_jax.trainer import Trainer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -415,3 +418,53 @@ def test_older_names_are_read_wherever_settings_are_given(write):
     assert (here.servers.kind, here.servers.urls) == ("none", [])
     again = override(Config(), rollout__engine="vllm", rollout__servers=["http://a:1"])
     assert again.servers == override(config, servers__api_key_env=None).servers
+
+
+def test_every_name_that_trl_s_are_answered_with_exists():
+    keys = {setting.key for setting in all_settings(Config())}
+    for theirs, ours in TRL_NAMES.items():
+        named = re.findall(r"\b[a-z]+\.[a-z_0-9]+", ours.replace("metrics.jsonl", ""))
+        assert ours.startswith(named[0]), theirs
+        assert set(named) <= keys, theirs
+        assert theirs not in (field.name for field in dataclasses.fields(Config)), theirs
+    values = {re.match(r"([a-z.]+=\w+)", ours) for ours in TRL_NAMES.values()} - {None}
+    given = [found[0] for found in values]
+    assert len(given) > 4
+    load_config("debug", [*given, "servers.urls=[http://localhost:1]"])
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("per_device_train_batch_size", "train.batch_size, in prompts over all devices here"),
+        ("num_generations", "rollout.num_generations here"),
+        ("max_prompt_length", "data.max_prompt_length here"),
+        ("max_steps", "train.steps here"),
+        ("output_dir", "run.dir here"),
+        ("vllm_mode", "servers.kind=vllm, whose servers run on their own here"),
+    ],
+)
+def test_trl_s_names_are_answered_with_ours(write, name, answer):
+    """In a file, in a section, behind a command and as a keyword."""
+    told = f"unknown setting {name}: TRL's {name} is {answer}; "
+    assert told in refused(write(f"{name}: 4"))
+    assert told in refused(write(""), f"{name}=4")
+    assert f"eval.{name}: TRL's {name} is {answer}; " in refused(write(f"eval: {{{name}: 4}}"))
+    if name != "num_generations":
+        with pytest.raises(UserError, match=re.escape(told)) as error:
+            override(Config(), **{name: 4})
+        assert str(error.value).endswith("as a keyword section.name is section__name")
+
+
+def test_from_pretrained_answers_trl_s_names_before_it_loads():
+    with pytest.raises(UserError, match=r"TRL's max_steps is train\.steps here"):
+        Trainer.from_pretrained("no/such-model", max_steps=3)
+    with pytest.raises(UserError, match=r"config is a str.* Trainer\.from_pretrained"):
+        Trainer("debug")  # type: ignore[arg-type]
+
+
+def test_a_setting_without_its_section_is_found(write):
+    assert "unknown setting batch_size: write train.batch_size or eval.batch_size; " in refused(
+        write("batch_size: 4")
+    )
+    assert "unknown setting funcs: write rewards.funcs; " in refused(write(""), "funcs=[a:b]")

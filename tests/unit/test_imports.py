@@ -31,7 +31,7 @@ HOUSE = (
     ("report", "the page of a run"),
     ("collect", "where an update's samples come from"),
     (
-        "config config_file config_values",
+        "config config_file config_trl config_values",
         "all sections together: what lies above sees them, what lies below its own",
     ),
     ("tpu_compile", "programs compiled without a TPU"),

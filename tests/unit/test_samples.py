@@ -103,10 +103,14 @@ def test_rewards_that_float32_can_not_hold_are_refused(value):
         read_reward(value)
 
 
-@pytest.mark.parametrize("value", ["1", "abc", [1.0]])
+@pytest.mark.parametrize("value", ["", "abc", [1.0]])
 def test_what_is_no_number_is_no_reward(value):
     with pytest.raises(UserError, match="a reward is a number, got"):
         read_reward(value)
+
+
+def test_a_text_of_a_number_is_a_reward_as_files_have_them():
+    assert (read_reward("1"), read_reward("-0.5"), read_reward(True)) == (1.0, -0.5, 1.0)
 
 
 def test_a_cache_key_is_of_these_tokens_and_this_reference():
