@@ -12,8 +12,11 @@ import jax
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim
+from gvpo_jax.data.rows import columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
+from gvpo_jax.rewards import batched
+from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.claim import lock, write_evaluation
 from gvpo_jax.trainer import Trainer
@@ -29,6 +32,11 @@ def train(config: Config) -> dict[str, Any]:
         reward_funcs = config.rewards.functions() if needed else []
         rows, held_out = config.data.load(config.run.seed)
         check_claim(config)
+        funcs = [batched(func) for func in reward_funcs]
+        if not offline:
+            check_columns(funcs, columns_of(rows), "the training data")
+        if held_out:
+            check_columns(funcs, columns_of(held_out), "the held-out data")
         if held_out and not reward_funcs:
             raise UserError(
                 "held-out rows need reward functions: name some in rewards.funcs, or give "

@@ -146,7 +146,8 @@ def claim(config: Config) -> Path:
     folder = check_claim(config)
     # Where this session stops, and on which machines it runs, is not the run's business.
     train = dataclasses.replace(config.train, stop_at=None)
-    kept = dataclasses.replace(config, train=train, distributed=DistributedConfig())
+    run = dataclasses.replace(config.run, overwrite=False)  # but once
+    kept = dataclasses.replace(config, run=run, train=train, distributed=DistributedConfig())
     with usable(folder):
         write_text(folder / SETTINGS, to_yaml(kept))
     return folder
@@ -166,10 +167,11 @@ def check_claim(config: Config) -> Path:
         dates = old.data.template_date, config.data.template_date
         keys = [key for key in difference(old, config) if key != _DATE or None not in dates]
         longer = config.train.steps > old.train.steps and config.optimizer.schedule == "constant"
-        if keys and not (keys == ["train.steps"] and longer) and has_begun(folder):
+        same = not keys or (keys == ["train.steps"] and longer)
+        if not same and has_begun(folder) and not config.run.overwrite:
             raise UserError(
                 f"{folder} holds a run with other settings ({', '.join(keys)}); "
-                "give those, or choose another run.dir"
+                "give those, or choose another run.dir, or start over with run.overwrite=true"
             )
     return folder
 

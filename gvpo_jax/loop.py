@@ -5,11 +5,12 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gvpo_jax.collect.collector import Judge
+from gvpo_jax.collect.early_signs import FIRST, early_signs
 from gvpo_jax.collect.evaluate import evaluate
 from gvpo_jax.collect.feed import Feed, TrainBatch, pack_round, unpack_round
 from gvpo_jax.config import Config
@@ -20,11 +21,13 @@ from gvpo_jax.parallel.distributed import from_first_host, is_first
 from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch
 from gvpo_jax.report import write_report
 from gvpo_jax.rollout import Engine
-from gvpo_jax.rundir.claim import check_not_lost, lock, write_evaluation
+from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable, write_evaluation
 from gvpo_jax.rundir.files import read_summary, write_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
 from gvpo_jax.training.checkpoint import Checkpoints, sweep
 from gvpo_jax.training.policy import Policy
+
+_ELSE = "choose another run.dir, or start over with run.overwrite=true"
 
 
 @dataclasses.dataclass
@@ -39,9 +42,11 @@ class Loop:
     judge: Judge  # gives those answers their rewards
     held_out: EncodedPrompts | None  # those rows, if there are any
     data_fingerprint: str  # tells training rows, held-out rows and reward functions from others
+    reward_code: Mapping[str, str]  # and by their names, those functions' code
     notes: Sequence[str]  # lines to show at the start
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
+    early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
     # Is closed by this session's first update: until then a signal may end the process.
     starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
@@ -72,6 +77,7 @@ class Loop:
                 for note in self._opening(counters):
                     log.note(note)
                 if counters.step == 0:
+                    self.early = []
                     counters.accuracy_before = self._evaluate(log, "before")
                 end, told = min(c.train.steps, c.train.stop_at or c.train.steps), 0
                 while counters.step < end and not (told := told_to_end()):
@@ -86,7 +92,7 @@ class Loop:
                 if counters.step:
                     self._save(log, checkpoints)
                 if told:
-                    log.note(_why_it_ended(told, counters.step))
+                    log.note(_why_it_ended(told, counters.step, c.run.overwrite))
                 elif counters.step >= c.train.steps and counters.accuracy_after is None:
                     counters.accuracy_after = self._evaluate(log, "after")
         summary = counters.summary(self.model_name)
@@ -95,7 +101,7 @@ class Loop:
                 write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(run_dir)
         if told == signal.SIGINT:
-            raise Interrupted(_why_it_ended(told, counters.step))
+            raise Interrupted(_why_it_ended(told, counters.step, c.run.overwrite))
         if told:
             raise Preempted
         return summary
@@ -104,6 +110,9 @@ class Loop:
         """Hold the folder against other runs, for all processes of this one."""
         folder = check_claim(self.config)
         sweep(stack.enter_context(lock(folder)) / "checkpoints")
+        if self.config.run.overwrite:
+            with usable(folder):
+                clear(folder)
 
     def _claim(self, counters: Counters) -> None:
         if counters.step == 0:
@@ -120,6 +129,8 @@ class Loop:
         for step, batch in enumerate(self.round, start=counters.step - self.done + 1):
             if batch.records and step > counters.step:
                 log.completions(step, batch.records)
+            if step > counters.step:
+                self._look_at_early(log, batch)
             if math.isnan(batch.metrics["reward"]):
                 log.note(f"step {step}: no completion has a reward, there is nothing to learn from")
         queue = self.round * c.train.num_iterations
@@ -131,6 +142,20 @@ class Loop:
             self.done += 1
         if self.done == last:
             self.round, self.done = None, 0
+
+    def _look_at_early(self, log: RunLog, batch: TrainBatch) -> None:
+        """Warn once of what the first batches show, unless the run began in an earlier session."""
+        if self.early is None:
+            return
+        self.early.append(batch)
+        batches = -(-self.config.train.steps // self.config.train.num_iterations)
+        if len(self.early) == min(FIRST, batches):
+            metrics = [batch.metrics for batch in self.early]
+            records = [record for batch in self.early for record in batch.records]
+            limit = self.config.rollout.max_completion_length
+            for line in early_signs(metrics, records, limit):
+                log.note(f"warning: {line}")
+            self.early = None
 
     def _evaluate(self, log: RunLog, name: str) -> float | None:
         """Accuracy on the held-out rows, written down; None where there are none."""
@@ -155,6 +180,7 @@ class Loop:
         log.flush()
         counters = dataclasses.asdict(log.counters)
         about = {"counters": counters, "data_fingerprint": self.data_fingerprint}
+        about["reward_code"] = dict(self.reward_code)
         self.policy.save(checkpoints, log.counters.step, about, samples)
 
     def _resume(self, checkpoints: Checkpoints) -> Counters:
@@ -165,7 +191,15 @@ class Loop:
         if restored.extra["data_fingerprint"] != self.data_fingerprint:
             raise UserError(
                 "training rows, held-out rows or reward functions are not those of this run; "
-                "bring them back, or choose another run.dir"
+                f"bring them back, or {_ELSE}"
+            )
+        code = restored.extra.get("reward_code", self.reward_code)  # version 0.1 saved none
+        if changed := [
+            name for name in self.reward_code if code.get(name) != self.reward_code[name]
+        ]:
+            raise UserError(
+                f"the code of reward {', '.join(changed)} has changed since this run began; bring "
+                f"it back, or {_ELSE}"
             )
         self.feed.load(restored.samples)
         if found := unpack_round(restored.samples, self.policy.plan):
@@ -183,11 +217,11 @@ class Loop:
         return [*lines, *self.notes]
 
 
-def _why_it_ended(told: int, step: int) -> str:
+def _why_it_ended(told: int, step: int, overwrite: bool) -> str:
     who = "interrupted" if told == signal.SIGINT else "told to end"
     if not step:
         return f"{who} before the first update: the same command starts over"
-    return f"{who}: saved, the same command goes on"
+    return f"{who}: saved, the same command{' without run.overwrite' * overwrite} goes on"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from gvpo_jax.collect.offline import (
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override, with_run_date
 from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
-from gvpo_jax.data.rows import EncodedPrompts, completion_ids
+from gvpo_jax.data.rows import EncodedPrompts, as_rows, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
 from gvpo_jax.models.export import export_model
@@ -28,7 +28,8 @@ from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.parallel.distributed import from_first_host, my_slice, raise_together, to_first_host
 from gvpo_jax.parallel.layout import check_batch, group_shards, place_params
-from gvpo_jax.rewards import batched
+from gvpo_jax.rewards import batched, load_reward_func
+from gvpo_jax.rewards.functions import code_fingerprint, function_names
 from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.make import sampling_model
 from gvpo_jax.rollout.servers.engine import http_engine
@@ -40,8 +41,8 @@ from gvpo_jax.training.policy import Policy, copy
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
-RewardFuncs = RewardFunc | Sequence[RewardFunc]
-Dataset = Sequence[Mapping[str, Any]]
+RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str]
+Dataset = Any  # what `as_rows` takes
 
 
 class Trainer:
@@ -184,10 +185,10 @@ class Trainer:
 
         Args:
             dataset: rows with `prompt` (text or chat messages) and any columns that the reward
-                functions want.
-            reward_funcs: one or several; called as `f(prompts=, completions=, completion_ids=,
-                **columns)` on lists, see `gvpo_jax.rewards`, or, where a function's parameters are
-                `(prompt, completion)`, on one sample at a time.
+                functions want: a list of dicts, a `datasets.Dataset` or a DataFrame.
+            reward_funcs: one or several, or names as in `rewards.funcs`; called as `f(prompts=,
+                completions=, completion_ids=, **columns)` on lists, see `gvpo_jax.rewards`, or,
+                where a function's parameters are `(prompt, completion)`, on one sample at a time.
             eval_dataset: held-out rows.
 
         Returns:
@@ -200,6 +201,7 @@ class Trainer:
         self._keep_date()
         c, judge = self.config, self._judge(reward_funcs)
         prompts = self._encode(dataset)
+        judge.check(prompts, "the training data")
         demonstrations, lost = None, 0
         if c.rollout.demonstrations:
             demonstrations = read_demonstrations(
@@ -238,8 +240,6 @@ class Trainer:
                 f"loss.name={c.loss.name} needs the probability with which each completion was "
                 "sampled, which given groups do not have: use gvpo or dpo"
             )
-        if eval_dataset and not reward_funcs:
-            raise UserError("held-out rows need reward functions that judge them")
         prompts = self._encode(dataset)
         offline = self._read_groups(prompts)
         feed = OfflineFeed(
@@ -261,9 +261,10 @@ class Trainer:
         reference changes with every update.
         """
         c = self.config
-        prompts = self._encode(dataset)
+        rows = as_rows(dataset)
+        prompts = self._encode(rows)
         groups = self._read_groups(prompts).groups
-        if len(groups) != len(dataset):
+        if len(groups) != len(rows):
             raise UserError("some groups can't be used; remove them first")
         longest = c.rollout.max_completion_length
         return rows_with_reference(self.policy, prompts, groups, c.train.batch_size, longest)
@@ -276,11 +277,13 @@ class Trainer:
         The same rows get the same random keys every time: two evaluations differ by the policy
         alone.
         """
+        held_out, judge = self._encode(dataset), self._judge(reward_funcs)
+        judge.check(held_out, "the held-out data")
         return evaluate(
-            self._encode(dataset),
+            held_out,
             self.engine,
             self.policy.params,
-            self._judge(reward_funcs),
+            judge,
             self.config.eval,
             max_completion_length=self.config.rollout.max_completion_length,
         )
@@ -332,6 +335,15 @@ class Trainer:
     def _group(self, name: str, prompt_ids, texts, values):
         """A group handed over as text, checked."""
         limit = self.config.rollout.max_completion_length
+        for given in (texts, values):
+            if (
+                isinstance(given, str)
+                or not hasattr(given, "__len__")
+                or getattr(given, "ndim", 1) == 0
+            ):
+                raise UserError(
+                    f"{name}: give a list of texts and one of rewards, not just {given!r}"
+                )
         if len(texts) != len(values):
             raise UserError(f"{name} has {len(texts)} completions but {len(values)} rewards")
         tokens, rewards = [], []
@@ -356,17 +368,30 @@ class Trainer:
         eval_dataset: Dataset,
         bad: Mapping[str, int],
     ) -> Loop:
-        held_out = self._encode(eval_dataset) if eval_dataset else None
+        rows = [] if eval_dataset is None else as_rows(eval_dataset)
+        held_out = self._encode(rows) if rows else None
+        if held_out and not judge.reward_funcs:
+            raise UserError("held-out rows need reward functions that judge them")
+        if held_out:
+            judge.check(held_out, "the held-out data")
         names = (getattr(f, "__name__", type(f).__name__) for f in judge.reward_funcs)
+        # A partial function is named by its type there, as in older checkpoints, but not in `code`.
+        code = zip(function_names(judge.reward_funcs), judge.reward_funcs, strict=True)
+        code = {name: code_fingerprint(func) for name, func in code}
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         counts = {"prompts skipped: over data.max_prompt_length tokens": prompts.skipped}
         counts |= {f"{what} skipped: data.bad_samples=skip": count for what, count in bad.items()}
         notes = [f"{count} {what}" for what, count in counts.items() if count]
         who = self.config, self.model.name, self.policy, self.engine
-        return Loop(*who, feed, judge, held_out, fingerprint, notes)
+        return Loop(*who, feed, judge, held_out, fingerprint, code, notes)
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
-        funcs = [reward_funcs] if callable(reward_funcs) else reward_funcs
+        one = callable(reward_funcs) or isinstance(reward_funcs, str)
+        given: Any = [reward_funcs] if one else reward_funcs
+        funcs = [load_reward_func(func) if isinstance(func, str) else func for func in given or ()]
+        for func in funcs:
+            if not callable(func):
+                raise UserError(f"a reward function is something to call, got {func!r}")
         c = self.config
         return Judge([batched(f) for f in funcs], c.rewards, self.tokenizer, c.rollout.stop)
 

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from gvpo_jax.collect.early_signs import CHAT_HINT
 from gvpo_jax.collect.metrics import rollout_metrics
 from gvpo_jax.data.groups import (
     Groups,
@@ -22,7 +23,9 @@ from gvpo_jax.data.groups import (
 from gvpo_jax.data.rows import EncodedPrompts, Row, batch_indices, columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
-from gvpo_jax.rewards import RewardConfig, Scores, compute_rewards
+from gvpo_jax.rewards import RewardConfig, RewardError, Scores, compute_rewards
+from gvpo_jax.rewards.call import check_weights
+from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rollout.engine import Engine, RolloutConfig
 from gvpo_jax.rollout.stop import before_stop
 from gvpo_jax.rundir.files import to_json
@@ -57,14 +60,29 @@ class Judge:
         skip = self.options.skip_special_tokens
         return texts_of(self.tokenizer, completions, lengths, self.stop, skip_special_tokens=skip)
 
-    def judge(self, rows: Sequence[Row], groups: Groups) -> tuple[list[list[str]], Scores]:
+    def check(self, prompts: EncodedPrompts, what: str) -> None:
+        """See that functions, weights and columns fit each other, before anything is sampled.
+
+        Raises:
+            UserError: they do not. `what` stands for the rows in its message.
+        """
+        check_weights(self.options.weights or None, self.reward_funcs)
+        check_columns(self.reward_funcs, prompts.columns, what)
+
+    def judge(
+        self, prompts: EncodedPrompts, places: Sequence[int] | np.ndarray, groups: Groups
+    ) -> tuple[list[list[str]], Scores]:
         """The completions' texts `[g][k]`, and their rewards `[g, k]`.
 
-        rows: those of the groups, in their order.
+        Args:
+            prompts: all rows there are.
+            places: of the groups' rows, in their order.
+            groups: what is judged.
 
         Raises:
             UserError: a reward function failed, on whichever process.
         """
+        rows = [prompts.rows[place] for place in places]
         texts = self.texts(groups.completions, groups.lengths)
         there = groups.lengths > 0  # not a skipped demonstration
         given, completions = [], []
@@ -72,18 +90,24 @@ class Judge:
             given.append(rows[g])
             chat = [{"role": "assistant", "content": texts[g][i]}]
             completions.append(texts[g][i] if isinstance(rows[g]["prompt"], str) else chat)
-        with self.lock:
-            scores = raise_together(
-                lambda: compute_rewards(
+
+        def compute() -> Scores:
+            try:
+                scores = compute_rewards(
                     self.reward_funcs,
                     self.options.weights or None,
                     prompts=[row["prompt"] for row in given],
                     completions=completions,
                     completion_ids=token_lists(groups.completions[there], groups.lengths[there]),
-                    columns=columns_of(given),
+                    columns=columns_of(given, prompts.columns),
                     on_error=self.options.on_error,
                 )
-            )
+            except RewardError as error:
+                raise RewardError(_with_hint(str(error), completions)) from error
+            return scores._replace(problem=_with_hint(scores.problem, completions))
+
+        with self.lock:
+            scores = raise_together(compute)
 
         def in_place(values: np.ndarray) -> np.ndarray:
             everywhere = np.full(there.shape, np.nan)
@@ -147,9 +171,9 @@ class Collector:
     def _with_rewards(self, number: int, groups: Groups) -> Collected:
         """The groups of batch `number` with their rewards."""
         rows = [self.prompts.rows[row] for row in groups.row]
-        texts, scores = self.judge.judge(rows, groups)
+        texts, scores = self.judge.judge(self.prompts, groups.row, groups)
         if gather(np.array([scores.failed == scores.rewards.size])).all():
-            raise UserError(f"batch {number}: every reward failed; rewards.on_error=raise says how")
+            raise UserError(f"batch {number}: every reward failed, first: {scores.problem}")
         if number == 0 and gather(np.isnan(scores.rewards)).all():
             raise UserError(
                 "no completion of the first batch has a reward: every reward function gave None "
@@ -158,13 +182,19 @@ class Collector:
         rewards = np.where(groups.lengths > 0, scores.rewards, np.nan).astype(np.float32)
         groups = groups._replace(rewards=rewards)
         metrics = rollout_metrics(groups, scores, self.samples) | self.engine.metrics()
-        records = sample_records(rows, texts, rewards)
+        records = sample_records(rows, texts, rewards, scores.by_func)
         for record, source, version in zip(
             records, groups.source.flat, groups.version.flat, strict=True
         ):
             record |= {"source": Source(source).name.lower(), "version": int(version)}
         # Rows of data may hold what JSON does not know.
         return Collected(groups, metrics, json.loads(to_json(records)))
+
+
+def _with_hint(problem: str, completions: Sequence[Any]) -> str:
+    """What failed, and why where a function seems to have expected texts."""
+    chats = any(isinstance(completion, list) for completion in completions)
+    return f"{problem}; {CHAT_HINT}" if chats and "list" in problem else problem
 
 
 def read_demonstrations(
@@ -228,17 +258,29 @@ def texts_of(
 
 
 def sample_records(
-    rows: Sequence[Row], texts: Sequence[Sequence[str]], rewards: np.ndarray, first: int = 0
+    rows: Sequence[Row],
+    texts: Sequence[Sequence[str]],
+    rewards: np.ndarray,
+    by_func: Mapping[str, np.ndarray],
+    first: int = 0,
 ) -> list[Row]:
-    """One record per completion; `group`, from `first` on, tells apart groups of one prompt."""
+    """One record per completion; `group`, from `first` on, tells apart groups of one prompt.
+
+    `reward` is the weighted sum, and `rewards` holds each function's own.
+    """
     groups = zip(rows, texts, rewards, strict=False)  # what was gathered is filled up at its end
+
+    def number(value: float) -> float | None:
+        return None if np.isnan(value) else float(value)
+
     return [
         {
             **row,
-            "group": group,
+            "group": first + g,
             "completion": text,
-            "reward": None if np.isnan(reward) else float(reward),
+            "reward": number(reward),
+            "rewards": {name: number(values[g, i]) for name, values in by_func.items()},
         }
-        for group, (row, *completions) in enumerate(groups, start=first)
-        for text, reward in zip(*completions, strict=True)
+        for g, (row, *completions) in enumerate(groups)
+        for i, (text, reward) in enumerate(zip(*completions, strict=True))
     ]

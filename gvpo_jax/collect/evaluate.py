@@ -62,11 +62,12 @@ def evaluate(
             seed=_SEED,
             longest_prompt=held_out.longest,
         )
-        _, scores = judge.judge([held_out.rows[i] for i in here], groups)
+        _, scores = judge.judge(held_out, here, groups)
         # Not the prompts: they are as wide as each process's longest.
-        *drawn, rewards = gather((groups.completions, groups.lengths, scores.rewards))
-        texts = judge.texts(*drawn)
-        records += sample_records(held_out.rows[start : start + size], texts, rewards, start)
+        given = (groups.completions, groups.lengths, scores.rewards, scores.by_func)
+        *drawn, rewards, by_func = gather(given)
+        texts, rows = judge.texts(*drawn), held_out.rows[start : start + size]
+        records += sample_records(rows, texts, rewards, by_func, start)
     for r in records:
         r["correct"] = r["reward"] is not None and r["reward"] >= options.success_reward
     return _summary(records), records

@@ -3,12 +3,12 @@
 import enum
 import zlib
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gvpo_jax.data.batch import Batch, bucket, pad_prompts, padded, part_of_longest
+from gvpo_jax.data.reward_values import FLOAT32_MAX, as_number
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import max_over_hosts
 
@@ -98,13 +98,12 @@ def read_number(value: Any) -> float | None:
     if value is None:
         return None
     try:
-        if isinstance(value, Real | str):
-            return float(value)
-    except OverflowError:
-        return float("inf")
+        number = float(value) if isinstance(value, str) else as_number(value)
     except ValueError:
-        pass
-    raise UserError(f"a reward is a number, got {str(value)[:80]!r}")
+        number = None
+    if number is None:
+        raise UserError(f"a reward is a number, got {str(value)[:80]!r}")
+    return number
 
 
 def read_reward(value: Any) -> float | None:
@@ -116,7 +115,7 @@ def read_reward(value: Any) -> float | None:
     reward = read_number(value)
     if reward is None or np.isnan(reward):
         return None
-    if abs(reward) > float(np.finfo(np.float32).max):
+    if abs(reward) > FLOAT32_MAX:
         raise UserError(
             f"its reward is infinite, at least in float32: {str(value)[:20]}; give a smaller "
             "number, or None to leave it out"

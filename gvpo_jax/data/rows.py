@@ -6,9 +6,9 @@ start of the answer, after the prompt.
 """
 
 import datetime
+import functools
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gvpo_jax.data.files import read_files
+from gvpo_jax.data.fingerprints import stable_json
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import setting
@@ -138,17 +139,14 @@ class DataConfig:
         return "strftime_now" in str(self.template or tokenizer.chat_template)
 
     def encode(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        tokenizer: "PreTrainedTokenizerBase",
-        vocab_size: int | None = None,
+        self, rows: Any, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None
     ) -> "EncodedPrompts":
         """The rows' prompts as token ids, each together with its row's `answer_prefix`.
 
         A templated prompt gets no further special tokens; `chat_template=never` takes texts only.
 
         Args:
-            rows: dicts with `prompt`.
+            rows: whatever `as_rows` takes, with `prompt`.
             tokenizer: makes token ids of texts.
             vocab_size: the embedding's rows, which token ids must be below.
 
@@ -157,7 +155,7 @@ class DataConfig:
                 can't be encoded, or is longer than `max_prompt_length` tokens and `too_long` is
                 `error`; or no row is left.
         """
-        rows = list(rows)
+        rows = as_rows(rows)
         if not rows:
             raise UserError("there are no rows; give at least one with a prompt")
         if own := [name for name in self.template_arguments if name in _NOT_OF_TEMPLATES]:
@@ -202,6 +200,11 @@ class EncodedPrompts:
     # Where the chat template writes the date: the token ids with the same one every day.
     undated: Sequence[list[int]] = ()
 
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        """The names of all columns that reward functions are given."""
+        return list(columns_of(self.rows))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
@@ -212,8 +215,10 @@ class EncodedPrompts:
 
         The date that the chat template may have written is left out of it.
         """
-        ids = self.undated or self.token_ids
-        content = json.dumps([self.rows, ids], sort_keys=True, default=str)
+        try:
+            content = stable_json([self.rows, self.undated or self.token_ids])
+        except (ValueError, RecursionError):
+            raise UserError("a row of the data contains itself in one of its columns") from None
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -238,14 +243,52 @@ def load_rows(path: str | Path) -> list[Row]:
     return [PlacedRow(row, place) for place, row in placed_rows]
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def as_rows(dataset: Any) -> list[Row]:
+    """The rows of a dataset: a list of dicts, a `datasets.Dataset`, a DataFrame, a generator.
+
+    Raises:
+        UserError: it is none, or an entry is no row.
+    """
+    if hasattr(dataset, "to_pylist"):  # pyarrow
+        dataset = dataset.to_pylist()
+    elif hasattr(dataset, "to_dicts"):  # polars
+        dataset = dataset.to_dicts()
+    elif hasattr(dataset, "iterrows"):  # pandas
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, Mapping):
+        raise UserError(
+            f"the dataset is a mapping of {', '.join(map(str, dataset)) or 'nothing'}; give a list "
+            'of rows: one split, dataset["train"], or a dict for each row in place of each column'
+        )
+    gives_rows = hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+    if isinstance(dataset, str | bytes | Path) or not gives_rows:
+        raise UserError(
+            f"a dataset is a list of rows, this is a {type(dataset).__name__}; "
+            "gvpo_jax.data.rows.load_rows reads a file"
+        )
+    rows = []
+    for number, row in enumerate(dataset, start=1):
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f'row {number}: a row is a dict like {{"prompt": "..."}}, this is a '
+                f"{type(row).__name__}"
+            )
+        rows.append(row if isinstance(row, PlacedRow) else dict(row))
+    return rows
+
+
+def columns_of(
+    rows: Sequence[Mapping[str, Any]], names: Iterable[str] | None = None
+) -> dict[str, list[Any]]:
     """The rows' columns as reward functions expect them: lists, with None where a row lacks one.
 
+    names: those of the columns, also where none of the rows has one; None: those that they have.
     Without those that the caller passes under names of its own (`prompt`, `completion`,
     `completion_ids`).
     """
     own = ("prompt", "completion", "completion_ids")
-    names = dict.fromkeys(name for row in rows for name in row if name not in own)
+    if names is None:
+        names = dict.fromkeys(name for row in rows for name in row if name not in own)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
@@ -274,9 +317,9 @@ def completion_ids(
         raise UserError(f"{text[-80:]!a} holds half a character (a lone surrogate)") from None
     if problem := _id_problem(ids, tokenizer, vocab_size):
         raise UserError(problem)
-    end = tokenizer.eos_token_id  # a model may name several; this one ends its texts
-    first = next((n for n, token in enumerate(ids, start=1) if token in {*stop_ids, end}), None)
-    if first and not tokenizer.decode(ids[first:], skip_special_tokens=True).strip():
+    end: Any = tokenizer.eos_token_id  # a model may name several; this one ends its texts
+    first = next((n for n, token in enumerate(ids, start=1) if token in (end, *stop_ids)), None)
+    if first and not str(tokenizer.decode(ids[first:], skip_special_tokens=True)).strip():
         return ids[:first]  # a line break after an end mark comes from a chat template
     return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
 

@@ -1,15 +1,8 @@
 """Reward functions: called as TRL does (see `gvpo_jax.rewards.call`), and found by name."""
 
-from gvpo_jax.rewards.call import (
-    RewardError,
-    RewardFunc,
-    Scores,
-    batched,
-    completion_text,
-    compute_rewards,
-    describe,
-    per_sample,
-)
+from gvpo_jax.rewards.attempt import describe
+from gvpo_jax.rewards.call import RewardError, Scores, compute_rewards
+from gvpo_jax.rewards.functions import RewardFunc, batched, completion_text, per_sample
 from gvpo_jax.rewards.load import RewardConfig, load_reward_func
 
 __all__ = [

@@ -1,26 +1,24 @@
 """Calling reward functions as TRL does, and adding up what they say.
 
 A reward function is called as `f(prompts=, completions=, completion_ids=, **columns)` with flat
-lists of n = G * k entries, and returns a list of n numbers. None abstains; an exception in a row's
-place says that this row could not be scored. It may be an `async def`.
+lists of n = G * k entries, and returns a list or array of n numbers. None abstains; an exception in
+a row's place says that this row could not be scored. It may be an `async def`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import copy
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from math import isfinite  # by name: `math` and `numbers` are files of this package
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from gvpo_jax.data.reward_values import FLOAT32_MAX, as_number
 from gvpo_jax.errors import UserError
-
-RewardFunc = Callable[..., Any]
+from gvpo_jax.rewards.attempt import attempt, describe, needs_loop, submit
+from gvpo_jax.rewards.functions import RewardFunc, check_columns, function_names, is_async
 
 
 class RewardError(UserError):
@@ -31,13 +29,14 @@ class Scores(NamedTuple):
     """Rewards [n] (NaN: none), each function's own rewards [n], and why rows have none.
 
     `abstained` counts the rows on which every function abstained, `failed` those on which one
-    failed.
+    failed; `problem` tells of the first of those.
     """
 
     rewards: np.ndarray
     by_func: dict[str, np.ndarray]
     abstained: int
     failed: int
+    problem: str = ""
 
 
 def compute_rewards(
@@ -52,101 +51,77 @@ def compute_rewards(
 ) -> Scores:
     """The weighted sum (weights default to 1) of what the functions give, row by row.
 
-    A function that abstains leaves the sum to the others. An exception, NaN or an infinity fails
-    the row (an exception out of the call: all rows): `raise` raises `RewardError`, `skip` makes the
-    row's reward NaN, since a sum that lacks a term compares with no other. Anything but one entry
-    per row always raises. Async functions run concurrently, with each other and with the rest.
+    A function that abstains leaves the sum to the others. An exception, NaN, or a number that
+    float32 can't hold fails the row (an exception out of the call: all rows). Each function gets
+    copies of its own. Async functions run concurrently, with each other and with the rest, in one
+    event loop for the whole process.
+
+    Args:
+        reward_funcs: n functions.
+        weights: n numbers; None: all 1.
+        prompts: one for each completion; so are all the lists.
+        completions: texts, or lists of chat messages.
+        completion_ids: their tokens.
+        columns: further lists, by name.
+        on_error: `raise` raises `RewardError` where a row fails; `skip` makes the row's reward NaN,
+            since a sum that lacks a term compares with no other.
+
+    Returns:
+        The rewards, and what there is to tell about them.
+
+    Raises:
+        UserError: a function lacks a column, or does not take one; or weights that don't fit.
+        RewardError: a row failed, or an answer has not one entry for each row.
     """
-    names = _names(reward_funcs)
-    factors = _weights(weights, names)
+    names = function_names(reward_funcs)
+    factors = check_weights(weights, reward_funcs)
     lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     n = _check_lists(lists, columns)
-    for name, func in zip(names, reward_funcs, strict=True):
-        _check_parameters(name, func, [*lists, *columns])
+    check_columns(reward_funcs, columns)
     answers = _call_all(reward_funcs, {**lists, **columns})
     by_func: dict[str, np.ndarray] = {}
-    total, answered, failed = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
+    problems: dict[int, str] = {}  # by row
+    total, answered = np.zeros(n), np.zeros(n, bool)
     for name, factor, answer in zip(names, factors, answers, strict=True):
-        values, failed_rows = _read_answer(name, answer, n, on_error)
-        by_func[name] = values
-        given = ~np.isnan(values)
-        total[given] += factor * values[given]
+        by_func[name], failed = _read_answer(name, answer, n, on_error)
+        problems = failed | problems  # a row keeps its first
+        given = ~np.isnan(by_func[name])
+        with np.errstate(over="ignore", invalid="ignore"):  # it is told of below
+            total[given] += factor * by_func[name][given]
         answered |= given
-        failed |= failed_rows
+    for row in np.flatnonzero(answered & ~(np.abs(total) <= FLOAT32_MAX)):
+        if row not in problems:
+            problem = (
+                f"the weighted sum of the rewards on row {row} is {total[row]:g}, which float32 "
+                "can't hold; give smaller rewards.weights"
+            )
+            if on_error == "raise":
+                raise RewardError(problem)
+            problems[int(row)] = problem
+    failed = np.isin(np.arange(n), list(problems))
     rewards = np.where(answered & ~failed, total, np.nan)
-    return Scores(rewards, by_func, int((~answered & ~failed).sum()), int(failed.sum()))
+    first = problems[min(problems)] if problems else ""
+    abstained = int((~answered & ~failed).sum())
+    return Scores(rewards, by_func, abstained, len(problems), first)
 
 
-def per_sample(func: Callable[..., float | None], columns: Sequence[str] = ()) -> RewardFunc:
-    """Make a reward function of a plain `(prompt, completion) -> float`.
+def check_weights(
+    weights: Sequence[float] | None, reward_funcs: Sequence[RewardFunc]
+) -> list[float]:
+    """A number for each function.
 
-    columns: that it is given too, by name, where there are such.
+    Raises:
+        UserError: there is no function, or not one finite weight for each.
     """
-
-    @functools.wraps(func)
-    def each(prompts: Sequence[Any], completions: Sequence[Any], **lists: Any) -> list[Any]:
-        named = [name for name in columns if name in lists]
-        samples = zip(prompts, completions, *(lists[name] for name in named), strict=True)
-        return [
-            _attempt(func, prompt, completion, **dict(zip(named, values, strict=True)))
-            for prompt, completion, *values in samples
-        ]
-
-    each.__name__ = _name(func)
-    return each
-
-
-def batched(func: RewardFunc) -> RewardFunc:
-    """The function itself, or `per_sample` of it if it begins with `(prompt, completion)`.
-
-    A wrapper that takes anything is judged by what it wraps.
-    """
-    names = list(_parameters(func))
-    if not set(names) - {"args", "kwargs"}:
-        names = list(_parameters(func, follow_wrapped=True))
-    return per_sample(func, names[2:]) if names[:2] == ["prompt", "completion"] else func
-
-
-def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a completion: the string itself, or the content of the last chat message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def describe(error: BaseException) -> str:
-    """An exception's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _attempt(func: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
-    try:
-        return func(*args, **named)
-    except SystemExit as error:  # some libraries take a row's failure for the program's
-        return RuntimeError(f"SystemExit: {error}")
-    except Exception as error:
-        return error
-
-
-def _names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     if not reward_funcs:
         raise UserError("no reward function given")
-    names = [_name(func) for func in reward_funcs]
-    earlier = [names[:place].count(name) for place, name in enumerate(names)]
-    return [f"{name}#{n + 1}" if n else name for name, n in zip(names, earlier, strict=True)]
-
-
-def _name(func: Any) -> str:
-    while not hasattr(func, "__name__") and hasattr(func, "func"):  # functools.partial
-        func = func.func
-    return getattr(func, "__name__", type(func).__name__)
-
-
-def _weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
+    names = function_names(reward_funcs)
     if weights is None:
         return [1.0] * len(names)
     if len(weights) != len(names) or not all(isfinite(weight) for weight in weights):
         raise UserError(
-            f"give a finite weight per reward function: {len(names)} ({', '.join(names)}), "
-            f"got {list(weights)}"
+            f"rewards.weights: give a finite weight per reward function: {len(names)} "
+            f"({', '.join(names)}), got {list(weights)}"
         )
     return [float(weight) for weight in weights]
 
@@ -161,99 +136,100 @@ def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Seque
     return len(lists["prompts"])
 
 
-def _check_parameters(name: str, func: RewardFunc, given: Sequence[str]) -> None:
-    """That the function takes what it is given: that it doesn't is no row's failure."""
-    parameters = _parameters(func)
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    kinds = [parameter.kind for parameter in parameters.values()]
-    if not kinds or inspect.Parameter.VAR_KEYWORD in kinds:
-        return
-    strange = [x for x in given if x not in parameters or parameters[x].kind not in by_name]
-    if strange:
-        raise UserError(
-            f"reward {name!r} does not take {', '.join(strange)}; let it take prompts, "
-            "completions, **kwargs, or (prompt, completion) for one sample at a time"
-        )
-
-
-def _parameters(
-    func: RewardFunc, *, follow_wrapped: bool = False
-) -> Mapping[str, inspect.Parameter]:
-    """Of what is called, or of what it wraps; none where that is not known."""
-    try:
-        return inspect.signature(func, follow_wrapped=follow_wrapped).parameters
-    except (TypeError, ValueError):  # some callables written in C
-        return {}
-
-
 def _call_all(reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any]) -> list[Any]:
-    """Every function's answer, or the exception it raised; the async ones run in one event loop."""
-    waiting = {i: func for i, func in enumerate(reward_funcs) if _is_async(func)}
-
-    async def call(func: RewardFunc) -> Any:
-        return await func(**arguments)
-
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*map(call, waiting.values()), return_exceptions=True)
-
-    # A thread of its own: the caller may be inside an event loop already (notebooks are).
-    with ThreadPoolExecutor(1) as thread:
-        later = thread.submit(asyncio.run, gather()) if waiting else None
-        answers = {
-            i: _attempt(func, **arguments)
-            for i, func in enumerate(reward_funcs)
-            if i not in waiting
-        }
-        answers |= zip(waiting, later.result() if later else (), strict=True)
+    """Every function's answer, or the exception it raised; async ones run beside the others."""
+    order = sorted(range(len(reward_funcs)), key=lambda i: not is_async(reward_funcs[i]))
+    answers: dict[int, Any] = {}
+    waiting: dict[int, Future] = {}
+    try:
+        for i in order:
+            own = {name: _copies(name, values) for name, values in arguments.items()}
+            answers[i] = attempt(reward_funcs[i], **own)
+            if needs_loop(answers[i]):
+                waiting[i] = submit(answers[i])
+        answers |= {i: future.result() for i, future in waiting.items()}
+    finally:
+        for future in waiting.values():
+            future.cancel()  # Ctrl-C came: the others need not end
     return [answers[i] for i in range(len(reward_funcs))]
 
 
-def _is_async(func: Any) -> bool:
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(
-        getattr(func, "__call__", None)  # noqa: B004  an object whose __call__ is async
-    )
+def _copies(name: str, values: Sequence[Any]) -> list[Any]:
+    """Of each value: what a function does to them is seen by no other, nor in the records."""
+    if name == "completion_ids":  # long lists, of numbers only
+        return [list(ids) for ids in values]
+    return [_copy(value) for value in values]
+
+
+def _copy(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock, or a client that holds one
+        return value
 
 
 def _read_answer(
     name: str, answer: Any, n: int, on_error: Literal["raise", "skip"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n] (NaN: none) and the rows [n] that failed."""
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Values [n] (NaN: none), and by row what failed."""
     if isinstance(answer, UserError) and not isinstance(answer, RewardError):
         raise answer  # a missing package, say: skipping would hide it on every row
     if isinstance(answer, BaseException):
+        problem = f"reward {name!r} failed on the call with rows 0 to {n - 1}: {_told(answer)}"
         if on_error == "raise":
-            raise RewardError(
-                f"reward {name!r} failed on the call with rows 0 to {n - 1}: {describe(answer)}"
-            ) from answer
-        return np.full(n, np.nan), np.ones(n, bool)
-    if isinstance(answer, str | Mapping) or not hasattr(answer, "__len__") or len(answer) != n:
-        got = f"{len(answer)} entries" if isinstance(answer, list | tuple | np.ndarray) else answer
+            raise RewardError(problem) from answer
+        return np.full(n, np.nan), dict.fromkeys(range(n), problem)
+    entries = _entries(answer)
+    if entries is None or len(entries) != n:
+        got = repr(answer) if entries is None else f"{len(entries)} entries"
         raise RewardError(
-            f"reward {name!r} must return a list with one entry per completion, {n}; got {got!r}"
+            f"reward {name!r} must return a list with one entry per completion, {n}; got {got}"
         )
-    values, failed = np.full(n, np.nan), np.zeros(n, bool)
-    for row, value in enumerate(answer):
+    values, problems = np.full(n, np.nan), {}
+    for row, value in enumerate(entries):
         if value is None:
             continue
         problem = _problem(value)
         if problem is None:
-            values[row] = float(value)
-        elif on_error == "skip":
-            failed[row] = True
-        else:
-            cause = value if isinstance(value, Exception) else None
-            raise RewardError(f"reward {name!r} failed on row {row}: {problem}") from cause
-    return values, failed
+            values[row] = as_number(value)
+            continue
+        problems[row] = f"reward {name!r} failed on row {row}: {problem}"
+        if on_error == "raise":
+            cause = value if isinstance(value, BaseException) else None
+            raise RewardError(problems[row]) from cause
+    return values, problems
+
+
+def _entries(answer: Any) -> list[Any] | None:
+    """Of a list, or an array of any library; None: it is neither."""
+    if isinstance(answer, str | bytes | Mapping | set | frozenset):
+        return None
+    try:
+        len(answer)
+    except TypeError:  # an iterator, or an array without axes
+        return None
+    # At once: reading an array on a device costs as much for one entry as for all.
+    flat = getattr(answer, "ndim", None) == 1 and hasattr(answer, "tolist")
+    return answer.tolist() if flat else list(answer)
 
 
 def _problem(value: Any) -> str | None:
-    if isinstance(value, Exception):
-        return str(value) if isinstance(value, RewardError) else describe(value)
-    if getattr(value, "ndim", None) == 0:  # of NumPy, JAX or PyTorch
-        value = value.item()
-    if not isinstance(value, Real):
+    if isinstance(value, BaseException):
+        return _told(value)
+    number = as_number(value)
+    if number is None:
         return f"it gave {value!r}, not a number"
-    try:
-        return None if isfinite(value) else f"it gave {float(value)}"
-    except OverflowError:
-        return "it gave a number too large for a float"
+    if not isfinite(number):
+        return f"it gave {number}"
+    return None if abs(number) <= FLOAT32_MAX else f"it gave {number}, which float32 can't hold"
+
+
+def _told(error: BaseException) -> str:
+    """An exception on one line, with what to do where that is known."""
+    told = str(error) if isinstance(error, RewardError) else describe(error)
+    if "signal" in told and "main thread" in told:
+        told += (
+            "; with rollout.lookahead, and where they are async, rewards run in another thread, "
+            "which can't set signals: limit the time with gvpo_jax.rewards.workers.run_each"
+        )
+    return told

@@ -1,16 +1,22 @@
 """Reward functions by name: `module:function` or `path/to/file.py:function`."""
 
+import ast
+import atexit
+import functools
 import importlib
 import importlib.util
 import inspect
+import shutil
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.rewards.call import RewardFunc, describe
+from gvpo_jax.rewards.attempt import describe
+from gvpo_jax.rewards.functions import RewardFunc
 from gvpo_jax.settings import setting
 
 
@@ -65,6 +71,15 @@ def load_reward_func(spec: str) -> RewardFunc:
     return func
 
 
+def file_of(spec: str) -> str | None:
+    """The file in which what `load_reward_func` takes is written; None: that is not known."""
+    where = spec.rpartition(":")[0]
+    if where.endswith(".py"):
+        return str(Path(where).absolute())
+    found = _find(where)
+    return found.origin if found else None
+
+
 def _load_module(name: str) -> Any:
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         raise UserError(f"reward module {name!r}: there is no such module; or give a file.py path")
@@ -74,13 +89,16 @@ def _load_module(name: str) -> Any:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"reward file {path}: there is no such file")
-    # A name of its own: a file may be called math.py, and two in different folders the same.
-    name = f"gvpo_jax_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    name, source = importable_name(path), path.read_bytes()
+    former = sys.modules.get(name)
+    if former and getattr(former, _SOURCE, source) == source:
+        return former  # so that the functions of a file share what it made
+    _check_neighbours(path, source)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    former = sys.modules.get(name)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    setattr(module, _SOURCE, source)
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -89,3 +107,61 @@ def _load_file(path: Path) -> Any:
             sys.modules[name] = former
         raise
     return module
+
+
+_SOURCE = "_gvpo_jax_source"  # a module's attribute: what it was made of
+_folders: set[str] = set()  # of reward files
+
+
+def importable_name(path: Path) -> str:
+    """The name under which any process with this one's sys.path imports a file.
+
+    The file's folder joins sys.path, at the end: a file called like a package must not hide it. A
+    file whose own name is taken, as those of math.py and of the second rewards.py are, gets another
+    one, and a file of that name that stands in for it.
+    """
+    path = path.absolute()
+    _folders.add(str(path.parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    importlib.invalidate_caches()  # the file may be newer than what is known of its folder
+    found = _find(path.stem)
+    if found and found.origin and Path(found.origin).resolve() == path.resolve():
+        return path.stem
+    stem = "".join(c if c.isalnum() else "_" for c in path.stem)
+    name = f"gvpo_jax_reward_{stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if _find(name) is None:
+        run = "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
+        (_stand_ins() / f"{name}.py").write_text(f"__file__ = {str(path)!r}\n{run}\n", "utf-8")
+    return name
+
+
+def _find(name: str) -> Any:
+    try:
+        return importlib.util.find_spec(name)
+    except Exception:  # a dot in the name; a module that was not imported; a package that fails
+        return None
+
+
+@functools.cache
+def _stand_ins() -> Path:
+    folder = tempfile.mkdtemp(prefix="gvpo_jax_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sys.path.append(folder)
+    return Path(folder)
+
+
+def _check_neighbours(path: Path, source: bytes) -> None:
+    """See that no file beside this one, which it imports, has the name of another folder's."""
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            beside = path.absolute().parent / f"{name.partition('.')[0]}.py"
+            theirs = getattr(sys.modules.get(beside.stem), "__file__", None) or str(beside)
+            other = str(Path(theirs).parent)
+            if beside.is_file() and other in _folders - {str(beside.parent)}:
+                raise UserError(
+                    f"reward file {path} imports {beside.name}, and so does one in {other}; Python "
+                    "takes both for one module: rename one of them"
+                )

@@ -22,9 +22,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 from gvpo_jax.rewards import RewardError, describe, load_reward_func
+from gvpo_jax.rewards.load import file_of, importable_name
 
 _START_SECONDS = 120.0
 _CHILD = "import sys; sys.path[:] = {path!r}; from gvpo_jax.rewards import workers; workers.serve()"
@@ -62,8 +64,16 @@ class WorkerPool:
             try:
                 while waiting or busy:
                     while waiting and len(busy) < self._workers:
-                        busy.append(self._begin(*waiting.popleft()))
-                    self._wait(busy, results)
+                        row, arguments = waiting.popleft()
+                        try:
+                            message = pickle.dumps(arguments)
+                        except Exception as error:
+                            told = f"its arguments can't be sent to a process: {describe(error)}"
+                            results[row] = RewardError(told)
+                        else:
+                            busy.append(self._begin(row, message))
+                    if busy:
+                        self._wait(busy, results)
             finally:
                 _kill_all(busy)
         return results
@@ -73,17 +83,17 @@ class WorkerPool:
         with self._lock:
             _kill_all(self._idle)
 
-    def _begin(self, row: int, arguments: tuple[Any, ...]) -> _Worker:
+    def _begin(self, row: int, message: bytes) -> _Worker:
         while self._idle:
             worker = self._idle.pop()
             if worker.process.poll() is None:
-                worker.row, worker.arguments = row, arguments
+                worker.row, worker.message = row, message
                 worker.call(self._deadline)
                 return worker
             worker.kill()
         process, pipe = _start(self._function, self._imports, self._deadline)
         # Importing takes seconds and is not the call's fault: it has a deadline of its own.
-        return _Worker(process, pipe, row, arguments, time.monotonic() + _START_SECONDS)
+        return _Worker(process, pipe, row, message, time.monotonic() + _START_SECONDS)
 
     def _wait(self, busy: list[_Worker], results: list[Any]) -> None:
         """Wait for the next message or deadline; take the workers that are done out of the list."""
@@ -121,8 +131,10 @@ def run_each(function: str, *, deadline: float, workers: int = 2) -> Callable[..
     def each(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[Any]:
         return pool.map(list(zip(prompts, completions, strict=True)))
 
-    each.__name__ = function.rpartition(":")[2]
-    return each
+    made: Any = each
+    made.__name__ = function.rpartition(":")[2]
+    made.runs_file = file_of(function)  # whose code this is
+    return made
 
 
 def serve() -> None:
@@ -162,14 +174,14 @@ class _Worker:
     process: subprocess.Popen
     pipe: Connection
     row: int
-    arguments: tuple[Any, ...]
+    message: bytes  # the arguments, pickled
     ends: float
     started: bool = False
 
     def call(self, deadline: float) -> None:
         self.started, self.ends = True, time.monotonic() + deadline
         with contextlib.suppress(BrokenPipeError):  # the child died: receive() says so
-            self.pipe.send(self.arguments)
+            self.pipe.send_bytes(self.message)
 
     def receive(self) -> tuple[str, Any]:
         try:
@@ -185,6 +197,8 @@ class _Worker:
 
 def _start(function: str, imports: list[str], deadline: float) -> tuple[Any, Connection]:
     ours, theirs = Pipe()
+    if (where := function.rpartition(":")[0]).endswith(".py"):
+        importable_name(Path(where))  # here: a process that is killed would leave files behind
     child = _CHILD.format(path=[entry for entry in sys.path if isinstance(entry, str)])
     settings = json.dumps([function, imports, deadline])
     with theirs:

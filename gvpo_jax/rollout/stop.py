@@ -28,7 +28,7 @@ class StopStrings:
 
     def _in(self, tokens: Sequence[int]) -> bool:
         text = self.tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return any(stop in text for stop in self.texts)
 

@@ -1,6 +1,7 @@
 """A run's folder: holding it against others, and the files that are written whole."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from gvpo_jax.settings import setting
 
 SETTINGS = "config.yaml"
 _LOCK = ".lock"
+# What `clear` removes; the settings last, for without them the folder is no run's.
+_WRITTEN = (
+    *("checkpoints", "completions", "eval", "tensorboard", "weights"),
+    *("metrics.jsonl", "summary.json", "report.html", SETTINGS),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,11 @@ class RunConfig:
         "Holds everything the run writes; a second start on it resumes.",
         free=True,
         path="output",
+    )
+    overwrite: bool = setting(
+        False,
+        "Start over: what a run in the folder left is replaced, all but its export.",
+        free=True,
     )
     seed: int = setting(0, "Of data order and sampling.", least=0, most=2**31 - 1)
     compilation_cache: str | None = setting(
@@ -61,6 +72,16 @@ def check_not_foreign(folder: Path) -> None:
         not folder.is_dir() or any(entry.name not in ours for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} exists and is not a run folder; choose another run.dir")
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run writes, and nothing else: the folder may hold a user's files too."""
+    for name in _WRITTEN:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def has_begun(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from gvpo_jax.data.fingerprints import stable_text
 from gvpo_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -148,4 +149,4 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
+    return value if isinstance(value, str | int | None) else stable_text(value)

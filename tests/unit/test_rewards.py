@@ -265,13 +265,18 @@ def test_a_function_that_ends_the_program_fails_its_row():
         run([batched(leaves)])
 
 
-def test_a_column_that_no_row_of_the_batch_has_fails_its_rows():
-    def picky(completions, answer, **_):
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_column_that_is_not_there_is_named(on_error):
+    def picky(completions, answer, level=1, **_):
         return [1.0] * len(completions)
 
-    with pytest.raises(RewardError, match=r"'picky' failed on the call.*answer"):
-        run([picky])
-    assert run([picky, gives(1, 1, 1)], on_error="skip").failed == 3
+    def one(prompt, completion, *, answer):
+        return 1.0
+
+    for func in (picky, batched(one)):
+        with pytest.raises(UserError, match=r"needs answer, .* the columns are topic$"):
+            run([func], on_error=on_error, topic=[1, 2, 3])
+        assert run([func], answer=[1, 2, 3]).rewards.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
