@@ -406,7 +406,7 @@ class Trainer:
         )
 
     def _keep_date(self) -> None:
-        """A run writes the date it began with into its prompts, if the template asks for one."""
+        """Where the chat template writes the date: the one that the run began with."""
         if self.config.data.template_writes_date(self.tokenizer):
             self.config = from_first_host(lambda: with_run_date(self.config))
 

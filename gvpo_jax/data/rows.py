@@ -8,6 +8,8 @@ start of the answer, after the prompt.
 import datetime
 import functools
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _ANY_DAY = datetime.date(2000, 1, 1)
+# How chat templates ask for the date; transformers answers with the machine's.
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # Arguments of `apply_chat_template` that are not the template's.
 _NOT_OF_TEMPLATES = (
     "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
@@ -136,7 +140,7 @@ class DataConfig:
 
     def template_writes_date(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Whether the chat template asks for the date."""
-        return "strftime_now" in str(self.template or tokenizer.chat_template)
+        return bool(_DATE_CALL.search(str(self.template or tokenizer.chat_template)))
 
     def encode(
         self, rows: Any, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None
@@ -449,7 +453,7 @@ def _check_template(
     place: str, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", options: DataConfig
 ) -> None:
     """Raises UserError where the chat template ignores the messages."""
-    others = [{**message, "content": f"{message['content']} 2"} for message in messages]
+    others = [{**message, "content": f"x{message['content']}x"} for message in messages]
     texts = []
     for these in (messages, others):
         try:
@@ -477,16 +481,17 @@ def _templated(
             f"{place}: the tokenizer has no chat template; give one, or use plain text "
             "prompts with chat_template: never"
         )
-    more = dict(options.template_arguments)
-    if options.template_writes_date(tokenizer):  # in place of the clock that transformers reads
-        more["strftime_now"] = datetime.datetime.combine(day, datetime.time()).strftime
+    template = options.template
     try:
+        if options.template_writes_date(tokenizer):
+            template = tokenizer.get_chat_template(template)
+            template = _DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), template)
         text = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=True,
-            chat_template=options.template,
-            **more,
+            chat_template=template,
+            **options.template_arguments,
         )
     except Exception as error:  # templates raise what they like
         raise UserError(f"{place}: the chat template failed: {_one_line(error)}") from error

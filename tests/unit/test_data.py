@@ -1,5 +1,6 @@
 """Rows, prompts and their order."""
 
+import datetime
 import glob
 import gzip
 import importlib
@@ -13,7 +14,13 @@ import numpy as np
 import pytest
 
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
-from gvpo_jax.data.rows import DataConfig, batch_indices, columns_of, load_rows
+from gvpo_jax.data.rows import (
+    DataConfig,
+    batch_indices,
+    columns_of,
+    completion_ids,
+    load_rows,
+)
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_tokenizer
 
@@ -257,6 +264,89 @@ def test_template_arguments_reach_the_template():
         text(tokenize=True)
     with pytest.raises(UserError, match="row 1: template_arguments needs the chat template"):
         DataConfig(template_arguments={"a": 1}).encode([{"prompt": "hi"}], tokenizer)
+
+
+class Words:
+    """`^` begins texts, `$` ends them, and every other sign is a token; 3 tokens are known."""
+
+    bos_token_id, eos_token_id, eos_token = 1, 2, "$"
+    chat_template = "{{ messages[0].content }}"
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [{"^": 1, "$": 2}.get(sign, ord(sign)) for sign in text]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+    def convert_ids_to_tokens(self, i):
+        return chr(i)
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(map(chr, ids))
+
+    apply_chat_template = Letters.apply_chat_template
+
+
+def test_a_prompt_has_one_bos_token_and_no_end_token_of_the_tokenizers():
+    words: Any = Words()
+    rows = [{"prompt": prompt} for prompt in ("a", "^a", "^^a", "a$")]
+    ids = DataConfig().encode(rows, words).token_ids
+    assert ids == [[1, 97], [1, 97], [1, 1, 97], [1, 97, 2, 2]]
+
+
+@pytest.mark.parametrize("options", [{}, {"chat_template": "always"}])
+def test_a_token_that_the_embedding_has_no_row_for_is_refused_with_its_row(options):
+    words: Any = Words()
+    rows = [{"prompt": "ab"}, {"prompt": "abc"}]
+    assert DataConfig(**options).encode(rows, words, 100).skipped == 0  # c is 99
+    with pytest.raises(UserError, match=r"row 2: token 'c' has the id 99, .* only 99 rows"):
+        DataConfig(**options).encode(rows, words, 99)
+    with pytest.raises(UserError, match=r"token 'c' has the id 99, .* only 99 rows"):
+        completion_ids("abc", words, (), 99)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a", [97, 2]),
+        ("a$", [97, 2]),
+        ("a$\n", [97, 2]),
+        ("a ", [97, 32, 2]),
+        ("a#", [97, 35]),
+        ("$a", [2, 97, 2]),
+        ("", [2]),
+        ("\n", [10, 2]),
+    ],
+)
+def test_a_completion_has_one_end_token(text, ids):
+    words: Any = Words()
+    assert completion_ids(text, words, [35]) == ids
+
+
+def test_a_chat_template_that_ignores_the_messages_is_refused():
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "Q"}]}]
+    for template in ("Say something.", "{% for m in messages %}<{{ m.role }}>{% endfor %}"):
+        with pytest.raises(UserError, match="row 2: the chat template writes the same text what"):
+            encode(rows, Letters(), template=template)
+    assert encode(rows, Letters(), template="{{ messages[-1].content[0] }}") == ["^a", "Q"]
+
+
+def test_the_date_in_a_chat_template_is_the_one_given_and_not_in_the_fingerprint():
+    template = "Today: {{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    tokenizer = debug_tokenizer()
+
+    def encoded(content, **options):
+        row = {"prompt": [{"role": "user", "content": content}]}
+        return DataConfig(template=template, **options).encode([row], tokenizer)
+
+    first, later = (encoded("hi", template_date=day) for day in ("2026-07-31", "2027-01-02"))
+    assert tokenizer.decode(first.token_ids[0]) == "Today: 31 Jul 2026 hi"
+    assert tokenizer.decode(later.token_ids[0]) == "Today: 02 Jan 2027 hi"
+    today = datetime.date.today()
+    texts = [f"Today: {day:%d %b %Y} hi" for day in (today, datetime.date.today())]
+    assert tokenizer.decode(encoded("hi").token_ids[0]) in texts
+    assert first.fingerprint() == later.fingerprint() == encoded("hi").fingerprint()
+    assert first.fingerprint() != encoded("ho", template_date="2026-07-31").fingerprint()
+    with pytest.raises(UserError, match=r"data.template_date=31.7.2026 is no day"):
+        encoded("hi", template_date="31.7.2026")
 
 
 def test_a_given_template_replaces_the_tokenizers_own():

@@ -1,5 +1,6 @@
 """Configs, tensor names, the debug model, and every mistake in a model's name or files."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,9 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, param_shapes
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import config_json, decoder_config
@@ -265,6 +268,84 @@ def test_sharded_export_is_read_back(debug, tmp_path):
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert all((folder / file).stat().st_size < 110_000 for file in files)
     jax.tree.map(np.testing.assert_array_equal, load_model(str(folder)).params, debug.params)
+
+
+def test_named_chat_templates_are_exported_again_and_again(debug, tmp_path):
+    tokenizer = debug_tokenizer()
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ messages[0].content }}"}
+    model = dataclasses.replace(debug, tokenizer=tokenizer)
+    for _ in range(2):
+        export_model(tmp_path / "out", model, model.params)
+    again = load_model(str(tmp_path / "out"))
+    assert again.tokenizer.chat_template == tokenizer.chat_template
+    message = [{"role": "user", "content": "hi"}]
+    text = again.tokenizer.apply_chat_template(message, tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
+    (tmp_path / "out" / "additional_chat_templates" / "notes.tex").touch()
+    with pytest.raises(UserError, match="not an earlier export"):
+        export_model(tmp_path / "out", model, model.params)
+
+
+def test_an_export_says_what_transformers_before_5_reads(debug, tmp_path):
+    scaled = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}
+    written = {}
+    for name, rope in {"plain": {"rope_theta": 1e6}, "scaled": scaled}.items():
+        values = {k: v for k, v in debug.hf_config.items() if not k.startswith("rope")}
+        model = dataclasses.replace(debug, hf_config=values | {"rope_parameters": rope})
+        export_model(tmp_path / name, model, debug.params)
+        written[name] = json.loads((tmp_path / name / "config.json").read_text())
+    assert (written["plain"]["rope_theta"], written["plain"]["rope_scaling"]) == (1e6, None)
+    assert written["scaled"]["rope_theta"] == 500.0
+    assert written["scaled"]["rope_scaling"]["factor"] == 8.0
+    settings = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
+    assert settings["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in settings  # a list there ends transformers 4
+    special = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").all_special_tokens
+    assert set(special) == {"<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+
+
+@pytest.mark.parametrize("bad", [260, -1, "5", [2, 999]])
+def test_a_stop_token_that_the_embedding_has_no_row_for_is_refused(debug, bad):
+    model = dataclasses.replace(debug, generation_config={"eos_token_id": bad})
+    with pytest.raises(UserError, match="can't be a stop token: the embedding has 260 rows"):
+        stop_token_ids(model)
+    assert stop_token_ids(debug, [5, 257]) == (257, 259, 5)
+    with pytest.raises(UserError, match="debug: 260 can't be a stop token"):
+        stop_token_ids(debug, [260])
+
+
+@pytest.mark.parametrize(("number", "word"), [(np.nan, "NaN"), (-np.inf, "infinite")])
+def test_weights_that_are_no_numbers_are_named(debug, folder, number, word):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = number
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"tensor model.layers.1.mlp.up_proj.weight holds {word}"):
+        load_model(str(folder))
+    weights["model.layers.1.mlp.up_proj.weight"][3, :9] = 3e38  # their sum is infinite
+    save_file(weights, folder / "model.safetensors")
+    assert load_model(str(folder)).config == debug.config
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "tokenizer.model", "config.json"]
+)
+def test_pointers_of_git_lfs_are_told_as_such(folder, name):
+    (folder / name).write_text(POINTER)
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer.*git lfs pull$"):
+        load_model(str(folder))
+
+
+def test_a_gguf_file_that_is_a_pointer_or_only_in_the_folder(tmp_path):
+    (tmp_path / "x.gguf").write_text(POINTER)
+    with pytest.raises(UserError, match=r"x.gguf is a Git LFS pointer"):
+        load_model(str(tmp_path / "x.gguf"))
+    with pytest.raises(UserError, match=r"holds no config.json.*a file in it, x.gguf"):
+        load_model(str(tmp_path))
 
 
 def test_stop_tokens_come_from_all_files(folder):

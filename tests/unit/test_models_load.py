@@ -270,10 +270,13 @@ def small_bpe():
     return vocab + specials, [tuple(pair) for pair in model["merges"]], specials
 
 
-def write_gguf(path, model, *, pre="qwen2", changes=None, renamed=None):
+def write_gguf(
+    path, model, *, pre="qwen2", changes=None, renamed=None, split=0, ids=None, sentencepiece=None
+):
     config = model.config
     arch = config.model_type
-    writer = gguf.GGUFWriter(path, arch)
+    per_file = -(-len(state(model)) // split) if split else 0
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=per_file)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -285,13 +288,23 @@ def write_gguf(path, model, *, pre="qwen2", changes=None, renamed=None):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     tokens, merges, specials = small_bpe()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in specials else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(tokens.index("<|im_start|>"))
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    ids = {"bos": tokens.index("<|im_start|>"), "eos": tokens.index("<|im_end|>")} | (ids or {})
+    if sentencepiece:
+        count = sentencepiece.vocab_size()
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([sentencepiece.id_to_piece(i) for i in range(count)])
+        writer.add_token_scores([sentencepiece.get_score(i) for i in range(count)])
+        writer.add_token_types([[1, 3][sentencepiece.is_control(i)] for i in range(count)])
+        ids = {"bos": sentencepiece.bos_id(), "eos": sentencepiece.eos_id(), "unknown": 0}
+    else:
+        writer.add_tokenizer_model("gpt2")
+        if pre:
+            writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in specials else 1 for token in tokens])
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    for name, i in ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     for key, value in (changes or {}).items():
         writer.add_uint32(f"{arch}.{key}", value)
@@ -393,6 +406,68 @@ def test_gguf_package_missing(tiny, tmp_path, monkeypatch):
         load_model(str(tmp_path / "x.gguf"))
 
 
+def test_a_gguf_model_in_several_files(tiny, tmp_path):
+    whole = tmp_path / "x.gguf"
+    write_gguf(whole, tiny, split=3)
+    assert not whole.exists()
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    one, last = (load_model(str(part)) for part in (parts[0], parts[2]))
+    write_gguf(whole, tiny)
+    for model in (one, last):
+        jax.tree.map(np.testing.assert_array_equal, model.params, load_model(str(whole)).params)
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UserError, match=r"x-00001-of-00003.gguf does not exist"):
+        load_model(str(parts[2]))
+    with pytest.raises(UserError, match=r"renamed.gguf is one of 3 files of a model"):
+        load_model(str(tmp_path / "renamed.gguf"))
+
+
+def test_end_of_turn_tokens_of_a_gguf_file_end_completions(tiny, tmp_path):
+    text, turn = (small_bpe()[0].index(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    ends = {
+        (): (turn,),
+        ("eos", text): (text, turn),  # llama.cpp knows <|im_end|> by its text
+        ("eos", text, "eot", 65): (text, 65),
+        ("eom", 66): (turn, 66),
+    }
+    for number, (ids, expected) in enumerate(ends.items()):
+        path = tmp_path / f"{number}.gguf"
+        write_gguf(path, tiny, ids=dict(zip(ids[::2], ids[1::2], strict=True)))
+        loaded = load_model(str(path))
+        assert stop_token_ids(loaded) == expected
+        export_model(tmp_path / "out", loaded, loaded.params)
+        assert stop_token_ids(load_model(str(tmp_path / "out"))) == expected
+    write_gguf(path, tiny, ids={"eos": 299})
+    with pytest.raises(UserError, match="its eos_token has the id 299, and there are 299 tokens"):
+        load_model(str(path))
+
+
+def test_a_sentencepiece_gguf_file_is_read_as_sentencepiece_reads(tiny, tmp_path):
+    import sentencepiece
+
+    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "spm"),
+        model_type="bpe",
+        vocab_size=len(small_bpe()[0]),
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    write_gguf(tmp_path / "x.gguf", tiny, sentencepiece=theirs)
+    ours = load_model(str(tmp_path / "x.gguf"))
+    assert stop_token_ids(ours) == (theirs.eos_id(),)
+    for text in [*TEXTS[:3], *CORPUS, " 4", "x != y"]:
+        ids = theirs.encode(text)
+        assert ours.tokenizer(text).input_ids == [theirs.bos_id(), *ids]
+        decoded = ours.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert decoded == theirs.decode(ids)
+
+
 def gguf_tokenizer(tiny, tmp_path, pre):
     write_gguf(tmp_path / f"{pre}.gguf", tiny, pre=pre)
     return load_model(str(tmp_path / f"{pre}.gguf")).tokenizer
@@ -416,6 +491,7 @@ def test_gguf_tokenizers_cut_digits_as_they_were_trained(tiny, tmp_path):
         return tokenizer.convert_ids_to_tokens(tokenizer("a12345").input_ids)
 
     assert tokens("gpt-2") == ["a", "12345"]
+    assert tokens("default") == tokens(None) == ["a", "123", "45"]  # as llama.cpp
     assert tokens("smollm") == tokens("qwen2") == ["a", *"12345"]
     assert tokens("llama-bpe") == ["<|im_start|>", "a", "123", "45"]
 
