@@ -449,7 +449,7 @@ def test_trl_s_names_are_answered_with_ours(write, name, answer):
     told = f"unknown setting {name}: TRL's {name} is {answer}; "
     assert told in refused(write(f"{name}: 4"))
     assert told in refused(write(""), f"{name}=4")
-    assert f"eval.{name}: TRL's {name} is {answer}; " in refused(write(f"eval: {{{name}: 4}}"))
+    assert f"loss.{name}: TRL's {name} is {answer}; " in refused(write(f"loss: {{{name}: 4}}"))
     if name != "num_generations":
         with pytest.raises(UserError, match=re.escape(told)) as error:
             override(Config(), **{name: 4})
