@@ -1,4 +1,5 @@
 import dataclasses
+import datetime
 import errno
 import gc
 import json
@@ -514,3 +515,111 @@ def test_a_trainer_outlives_a_checkpoint_of_other_weights(tmp_path):
     with pytest.raises(UserError, match="not the model that this run started from"):
         trainer.restore(tmp_path)
     assert len(trainer.generate(["Spell a: "])) == 1
+
+
+def test_token_ids_beyond_the_embedding_are_refused_everywhere(tmp_path):
+    trainer = Trainer(config(tmp_path), load_model("debug"))
+    trainer.tokenizer.add_tokens(["[NEW]"])  # its id is 260; the embedding has 260 rows
+    new, groups = [{"prompt": "a"}, {"prompt": "[NEW]"}], {"rewards": [1, 0]}
+    answer = [{"prompt": "a", "completions": ["b", "[NEW]"], **groups}]
+    given = [{"prompt": "a", "completions": [[97], [260]], **groups}]
+    demonstrated = Trainer(config(tmp_path, rollout__demonstrations=1), load_model("debug"))
+    demonstrated.tokenizer.add_tokens(["[NEW]"])
+    for run, place in {
+        lambda: trainer.generate(["a", "[NEW]"]): "row 2: token",
+        lambda: trainer.evaluate(new, letter_share): "row 2: token",
+        lambda: trainer.train(new, letter_share): "row 2: token",
+        lambda: trainer.train(ROWS, letter_share, eval_dataset=new): "row 2: token",
+        lambda: trainer.train_step(["[NEW]"], [["a", "b"]], [[1.0, 0.0]]): "row 1: token",
+        lambda: trainer.train_step(["a"], [["a", "[NEW]"]], [[1.0, 0.0]]): "group 1, completion 2:",
+        lambda: trainer.train_offline(answer): "groups, row 1, completion 2: token",
+        lambda: trainer.train_offline(given): "token ids below 260",
+        lambda: demonstrated.train(
+            [{"prompt": "a", "solution": "[NEW]"}], letter_share
+        ): "row 1, solution: token",
+    }.items():
+        with pytest.raises(UserError, match=place):
+            run()
+    with pytest.raises(UserError, match="debug: 260 can't be a stop token"):
+        Trainer(config(tmp_path, rollout__stop_token_ids=[260]), load_model("debug"))
+
+
+def test_rows_of_the_embedding_that_no_token_has_may_be_sampled(tmp_path):
+    """As Qwen's: the embedding has more rows than the tokenizer knows tokens."""
+    debug = load_model("debug")
+    shape = dataclasses.replace(debug.config, vocab_size=320)
+    wide = {name: jax.tree.map(lambda x: x, part) for name, part in debug.params.items()}
+    noise = np.random.default_rng(0).standard_normal((60, 64), np.float32)
+    wide["embed"]["embedding"] = np.concatenate([wide["embed"]["embedding"], noise])
+    wide["head"]["kernel"] = np.concatenate([wide["head"]["kernel"], noise.T], axis=1)
+    model = dataclasses.replace(debug, config=shape, params=wide)
+    seen = []
+
+    def spy(prompts, completions, completion_ids, **_):
+        seen.extend(zip(completion_ids, completions, strict=True))
+        return [float(len(text)) for text in completions]
+
+    Trainer(config(tmp_path, train__steps=2), model).train(ROWS, spy)
+    assert any(max(ids) >= 260 for ids, _ in seen)
+    known = [[i for i in ids if i < 256] for ids, _ in seen]
+    assert [text for _, text in seen] == [bytes(ids).decode(errors="replace") for ids in known]
+
+
+@pytest.mark.parametrize("where", ["weights", "logits"])
+def test_nan_is_named_in_training_evaluation_and_sampling(tmp_path, where):
+    model = load_model("debug")
+    number = np.nan if where == "weights" else 3e38  # which overflows
+    model.params["final_norm"]["scale"] = np.full_like(model.params["final_norm"]["scale"], number)
+    trainer = Trainer(config(tmp_path), model)
+    groups = [{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 0]}]
+    for run in (
+        lambda: trainer.generate(["a"]),
+        lambda: trainer.evaluate(ROWS, letter_share),
+        lambda: trainer.train_step(["a"], [["b", "c"]], [[1.0, 0.0]]),
+        lambda: trainer.train(ROWS, letter_share),
+        lambda: trainer.train_offline(groups),
+    ):
+        with pytest.raises(UserError, match="NaN among the logits of the"):
+            run()
+
+
+DATED = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }} "
+
+
+def on_day(monkeypatch, day):
+    class Today(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(day)
+
+    monkeypatch.setattr("gvpo_jax.data.rows.datetime.date", Today)
+
+
+def test_a_run_goes_on_tomorrow_with_the_date_it_began_with(tmp_path, monkeypatch):
+    settings = {"data__template": DATED, "data__chat_template": "always"}
+    on_day(monkeypatch, "2026-07-31")
+    whole, _ = train(tmp_path / "whole", **settings)
+    train(tmp_path / "parts", train__stop_at=2, **settings)
+    on_day(monkeypatch, "2026-08-01")
+    resumed, _ = train(tmp_path / "parts", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", whole, resumed)
+    assert load_config(tmp_path / "parts" / "config.yaml").data.template_date == "2026-07-31"
+    resumed.save_pretrained(tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "gvpo_jax_export.json").read_text())
+    assert told["template_date"] == "2026-07-31"
+    with pytest.raises(UserError, match=r"other settings \(data.template_date\)"):
+        train(tmp_path / "parts", data__template_date="2026-08-01", **settings)
+    other, _ = train(tmp_path / "other", train__steps=1, **settings)
+    assert other.config.data.template_date == "2026-08-01"
+
+
+def test_the_template_that_trained_is_exported(tmp_path):
+    template = "[user] {{ messages[0]['content'] }} [assistant]"
+    model = load_model("debug")
+    trainer = Trainer(config(tmp_path, data__template=template), model)
+    trainer.save_pretrained(tmp_path / "out")
+    again = load_model(str(tmp_path / "out")).tokenizer
+    assert again.chat_template == template != model.tokenizer.chat_template
+    message = [{"role": "user", "content": "hi"}]
+    text = again.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert text == "[user] hi [assistant]"
