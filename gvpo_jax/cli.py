@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gvpo_jax import __version__
 from gvpo_jax.config_trl import TRL_NAMES
@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parse(argv)
+        if arguments.command is None:
+            _parser().print_help()
+            return 0
         from gvpo_jax.parallel.preemption import end_when_stuck
 
         with end_when_stuck(_INTERRUPTED):
@@ -69,7 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     overrides = getattr(arguments, "overrides", None)
     strangers = [arg for arg in rest if overrides is None or arg.startswith("-")]
-    if strangers:
+    if strangers:  # of a command, or of none
         name = strangers[0].lstrip("-").partition("=")[0].replace("-", "_")
         hint = f"; TRL's {name} is {TRL_NAMES[name]} here" if name in TRL_NAMES else ""
         hint += "; settings are written key=value, without dashes" if overrides is not None else ""
@@ -80,19 +83,41 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gvpo-jax", description="GVPO post-training of language models in JAX.")
+    parser = _Parser(
+        prog="gvpo-jax",
+        description="GVPO post-training of language models in JAX.",
+        epilog="gvpo-jax COMMAND --help says more; start with: gvpo-jax train quickstart",
+    )
     parser.add_argument("--version", action="version", version=f"gvpo-jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    train = commands.add_parser("train", help="train, or go on with a run")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    train = _command(
+        commands,
+        "train",
+        "train, or go on with a run",
+        "Train as a config says, into the folder run.dir. Started again, with the config or that\n"
+        "folder, it goes on from the last checkpoint.",
+        "gvpo-jax train quickstart loss.beta=0.2 run.dir=runs/beta02",
+    )
     train.add_argument(
         "config", help="a YAML config, e.g. configs/quickstart.yaml, or a run folder to go on with"
     )
-    evaluate = commands.add_parser("eval", help="accuracy on the held-out rows")
+    evaluate = _command(
+        commands,
+        "eval",
+        "accuracy on the held-out rows",
+        "Sample answers to the held-out rows, judge them, and print the metrics as JSON.",
+        "gvpo-jax eval runs/beta02",
+    )
     evaluate.add_argument(
         "config", help="a run folder (its last checkpoint), or a config (the model it starts from)"
     )
-    compiling = commands.add_parser(
-        "compile", help="compile a run's programs for a TPU that is not there: do they fit?"
+    compiling = _command(
+        commands,
+        "compile",
+        "compile a run's programs for a TPU that is not there: do they fit?",
+        "Compile what a config trains with for a TPU, on a machine without one, and tell its\n"
+        "memory and time. Needs the extra compile.",
+        "gvpo-jax compile qwen2.5-math-1.5b --topology v5e:4x4",
     )
     compiling.add_argument("config", help="a YAML config, or a run folder")
     compiling.add_argument("--topology", required=True, help="chip and shape, e.g. v5e:4x4")
@@ -111,14 +136,37 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loss.beta=0.2"
         )
-    report = commands.add_parser("report", help="draw report.html again")
+    report = _command(
+        commands,
+        "report",
+        "draw report.html again",
+        "Write the page of a run, report.html, anew from its files.",
+        "gvpo-jax report runs/beta02",
+    )
     report.add_argument("run_dir", help="a run folder")
-    export = commands.add_parser(
-        "export", help="write the trained model as a folder that transformers loads"
+    export = _command(
+        commands,
+        "export",
+        "write the trained model as a folder that transformers loads",
+        "Write the model of a run's last checkpoint: safetensors, config and tokenizer.",
+        "gvpo-jax export runs/beta02 my-model",
     )
     export.add_argument("run_dir", help="a run folder")
     export.add_argument("folder", nargs="?", help="where to write; default: RUN/export")
     return parser
+
+
+def _command(commands: Any, name: str, short: str, description: str, example: str) -> _Parser:
+    where = "settings: all are in docs/settings.md"
+    if name in ("train", "eval", "compile"):
+        where += ", and listed below;\na YAML file holds them, section.name=value changes one"
+    return commands.add_parser(
+        name,
+        help=short,
+        description=description,
+        epilog=f"example: {example}\n\n{where}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 # The imports below are late: --help and a misspelt config should not wait for transformers.
@@ -133,17 +181,19 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    folder = _run_folder(arguments)
     from gvpo_jax.report import write_report
 
-    print(write_report(Path(arguments.run_dir)))
+    print(write_report(folder))
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    folder = _run_folder(arguments)
     from gvpo_jax.commands import export
     from gvpo_jax.config_file import open_run
 
-    config = open_run(arguments.run_dir)
-    print(export(config, Path(arguments.folder or f"{arguments.run_dir}/export")))
+    config = open_run(folder)
+    print(export(config, Path(arguments.folder or folder / "export")))
 
 
 def _compile(arguments: argparse.Namespace) -> int:
@@ -163,6 +213,15 @@ def _compile(arguments: argparse.Namespace) -> int:
         write_report(report, Path(arguments.out))
         print(f"\nreport: {arguments.out}")
     return 0 if report["fits"] else 1
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    from gvpo_jax.config_file import no_such
+
+    folder = Path(arguments.run_dir)
+    if not folder.is_dir():
+        raise no_such(folder)
+    return folder
 
 
 def _config(arguments: argparse.Namespace):

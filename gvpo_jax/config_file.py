@@ -1,6 +1,8 @@
 """A config as a file: YAML with `key=value` on top, and what a resumed run may change."""
 
 import dataclasses
+import difflib
+import functools
 import glob
 import itertools
 import os
@@ -20,6 +22,7 @@ from gvpo_jax.settings import all_settings, describe
 
 _DATE = "data.template_date"
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
+_PACKAGED = (CONFIGS, CONFIGS.parent.parent / "configs")
 
 # Settings that earlier versions had in the section `rollout`, and their names in `servers` today.
 _MOVED = {
@@ -202,10 +205,28 @@ def _find(path: Path) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a config file")
     name = path.name if path.suffix else f"{path.name}.yaml"
-    for folder in (CONFIGS, CONFIGS.parent.parent / "configs"):
+    for folder in _PACKAGED:
         if path.parent in (Path(), Path("configs")) and (folder / name).is_file():
             return folder / name
-    raise UserError(f"there is no config file {path}")
+    raise no_such(path)
+
+
+def no_such(path: Path) -> UserError:
+    """The mistake of a command that is given neither a config nor a run folder."""
+    packaged = sorted({file.stem for folder in _PACKAGED for file in folder.glob("*.yaml")})
+    beside = [file.name for file in path.parent.glob("*.yaml")]
+    beside += [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]
+    found = [
+        name for asked in (path.name, path.stem) for name in _near(asked, [*beside, *packaged])
+    ]
+    hint = f"did you mean {found[0]}? " if found else ""
+    return UserError(
+        f"there is no config file {path} and no run folder: {hint}a run folder is the run.dir that "
+        f"training wrote, such as runs/run; configs that come along: {', '.join(packaged)}"
+    )
+
+
+_near = functools.partial(difflib.get_close_matches, n=1)
 
 
 def _with_paths(config: Config, beside: Path | None) -> Config:

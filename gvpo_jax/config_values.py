@@ -130,7 +130,7 @@ def as_record(kind: type, values: Any, key: str = "", base: Any = None) -> Any:
 
 
 def _hint(name: str, known: Sequence[str], sections: Mapping[str, Any]) -> str:
-    """Where an unknown setting may be found; sections: those that may have been left out."""
+    """Where an unknown setting may be; sections: those that it could have been left out of."""
     if here := TRL_NAMES.get(name):
         return f"TRL's {name} is {here} here; "
     names = {

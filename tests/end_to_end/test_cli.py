@@ -1,5 +1,6 @@
 """The command line: a short run with all its commands, and one line for every mistake."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -242,6 +243,41 @@ def test_a_run_of_another_config(refused, tmp_path):
 def test_a_folder_that_is_no_run(refused, tmp_path, command):
     (tmp_path / "note.txt").write_text("mine")
     assert f"{tmp_path} is not a run" in refused(command, tmp_path)
+
+
+def test_all_commands_answer_alike_to_what_is_not_there(refused):
+    told = {refused(command, "nope") for command in ("train", "eval", "report", "export")}
+    assert len(told) == 1
+    assert "there is no config file nope and no run folder: a run folder is the run.dir" in min(
+        told
+    )
+
+
+def test_flags_of_other_programs_are_told_how_settings_are_written(refused):
+    line = refused("train", DEBUG, "--learning-rate", "3", "--gpus=2")
+    assert "TRL's learning_rate is optimizer.learning_rate here; " in line
+    assert "settings are written key=value, without dashes; see" in line
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_command_alone_shows_its_help(capsys, arguments):
+    with contextlib.suppress(SystemExit):
+        assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: gvpo-jax [-h]")
+    assert "start with: gvpo-jax train quickstart" in out
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "compile", "report", "export"])
+def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith((".", "that", "its"))  # a sentence, or its first line
+    assert any(line.startswith(f"example: gvpo-jax {command} ") for line in lines)
+    assert any(line.startswith("settings: all are in docs/settings.md") for line in lines)
+    listed = any(line.startswith("  train.batch_size=8") for line in lines)
+    assert listed == (command in ("train", "eval", "compile"))
 
 
 @pytest.mark.parametrize("command", ["eval", "report", "export"])

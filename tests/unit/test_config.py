@@ -257,7 +257,9 @@ def test_a_broken_file_names_its_line(write, text, message):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    assert refused(tmp_path / "no.yaml") == f"there is no config file {tmp_path / 'no.yaml'}"
+    assert f"there is no config file {tmp_path / 'no.yaml'} and no run" in refused(
+        tmp_path / "no.yaml"
+    )
     assert refused(tmp_path) == f"{tmp_path} is a folder, not a config file"
 
 
@@ -449,11 +451,10 @@ def test_trl_s_names_are_answered_with_ours(write, name, answer):
     told = f"unknown setting {name}: TRL's {name} is {answer}; "
     assert told in refused(write(f"{name}: 4"))
     assert told in refused(write(""), f"{name}=4")
-    assert f"loss.{name}: TRL's {name} is {answer}; " in refused(write(f"loss: {{{name}: 4}}"))
-    if name != "num_generations":
-        with pytest.raises(UserError, match=re.escape(told)) as error:
-            override(Config(), **{name: 4})
-        assert str(error.value).endswith("as a keyword section.name is section__name")
+    assert f"mesh.{name}: TRL's {name} is {answer}; " in refused(write(f"mesh: {{{name}: 4}}"))
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        override(Config(), **{name: 4})
+    assert str(error.value).endswith("as a keyword section.name is section__name")
 
 
 def test_from_pretrained_answers_trl_s_names_before_it_loads():
@@ -468,3 +469,17 @@ def test_a_setting_without_its_section_is_found(write):
         write("batch_size: 4")
     )
     assert "unknown setting funcs: write rewards.funcs; " in refused(write(""), "funcs=[a:b]")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [("quikstart", "quickstart"), ("configs/ofline.yaml", "offline"), ("mein.yaml", "mine.yaml")],
+)
+def test_a_missing_config_is_told_its_neighbours(tmp_path, monkeypatch, asked, meant):
+    (tmp_path / "mine.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    line = refused(asked)
+    assert f"{asked} and no run folder: did you mean {meant}? " in line
+    assert line.endswith(
+        "colab, debug, offline, quickstart, qwen2.5-math-1.5b, qwen2.5-math-7b, servers"
+    )
