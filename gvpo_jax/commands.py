@@ -8,13 +8,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from gvpo_jax.config import Config
+from gvpo_jax.config import Config, check_extras
 from gvpo_jax.config_file import check_claim
 from gvpo_jax.data.rows import columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
+from gvpo_jax.parallel.mesh import all_devices
 from gvpo_jax.rewards import batched
 from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rollout.servers.connect import ServersConfig
@@ -24,6 +23,7 @@ from gvpo_jax.trainer import Trainer
 
 def train(config: Config) -> dict[str, Any]:
     """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
+    check_extras(config)
     _join(config)
     offline = config.data.groups_path is not None
 
@@ -58,6 +58,7 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
 
     checkpoint: the latter, whose answers are kept as eval/latest.jsonl.
     """
+    check_extras(config, unused=["tensorboard"])
     _join(config)
     reward_funcs = config.rewards.functions()
     _, held_out = config.data.load(config.run.seed)
@@ -96,6 +97,4 @@ def _hold_servers(config: Config, stack: contextlib.ExitStack) -> None:
 def _join(config: Config) -> None:
     """Start as one of the run's processes; before anything asks for devices."""
     config.distributed.start()
-    cache = "jax_compilation_cache_dir"
-    if config.run.compilation_cache and getattr(jax.config, cache) is None:
-        jax.config.update(cache, str(Path(config.run.compilation_cache).expanduser()))
+    all_devices()

@@ -3,7 +3,9 @@
 `gvpo-jax train --help` and docs/settings.md list them all.
 """
 
+import importlib.util
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -156,4 +158,32 @@ def _check_servers(c: Config) -> None:
         raise UserError(
             f"servers.kind={c.servers.kind}: nothing is sampled with data.groups_path and without "
             "held-out rows; leave it out"
+        )
+
+
+def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
+    """Raise UserError, naming all, where the config needs extras that are not installed.
+
+    unused: extras that are not asked for.
+    """
+    files = c.data.path, c.data.eval_path, c.data.groups_path
+    funcs = " ".join(c.rewards.funcs)
+    tasks = bool(c.data.tasks) or "gvpo_jax.rewards.reasoning_gym:" in funcs
+    needed = {
+        "gguf": (c.model.name.endswith(".gguf"), "gguf"),
+        "tasks": (tasks, "reasoning_gym"),
+        "math": ("gvpo_jax.rewards.math:" in funcs, "math_verify"),
+        "servers": (c.servers.kind != "none", "httpx2"),
+        "parquet": (any(file and file.endswith(".parquet") for file in files), "pyarrow"),
+        "tensorboard": (c.log.tensorboard, "tensorboardX"),
+    }
+    missing = {
+        extra: module
+        for extra, (wanted, module) in needed.items()
+        if wanted and extra not in unused and importlib.util.find_spec(module) is None
+    }
+    if missing:
+        raise UserError(
+            f"this config needs what is not installed ({', '.join(missing.values())}): "
+            f'pip install "gvpo-jax[{",".join(missing)}]"'
         )

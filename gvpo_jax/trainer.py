@@ -66,6 +66,7 @@ class Trainer:
                 "of a model there is Trainer.from_pretrained(name, ...)"
             )
         c = self.config = config
+        c.run.keep_compiled()
         mesh = c.mesh.mesh()
         groups = c.train.batch_size // c.train.micro_batches
         name = f"train.batch_size / train.micro_batches = {groups}"

@@ -32,7 +32,7 @@ class MeshConfig:
         devices: default: all. Raises UserError where the sizes do not multiply to a number of
         devices or slices that is there.
         """
-        devices = jax.devices() if devices is None else devices
+        devices = all_devices() if devices is None else devices
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         outer = self._sizes("dcn_", slices, "slices")
         inner = self._sizes("", len(devices) // slices, "devices")
@@ -62,6 +62,28 @@ class MeshConfig:
         if math.prod(sizes) == 0 or given > available or left_over:
             raise UserError(f"mesh {asked} does not fit {available} {what}")
         return tuple(sizes)
+
+
+def all_devices() -> Sequence[Any]:
+    """JAX's devices.
+
+    Raises:
+        UserError: JAX can't start on what JAX_PLATFORMS names; says what would help.
+    """
+    try:
+        return jax.devices()
+    except Exception as error:  # RuntimeError; a plugin that is missing fails an assertion
+        asked = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split())
+        extras = [extra for platform, extra in _EXTRAS.items() if platform in asked.split(",")]
+        install = f"install its plugin (pip install 'jax[{extras[0]}]'), " if extras else ""
+        raise UserError(
+            f"JAX can't start on JAX_PLATFORMS={asked}: {reason or 'its plugin is missing'}; "
+            f"{install}or use this machine's processor: JAX_PLATFORMS=cpu"
+        ) from None
+
+
+_EXTRAS = {"tpu": "tpu", "cuda": "cuda13", "gpu": "cuda13"}
 
 
 def check_hosts(mesh: Mesh, setting: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.rundir.files import read_metrics, write_jsonl
@@ -40,10 +42,17 @@ class RunConfig:
     seed: int = setting(0, "Of data order and sampling.", least=0, most=2**31 - 1)
     compilation_cache: str | None = setting(
         "~/.cache/gvpo-jax",
-        "Where the command line keeps compiled programs for the next start, on each machine; null: "
-        "nowhere. JAX_COMPILATION_CACHE_DIR goes first.",
+        "Where compiled programs are kept for the next start, on each machine; null: nowhere. "
+        "JAX_COMPILATION_CACHE_DIR goes first.",
         free=True,
     )
+
+    def keep_compiled(self) -> None:
+        """Let JAX keep what it compiles, unless it was told a place already."""
+        if self.compilation_cache and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
+            folder = str(Path(self.compilation_cache).expanduser())
+            jax.config.update("jax_compilation_cache_dir", folder)
+            compilation_cache.reset_cache()  # JAX has asked once, if anything was compiled before
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The command line: a short run with all its commands, and one line for every mistake."""
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -259,6 +261,50 @@ def test_flags_of_other_programs_are_told_how_settings_are_written(refused):
     assert "settings are written key=value, without dashes; see" in line
 
 
+@pytest.mark.parametrize(
+    ("platform", "cure"),
+    [("tpu", "'jax[tpu]'"), ("cuda", "'jax[cuda13]'"), ("rokm", "known backends: ['cpu', 'tpu']")],
+)
+def test_a_backend_that_cant_start_is_one_line(tmp_path, platform, cure):
+    code = (
+        "import sys; sys.modules['libtpu'] = None; from gvpo_jax.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "train", DEBUG, f"run.dir={tmp_path / 'run'}"]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"gvpo-jax: error: JAX can't start on JAX_PLATFORMS={platform}: ")
+    assert "Traceback" not in done.stderr
+    assert cure in line
+    assert line.endswith("or use this machine's processor: JAX_PLATFORMS=cpu")
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_missing_extras_are_told_at_once_before_anything_is_read(train, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    absent = ("gguf", "reasoning_gym", "math_verify", "httpx2", "pyarrow", "tensorboardX")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: found(name, *rest) if name not in absent else None,
+    )
+    line = train(
+        f"model.name={tmp_path / 'gone.gguf'}",
+        "data.path=null",
+        "data.tasks=[{name: chain_sum}]",
+        "data.eval_path=gone.parquet",
+        "rewards.funcs=[gvpo_jax.rewards.math:math_verify_reward]",
+        "servers.kind=vllm",
+        "servers.urls=[http://localhost:1]",
+        "log.tensorboard=true",
+    )
+    assert line.endswith(': pip install "gvpo-jax[gguf,tasks,math,servers,parquet,tensorboard]"\n')
+    for module in absent:
+        assert module in line
+    assert 'pip install "gvpo-jax[tensorboard]"' in train("log.tensorboard=true")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_the_command_alone_shows_its_help(capsys, arguments):
     with contextlib.suppress(SystemExit):
@@ -272,8 +318,9 @@ def test_the_command_alone_shows_its_help(capsys, arguments):
 def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].endswith((".", "that", "its"))  # a sentence, or its first line
+    out = capsys.readouterr().out
+    assert re.search(r"\n\n[A-Z][^\n]{50}.*?\.\n\npositional arguments:", out, re.S)  # a sentence
+    lines = out.splitlines()
     assert any(line.startswith(f"example: gvpo-jax {command} ") for line in lines)
     assert any(line.startswith("settings: all are in docs/settings.md") for line in lines)
     listed = any(line.startswith("  train.batch_size=8") for line in lines)

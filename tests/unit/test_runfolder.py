@@ -1,10 +1,14 @@
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim, load_config, open_run, override
 from gvpo_jax.errors import UserError
+from gvpo_jax.rundir.claim import RunConfig
+from gvpo_jax.trainer import Trainer
 
 
 @pytest.fixture
@@ -120,3 +124,20 @@ def test_open_run_gives_the_config_where_the_folder_lies_now(config, tmp_path):
         open_run(tmp_path)
     with pytest.raises(UserError, match="is not a run folder"):
         open_run(tmp_path / "nowhere")
+
+
+def test_python_too_keeps_compiled_programs(config, tmp_path):
+    """Also where JAX has compiled something before, and so asked for a cache."""
+    before, compiled = jax.config.jax_compilation_cache_dir, tmp_path / "compiled"
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+        jax.jit(lambda x: x + 17.25)(1.0)
+        Trainer(override(config, run__compilation_cache=str(compiled), mesh__fsdp=1))
+        jax.jit(lambda x: x + 18.25)(1.0)
+        assert any(compiled.iterdir())
+        RunConfig(compilation_cache=str(tmp_path / "other")).keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(compiled)  # the first one stays
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
