@@ -1,6 +1,7 @@
 """A run's folder: holding it against others, and the files that are written whole."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,8 +51,12 @@ class RunConfig:
     def keep_compiled(self) -> None:
         """Let JAX keep what it compiles, unless it was told a place already."""
         if self.compilation_cache and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
-            folder = str(Path(self.compilation_cache).expanduser())
-            jax.config.update("jax_compilation_cache_dir", folder)
+            folder = Path(self.compilation_cache).expanduser()
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                return  # JAX would warn at every program
+            jax.config.update("jax_compilation_cache_dir", str(folder))
             compilation_cache.reset_cache()  # JAX has asked once, if anything was compiled before
 
 

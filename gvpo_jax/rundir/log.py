@@ -78,15 +78,18 @@ class RunLog:
         console = None if is_first() else Console(quiet=True)
         self._progress = Progress(total_steps, counters.step, per_round=per_round, console=console)
         self._every, self._samples = options.completions_every, options.samples
-        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
+        self._pending: tuple[int, Mapping[str, Any], dict[str, float], bool] | None = None
+        self._compiling = 0.0  # seconds since the last step
         self._session_start = self._step_start = time.perf_counter()
         self._wall_before = counters.wall_seconds
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
         if error[0] is None:
             self.flush()
         self._progress.__exit__(*error)
@@ -104,7 +107,9 @@ class RunLog:
         c.num_tokens += tokens
         c.train_seconds += seconds
         told |= {"num_tokens": c.num_tokens, "step_time": seconds}
-        self._pending = (c.step, on_device, told | {"tokens_per_second": tokens / seconds})
+        told["tokens_per_second"] = tokens / seconds
+        compiled = self._compiling > seconds / 10
+        self._pending, self._compiling = (c.step, on_device, told, compiled), 0.0
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Every so many updates, keep what was sampled for update `step` on disk, and show some."""
@@ -119,7 +124,7 @@ class RunLog:
         if self._writer:
             self._writer.log(self.counters.step, metrics)
         self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
-        self._step_start = time.perf_counter()
+        self._step_start, self._compiling = time.perf_counter(), 0.0
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -133,13 +138,17 @@ class RunLog:
     def _fetch(self) -> None:
         if self._pending is None:
             return
-        step, on_device, here = self._pending
+        step, on_device, here, compiled = self._pending
         self._pending = None
         metrics = as_numbers(on_device)
         if self._writer:
             self._writer.log(step, metrics | here)
-        self._progress.update(step, metrics | here)
+        self._progress.update(step, metrics | here, compiled=compiled)
         check_finite(metrics, f"step {step}")
+
+    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._compiling += seconds
 
 
 def check_finite(metrics: Mapping[str, float], what: str) -> None:

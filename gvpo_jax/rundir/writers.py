@@ -17,6 +17,8 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.rundir.files import METRICS, read_jsonl, step_files, to_json, write_jsonl, write_text
 from gvpo_jax.rundir.formats import compact, duration, percent
 
+_BAR, _WIDE = 20, 120  # columns of the bar, and of a terminal that has room for one
+_BESIDE = 8  # columns of the spinner, the word "step" and spaces
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -81,26 +83,36 @@ class Progress:
         self._total, self._per_round = total_steps, per_round
         self._console = console or Console()
         self._round: list[float] = []
-        self._step_times: deque[float] = deque(maxlen=20)  # means of whole rounds
+        self._round_compiled = False
+        self._step_times: deque[float] = deque(maxlen=20)  # means of rounds in which none compiled
         self._bar: RichProgress | None = None
         if self._console.is_terminal:
             self._bar, self._task = _live_bar(self._console, total_steps, first_step)
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show a finished step: reward, gvpo_mse (or loss), tokens/s, step time and time left."""
+    def update(self, step: int, metrics: Mapping[str, Any], *, compiled: bool = False) -> None:
+        """Show a finished step: reward, gvpo_mse (or loss), tokens/s, step time and time left.
+
+        compiled: whether compiling took part of its time, which then tells nothing of the others'.
+        """
         if "step_time" in metrics:
             self._round.append(float(metrics["step_time"]))
+            self._round_compiled |= compiled
+        latest = fmean(self._round or [0])
         if len(self._round) == self._per_round:
-            self._step_times.append(fmean(self._round))
-            self._round = []
-        latest = self._step_times[-1] if self._step_times else fmean(self._round or [0])
-        left = (self._total - step) * median(self._step_times or [latest])
-        status = "  ".join(_status(metrics, latest, left))
+            if not self._round_compiled:
+                self._step_times.append(latest)
+            self._round, self._round_compiled = [], False
+        if self._step_times and not compiled:
+            latest = self._step_times[-1]
+        left = (self._total - step) * median(self._step_times) if self._step_times else None
+        parts = _status(metrics, latest, compiled, left, last=step >= self._total)
         if self._bar is None:
             width = len(str(self._total))
-            self._print(f"step {step:{width}d}/{self._total}  {status}")
+            self._print("  ".join([f"step {step:{width}d}/{self._total}", *parts.values()]))
         else:
-            self._bar.update(self._task, completed=step, status=status)
+            room = self._console.width - _BESIDE - len(f"{step}/{self._total}")
+            room -= _BAR + 1 if self._console.width >= _WIDE else 0
+            self._bar.update(self._task, completed=step, status=_fitting(parts, room))
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print one line for each row: its reward, the prompt's end and the completion's start."""
@@ -108,7 +120,9 @@ class Progress:
             reward = row.get("reward")
             shown = "none" if reward is None else f"{float(reward):4.2f}"
             prompt, completion = _text(row.get("prompt")), _text(row.get("completion"))
-            self._print(f"  {shown}  …{prompt[-40:]} → {completion[:80]}")
+            room = self._console.width - 14 if self._console.is_terminal else 120
+            before, after = max(min(40, room // 3), 1), max(min(80, room - room // 3), 1)
+            self._print(f"  {shown}  …{prompt[-before:]} → {completion[:after]}")
 
     def note(self, text: str) -> None:
         """Print one line of text above the bar."""
@@ -149,36 +163,54 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
 
 
 def _live_bar(console: Console, total: int, first_step: int) -> tuple[RichProgress, TaskID]:
-    bar = RichProgress(
+    columns = [
         SpinnerColumn(),
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=_BAR),
         TextColumn(
             "{task.fields[status]}",
             markup=False,
             table_column=Column(no_wrap=True, overflow="ellipsis"),
         ),
-        console=console,
-        refresh_per_second=4,
-    )
+    ]
+    if console.width < _WIDE:
+        del columns[2]
+    bar = RichProgress(*columns, console=console, refresh_per_second=4)
     waiting = "the first step compiles the programs"
     return bar, bar.add_task("", total=total, completed=first_step, status=waiting)
 
 
-def _status(metrics: Mapping[str, Any], per_step: float, seconds_left: float) -> list[str]:
-    parts = []
+def _status(
+    metrics: Mapping[str, Any],
+    per_step: float,
+    compiled: bool,
+    seconds_left: float | None,
+    *,
+    last: bool,
+) -> dict[str, str]:
+    """What there is to tell of a step, in the order shown."""
+    parts = {}
     for name in ("reward", "gvpo_mse" if "gvpo_mse" in metrics else "loss"):
         if name in metrics:
-            parts.append(f"{name} {_fixed(float(metrics[name]))}")
+            parts[name] = f"{name} {_fixed(float(metrics[name]))}"
     if "tokens_per_second" in metrics:
-        parts.append(f"{compact(float(metrics['tokens_per_second']))} tokens/s")
+        parts["speed"] = f"{compact(float(metrics['tokens_per_second']))} tokens/s"
     if per_step:
-        parts.append(f"{duration(per_step)}/step")
+        parts["time"] = f"{duration(per_step)}/step{', compiled' if compiled else ''}"
     if "eval/accuracy" in metrics:
-        parts.append(f"held-out {percent(float(metrics['eval/accuracy']))}")
-    if seconds_left:
-        parts.append(f"{duration(seconds_left)} left")
+        parts["held-out"] = f"held-out {percent(float(metrics['eval/accuracy']))}"
+    if "step_time" in metrics and not last:
+        parts["left"] = f"{'?' if seconds_left is None else duration(seconds_left)} left"
     return parts
+
+
+def _fitting(parts: Mapping[str, str], room: int) -> str:
+    """A line without the parts that do not fit, of which those that matter least go first."""
+    kept = dict(parts)
+    for name in ("speed", "held-out", "gvpo_mse", "loss", "time", "left"):
+        if len("  ".join(kept.values())) > room:
+            kept.pop(name, None)
+    return "  ".join(kept.values())
 
 
 def _fixed(value: float) -> str:

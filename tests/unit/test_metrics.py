@@ -4,8 +4,12 @@ import importlib
 import io
 import json
 import math
+import re
 import sys
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -13,6 +17,7 @@ from rich.console import Console
 from gvpo_jax.errors import UserError
 from gvpo_jax.rundir.files import read_metrics
 from gvpo_jax.rundir.formats import compact, duration, percent, points
+from gvpo_jax.rundir.log import Counters, LogConfig, RunLog
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
 
 
@@ -240,3 +245,88 @@ def test_time_left_counts_the_rollout_that_several_updates_share(tmp_path):
             seconds = 30.0 if step % 3 == 1 else 3.0
             progress.update(step, {"reward": 0.5, "step_time": seconds})
     assert "12 s/step  11 min left" in out.getvalue().splitlines()[-1]  # 55 updates of 12 s
+
+
+FULL = {"reward": 0.412, "gvpo_mse": 0.0213, "tokens_per_second": 81234.0, "eval/accuracy": 0.418}
+
+
+def shown(width, **steps):
+    """The last state of the bar, without control sequences, on a terminal of so many columns."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width)
+    with Progress(12000, 0, console=console) as progress:
+        progress.update(9999, FULL | {"step_time": 12.34})
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n").split("\n")
+    return [line for line in lines if "9999/12000" in line][-1].rstrip()
+
+
+def test_a_narrow_terminal_is_told_less_but_no_number_is_cut():
+    line = shown(60)
+    assert len(line) <= 60
+    assert "…" not in line
+    assert line.endswith("step 9999/12000 reward 0.412  12.3 s/step  6 h 52 min left")
+    wide = shown(200)
+    everything = (
+        "reward 0.412  gvpo_mse 0.021  81.2k tokens/s  12.3 s/step  held-out 41.8%  6 h 52 min"
+    )
+    assert everything in wide
+    assert "━" in wide
+
+
+@pytest.mark.parametrize("width", range(40, 220, 7))
+def test_at_any_width_every_number_is_whole(width):
+    line = shown(width)
+    assert len(line) <= width
+    assert "…" not in line
+    assert "9999/12000 " in line
+    assert "reward 0.412" in line
+
+
+def test_time_left_is_unknown_until_a_step_did_not_compile():
+    console = plain_console()
+    with Progress(60, 0, console=console) as progress:
+        progress.update(1, {"reward": 0.5, "step_time": 300.0}, compiled=True)
+        progress.update(2, {"reward": 0.5, "step_time": 2.0})
+        progress.update(3, {"reward": 0.5, "step_time": 100.0}, compiled=True)
+    assert console.file.getvalue().splitlines() == [
+        "step  1/60  reward 0.500  5 min/step, compiled  ? left",
+        "step  2/60  reward 0.500  2 s/step  2 min left",  # 58 x 2 s
+        "step  3/60  reward 0.500  2 min/step, compiled  2 min left",  # 57 x 2 s
+    ]
+
+
+def test_a_round_in_which_a_step_compiled_tells_nothing_of_the_next():
+    console = plain_console()
+    with Progress(10, 0, per_round=2, console=console) as progress:
+        for step, (seconds, compiled) in enumerate([(9, True), (1, False), (3, False), (1, False)]):
+            progress.update(step + 1, {"step_time": float(seconds)}, compiled=compiled)
+    lines = console.file.getvalue().splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == [
+        "? left",
+        "? left",
+        "? left",
+        "12 s left",
+    ]
+
+
+def test_samples_keep_to_the_terminals_width():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with Progress(2, 0, console=console) as progress:
+        progress.samples([{"prompt": "p" * 99, "completion": "c" * 99, "reward": 0.25}])
+    line = f"  0.25  …{'p' * 15} → {'c' * 31}"
+    assert len(line) <= 60
+    assert f"{line}\n" in console.file.getvalue()
+
+
+def test_steps_that_compile_are_noticed(tmp_path, capsys):
+    log = RunLog(tmp_path, Counters(), LogConfig(), 3, 1)
+    on_device = {"loss": 1.0, "grad_norm": 1.0}
+    with log:
+        jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((3, 5)))
+        log.step(on_device, {"tokens": 1})
+        time.sleep(0.2)
+        log.step(on_device, {"tokens": 1})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("/step, compiled  ? left")
+    assert "compiled" not in second
+    assert re.search(r"0\.2\d* s/step  0\.2\d* s left$", second)

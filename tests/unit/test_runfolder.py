@@ -132,6 +132,8 @@ def test_python_too_keeps_compiled_programs(config, tmp_path):
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
+        RunConfig(compilation_cache="/dev/null/compiled").keep_compiled()  # can't be written
+        assert jax.config.jax_compilation_cache_dir is None
         jax.jit(lambda x: x + 17.25)(1.0)
         Trainer(override(config, run__compilation_cache=str(compiled), mesh__fsdp=1))
         jax.jit(lambda x: x + 18.25)(1.0)
