@@ -67,6 +67,11 @@ class Config:
                 f"train.batch_size={train.batch_size} does not divide into "
                 f"train.micro_batches={train.micro_batches}; use a multiple"
             )
+        if train.steps is not None and train.epochs is not None:
+            raise UserError(
+                f"train.steps={train.steps} and train.epochs={train.epochs:g} are both given: "
+                "leave one out, or set it to null"
+            )
         if rewards.weights and rewards.funcs and len(rewards.weights) != len(rewards.funcs):
             raise UserError(
                 f"rewards.weights has {len(rewards.weights)} numbers for "
@@ -82,8 +87,8 @@ class Config:
             shape,
             mesh,
             dtype=self.model.dtype,
-            optimizer=self.optimizer.create(self.train.steps),
-            rates=self.optimizer.rates(self.train.steps),
+            optimizer=self.optimizer.create(self.train.updates),
+            rates=self.optimizer.rates(self.train.updates),
             objective=self.loss.objective(self.rollout.max_completion_length),
             beta=self.loss.beta,
             train=self.train,

@@ -143,7 +143,8 @@ def settings_help() -> str:
 def claim(config: Config) -> Path:
     """The run folder, made and marked with the config, or found again with the same config in it.
 
-    A run with a constant learning rate may be made longer: `train.steps` may grow.
+    A run with a constant learning rate may be made longer: `train.steps` may grow. `train.epochs`
+    are written as the steps that they take, which `TrainConfig.settled` says.
     Where `check_claim` raises, nothing is written.
     """
     folder = check_claim(config)
@@ -167,9 +168,13 @@ def check_claim(config: Config) -> Path:
             check_not_foreign(folder)
             return folder
         old = load_config(folder / SETTINGS)
+        train = config.train if config.train.epochs else config.train.settled(0, 1)
+        keys = difference(old, dataclasses.replace(config, train=train))
         dates = old.data.template_date, config.data.template_date
-        keys = [key for key in difference(old, config) if key != _DATE or None not in dates]
-        longer = config.train.steps > old.train.steps and config.optimizer.schedule == "constant"
+        keys = [key for key in keys if key != _DATE or None not in dates]
+        if train.epochs:  # how many steps, only the rows will say
+            keys = [key for key in keys if key not in ("train.steps", "train.epochs")]
+        longer = train.updates > old.train.updates and config.optimizer.schedule == "constant"
         same = not keys or (keys == ["train.steps"] and longer)
         if not same and has_begun(folder) and not config.run.overwrite:
             raise UserError(
@@ -196,7 +201,10 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     folder = Path(path)
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder} is not a run folder: it has no {SETTINGS}")
-    return load_config(folder / SETTINGS, [*overrides, f"run.dir={folder}"])
+    # More epochs are in place of the steps that the first ones took.
+    by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
+    instead = ["train.steps=null"] if by_epochs else []
+    return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={folder}"])
 
 
 def _find(path: Path) -> Path:

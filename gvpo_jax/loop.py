@@ -44,6 +44,7 @@ class Loop:
     data_fingerprint: str  # tells training rows, held-out rows and reward functions from others
     reward_code: Mapping[str, str]  # and by their names, those functions' code
     notes: Sequence[str]  # lines to show at the start
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `RunLog`
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
@@ -57,6 +58,7 @@ class Loop:
         saved, and UserError where the folder belongs to another run, or as sampling and updates do.
         """
         c, run_dir = self.config, Path(self.config.run.dir)
+        total = c.train.updates
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
             self.starting.enter_context(nothing_to_save())
@@ -69,9 +71,9 @@ class Loop:
             counters = self._resume(checkpoints)
             from_first_host(lambda: self._claim(counters))
             per_round = c.train.steps_per_generation * c.train.num_iterations
-            log = RunLog(run_dir, counters, c.log, c.train.steps, per_round)
+            log = RunLog(run_dir, counters, c.log, total, per_round, self.history)
             with log, _saying_what_is_left(log, checkpoints):
-                if counters.step >= c.train.steps and (summary := read_summary(run_dir)):
+                if counters.step >= total and (summary := read_summary(run_dir)):
                     log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
                     return summary
                 for note in self._opening(counters):
@@ -79,13 +81,13 @@ class Loop:
                 if counters.step == 0:
                     self.early = []
                     counters.accuracy_before = self._evaluate(log, "before")
-                end, told = min(c.train.steps, c.train.stop_at or c.train.steps), 0
+                end, told = min(total, c.train.stop_at or total), 0
                 while counters.step < end and not (told := told_to_end()):
                     last = counters.step - self.done
                     self._round(log, told_to_end)
                     if self.round:
                         continue  # told to end before the round's last update
-                    if crossed(last, counters.step, c.eval.every) and counters.step < c.train.steps:
+                    if crossed(last, counters.step, c.eval.every) and counters.step < total:
                         self._evaluate(log, f"step_{counters.step:06d}")
                     if crossed(last, counters.step, c.checkpoint.every):
                         self._save(log, checkpoints)
@@ -93,11 +95,11 @@ class Loop:
                     self._save(log, checkpoints)
                 if told:
                     log.note(_why_it_ended(told, counters.step, c.run.overwrite))
-                elif counters.step >= c.train.steps and counters.accuracy_after is None:
+                elif counters.step >= total and counters.accuracy_after is None:
                     counters.accuracy_after = self._evaluate(log, "after")
         summary = counters.summary(self.model_name)
         if is_first():
-            if counters.step >= c.train.steps:
+            if counters.step >= total:
                 write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(run_dir)
         if told == signal.SIGINT:
@@ -134,7 +136,7 @@ class Loop:
             if math.isnan(batch.metrics["reward"]):
                 log.note(f"step {step}: no completion has a reward, there is nothing to learn from")
         queue = self.round * c.train.num_iterations
-        last = min(len(queue), self.done + c.train.steps - counters.step)
+        last = min(len(queue), self.done + c.train.updates - counters.step)
         while self.done < last and not (self.done and told_to_end()):
             batch = queue[self.done]
             log.step(self.policy.update(batch.batch, batch.plan), batch.metrics)
@@ -148,7 +150,7 @@ class Loop:
         if self.early is None:
             return
         self.early.append(batch)
-        batches = -(-self.config.train.steps // self.config.train.num_iterations)
+        batches = -(-self.config.train.updates // self.config.train.num_iterations)
         if len(self.early) == min(FIRST, batches):
             metrics = [batch.metrics for batch in self.early]
             records = [record for batch in self.early for record in batch.records]

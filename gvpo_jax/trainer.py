@@ -52,11 +52,13 @@ class Trainer:
         config: the settings.
         model: a model already loaded; default: `config.model.name` is loaded.
 
-    Raises:
-        UserError: the model can't be loaded, or does not fit the settings or the devices.
-
     Attributes:
         tokenizer: the model's, with `config.data.template` where that is given.
+        history: metrics of the run so far, a dict with `step` for each update and evaluation, those
+            of earlier sessions first; grows while `train` goes on.
+
+    Raises:
+        UserError: the model can't be loaded, or does not fit the settings or the devices.
     """
 
     def __init__(self, config: Config, model: LoadedModel | None = None):
@@ -84,6 +86,7 @@ class Trainer:
         else:  # the caller keeps theirs
             check_length(model.config, needed, model.name)
             params = copy(place_params(mesh, model.params))
+        self.history: list[dict[str, Any]] = []
         self.stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
         self.tokenizer = model.tokenizer
         if c.data.template is not None:  # the one that trains is the one that is exported
@@ -92,7 +95,8 @@ class Trainer:
         self.model = dataclasses.replace(model, params={}, tokenizer=self.tokenizer)
         stop = StopStrings(tuple(c.rollout.stop), self.tokenizer) if c.rollout.stop else None
         functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
-        programs = c.programs(functions, model.config, mesh)
+        self._programs_of = lambda config: config.programs(functions, model.config, mesh)
+        programs = self._programs_of(c)
         self.policy = Policy(params, programs, train=c.train, reference=c.reference)
         self.engine: Engine
         if fleet is None:
@@ -182,7 +186,7 @@ class Trainer:
     def train(
         self, dataset: Dataset, reward_funcs: RewardFuncs, *, eval_dataset: Dataset = ()
     ) -> dict[str, Any]:
-        """Train for `config.train.steps` updates in `config.run.dir`, going on where it stopped.
+        """Train for `train.steps` or `train.epochs` in `run.dir`, going on where it stopped.
 
         Args:
             dataset: rows with `prompt` (text or chat messages) and any columns that the reward
@@ -200,9 +204,9 @@ class Trainer:
                 raise.
         """
         self._keep_date()
-        c, judge = self.config, self._judge(reward_funcs)
-        prompts = self._encode(dataset)
+        judge, prompts = self._judge(reward_funcs), self._encode(dataset)
         judge.check(prompts, "the training data")
+        c = self._settled(len(prompts.rows))
         demonstrations, lost = None, 0
         if c.rollout.demonstrations:
             demonstrations = read_demonstrations(
@@ -222,7 +226,7 @@ class Trainer:
             shuffle=c.data.shuffle,
         )
         feed = OnlineFeed(self.policy, collector, c.train, c.replay)
-        return self._loop(feed, judge, prompts, eval_dataset, {"demonstrations": lost}).run()
+        return self._loop(c, feed, judge, prompts, eval_dataset, {"demonstrations": lost}).run()
 
     def train_offline(
         self, dataset: Dataset, *, reward_funcs: RewardFuncs = (), eval_dataset: Dataset = ()
@@ -243,6 +247,7 @@ class Trainer:
             )
         prompts = self._encode(dataset)
         offline = self._read_groups(prompts)
+        c = self._settled(len(offline.groups))
         feed = OfflineFeed(
             self.policy,
             offline.groups,
@@ -253,7 +258,7 @@ class Trainer:
             ahead=c.reference.name == "initial",
         )
         bad = {"completions": offline.skipped_completions, "groups": offline.skipped_groups}
-        return self._loop(feed, self._judge(reward_funcs), prompts, eval_dataset, bad).run()
+        return self._loop(c, feed, self._judge(reward_funcs), prompts, eval_dataset, bad).run()
 
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
         """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
@@ -361,8 +366,18 @@ class Trainer:
                 raise UserError(f"{name}, completion {place}: {problem}")
         return make_group(prompt_ids, tokens, rewards, source=Source.FILE)
 
+    def _settled(self, rows: int) -> Config:
+        """The config with `train.steps` for `train.epochs` over so many rows."""
+        c = self.config
+        train = c.train.settled(rows, c.train.batch_size - c.replay.groups)
+        settled = dataclasses.replace(c, train=train)
+        if c.train.epochs and c.optimizer.schedule != "constant":  # it ends with the run
+            self.policy.take_programs(self._programs_of(settled))
+        return settled
+
     def _loop(
         self,
+        config: Config,
         feed: Feed,
         judge: Judge,
         prompts: EncodedPrompts,
@@ -383,8 +398,8 @@ class Trainer:
         counts = {"prompts skipped: over data.max_prompt_length tokens": prompts.skipped}
         counts |= {f"{what} skipped: data.bad_samples=skip": count for what, count in bad.items()}
         notes = [f"{count} {what}" for what, count in counts.items() if count]
-        who = self.config, self.model.name, self.policy, self.engine
-        return Loop(*who, feed, judge, held_out, fingerprint, code, notes)
+        who = config, self.model.name, self.policy, self.engine
+        return Loop(*who, feed, judge, held_out, fingerprint, code, notes, self.history)
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)

@@ -85,7 +85,7 @@ class OnlineFeed:
                 lambda number, at: self._collect(number, *at),
                 lambda: (policy.snapshot(), policy.updates),
                 ahead=options.lookahead,
-                last=-(-train.steps // of_round) - 1,
+                last=-(-train.updates // of_round) - 1,
                 interrupt=collector.engine.close,
             )
 

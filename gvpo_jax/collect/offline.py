@@ -210,7 +210,7 @@ class OfflineFeed:
         longest_prompt = max(group.prompts.shape[1] for group in groups)
         self._largest = Sizes(train.batch_size, k, longest_prompt, longest_completion)
         self._sent: dict[int, Scoring] = {}
-        updates, of_round = -(-train.steps // train.num_iterations), train.steps_per_generation
+        updates, of_round = -(-train.updates // train.num_iterations), train.steps_per_generation
         self._last = -(-updates // of_round) * of_round - 1 if ahead else -1
 
     def round(self, number: int) -> list[TrainBatch]:

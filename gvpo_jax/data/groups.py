@@ -95,6 +95,8 @@ def read_number(value: Any) -> float | None:
     Raises:
         UserError: something else.
     """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # NumPy's, jax's or PyTorch's
     if value is None:
         return None
     try:

@@ -142,13 +142,11 @@ def _to_stop_strings(stop: StopStrings, state: DecodeState, go_on, end_at):
     Returns:
         The last state, and this process's completions that a stop string ended, `[s, n]`.
     """
-    seen = at_stop = np.zeros(0)
-    unfinished = True
+    shape, unfinished = to_host(state.lengths_sn).shape, True
+    seen, at_stop = np.zeros(shape, np.int32), np.zeros(shape, bool)
     while unfinished:
         state = go_on(state=state, steps=_STEPS)
         tokens, lengths = to_host((state.completions_snt, state.lengths_sn))
-        if not len(seen):
-            seen, at_stop = np.zeros_like(lengths), np.zeros(lengths.shape, bool)
         ends = np.zeros_like(lengths)
         for place in map(tuple, np.argwhere(lengths > seen)):
             ends[place] = stop.end(tokens[place][: lengths[place]].tolist()) or 0

@@ -75,6 +75,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in rows if row is not None]
 
 
+def read_history(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, as they were before JSON made null of NaN."""
+    rows = read_jsonl(Path(run_dir) / METRICS)
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """The metrics of a run, one dict per step in order; of lines of one step the later one wins."""
     steps: dict[int, dict[str, Any]] = {}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import is_first
+from gvpo_jax.rundir.files import read_history
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
 from gvpo_jax.settings import setting
 
@@ -61,6 +62,9 @@ class RunLog:
 
     An update's metrics are fetched when the next update has been sent off, so that the loop never
     waits for them. Of several processes the first alone writes and shows.
+
+    `history` becomes what metrics.jsonl holds, a dict for each line, and grows with it. Of several
+    processes only the first has the lines of earlier sessions.
     """
 
     def __init__(
@@ -70,11 +74,14 @@ class RunLog:
         options: LogConfig,
         total_steps: int,
         per_round: int,
+        history: list[dict[str, Any]],
     ):
-        self.counters, self._writer = counters, None
+        self.counters, self._writer, self._history = counters, None, history
+        history.clear()
         if is_first():
             last = counters.step or -1  # not 0: a fresh run keeps no evaluation of an earlier try
             self._writer = MetricsWriter(run_dir, tensorboard=options.tensorboard, first_step=last)
+            history += read_history(run_dir)
         console = None if is_first() else Console(quiet=True)
         self._progress = Progress(total_steps, counters.step, per_round=per_round, console=console)
         self._every, self._samples = options.completions_every, options.samples
@@ -121,8 +128,7 @@ class RunLog:
     def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
         """Book an evaluation at the current step; its time does not count as training."""
         self.flush()
-        if self._writer:
-            self._writer.log(self.counters.step, metrics)
+        self._log(self.counters.step, metrics)
         self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
         self._step_start, self._compiling = time.perf_counter(), 0.0
 
@@ -141,12 +147,16 @@ class RunLog:
         step, on_device, here, compiled = self._pending
         self._pending = None
         metrics = as_numbers(on_device)
-        if self._writer:
-            self._writer.log(step, metrics | here)
+        self._log(step, metrics | here)
         self._progress.update(step, metrics | here, compiled=compiled)
         check_finite(metrics, f"step {step}")
 
-    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._history.append({"step": step, **metrics})
+        if self._writer:
+            self._writer.log(step, metrics)
+
+    def _on_event(self, event: str, seconds: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
             self._compiling += seconds
 

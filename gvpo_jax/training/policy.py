@@ -67,6 +67,10 @@ class Policy:
         """The current parameters, in a copy that updates do not overwrite."""
         return copy(self.params)
 
+    def take_programs(self, programs: Programs) -> None:
+        """Compute with other programs, of the same model and optimizer, from now on."""
+        self._programs = programs
+
     @property
     def reference_fingerprint(self) -> int:
         """Tells the reference, in its dtype, from others; `UNKNOWN` if every update changes it."""

@@ -1,7 +1,10 @@
 """One update of the policy: score the groups, weigh them, step. Pure functions; callers jit."""
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -24,7 +27,15 @@ Metrics = dict[str, jax.Array]
 class TrainConfig:
     """How many updates there are, and how each is computed."""
 
-    steps: int = setting(100, "Updates in all.", least=1)
+    steps: int | None = setting(
+        None, "Updates in all; null: those of train.epochs, or else 100.", least=1
+    )
+    epochs: float | None = setting(
+        None,
+        "Passes over the rows, in place of train.steps: as many updates as they take, rounded up "
+        "to a rollout.",
+        above=0,
+    )
     batch_size: int = setting(8, "Prompts per update.", least=1)
     steps_per_generation: int = setting(
         1,
@@ -49,6 +60,23 @@ class TrainConfig:
     stop_at: int | None = setting(
         None, "End this session after so many updates; the next start goes on.", least=1, free=True
     )
+
+    @property
+    def updates(self) -> int:
+        """Updates in all, where `settled` has been asked or no `epochs` are given."""
+        return self.steps or 100
+
+    def settled(self, rows: int, per_update: int) -> "TrainConfig":
+        """With `steps` in place of `epochs`, over so many rows, of which an update takes so many.
+
+        A rollout takes them for `steps_per_generation` updates, each done `num_iterations` times.
+        """
+        if self.epochs is None:
+            return dataclasses.replace(self, steps=self.updates)
+        visits = Fraction(str(self.epochs)) * rows  # 0.1 is a tenth
+        rollouts = math.ceil(visits / (per_update * self.steps_per_generation))
+        steps = rollouts * self.steps_per_generation * self.num_iterations
+        return dataclasses.replace(self, steps=steps, epochs=None)
 
 
 @dataclass(frozen=True)

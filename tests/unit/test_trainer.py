@@ -17,7 +17,8 @@ from small_run import config
 
 from gvpo_jax.commands import export
 from gvpo_jax.config import Config
-from gvpo_jax.config_file import load_config, override
+from gvpo_jax.config_file import check_claim, load_config, open_run, override
+from gvpo_jax.data.groups import Source, make_group
 from gvpo_jax.data.rows import completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.load import load_model
@@ -27,6 +28,7 @@ from gvpo_jax.rundir.files import read_jsonl, read_metrics
 from gvpo_jax.rundir.log import crossed
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
+from gvpo_jax.training.step import TrainConfig
 
 ROWS = [
     {"prompt": f"Spell {word}: ", "word": word, "solution": word}
@@ -171,8 +173,9 @@ def test_steps_on_text_raise_the_probability_of_what_was_rewarded(tmp_path):
         (["a"], [["x", "y" * 50]], [[1.0, 0.0]], "51 tokens"),
         (["a"], [["x", "y"]], [[1.0, float("inf")]], "infinite"),
         (["a"], [["x", "y"]], [[1.0, 1e39]], "completion 2: .*infinite, at least in float32"),
-        (["a"], [["x", "y"]], [[1.0, "1"]], "a reward is a number, got '1'"),
+        (["a"], [["x", "y"]], [[1.0, "one"]], "a reward is a number, got 'one'"),
         (["a"], [["x", None]], [[1.0, 0.0]], "must be a text, got None"),
+        (["a"], [["x", "\ud83d"]], [[1.0, 0.0]], "completion 2: .*half a character"),
         (["a"], [["x", "y", "z" * 50]], [[1.0, 0.0, None]], "51 tokens"),
         (["a" * 50], [["x", "y"]], [[1.0, 0.0]], "max_prompt_length"),
     ],
@@ -623,3 +626,162 @@ def test_the_template_that_trained_is_exported(tmp_path):
     message = [{"role": "user", "content": "hi"}]
     text = again.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     assert text == "[user] hi [assistant]"
+
+
+def test_rewards_records_and_evaluation_get_the_text_before_a_stop_string(tmp_path):
+    """Every ASCII letter ends a text here; tokens and log-probs go up to it."""
+    seen = []
+
+    def none_of_it(prompts, completions, completion_ids, **columns):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [float(len(ids)) for ids in completion_ids]
+
+    letters = [chr(c) for c in range(128) if chr(c).isalpha()]
+    trainer = Trainer(config(tmp_path, train__steps=1, rollout__stop=letters), load_model("debug"))
+    trainer.train(ROWS, none_of_it, eval_dataset=ROWS[:2])
+    ended = 0
+    for text, ids in seen:
+        whole = trainer.tokenizer.decode(ids, skip_special_tokens=True)
+        found = [place for place, letter in enumerate(whole) if letter in letters]
+        assert found in ([], [len(whole) - 1])
+        assert text == (whole[:-1] if found else whole)
+        ended += bool(found)
+    assert ended > len(seen) // 4
+    assert len(seen) == 2 * 4 + 2 * 2 * 4  # an update's samples, and two evaluations'
+    texts = [text for text, _ in seen]
+    assert [r["completion"] for r in read_jsonl(tmp_path / "eval" / "before.jsonl")] == texts[:8]
+    sampled = read_jsonl(tmp_path / "completions" / "step_000001.jsonl")
+    assert [r["completion"] for r in sampled] == texts[8:16]
+    stops = {*trainer.stop_ids, *map(ord, letters)}
+    clipped = np.mean([ids[-1] not in stops for _, ids in seen[8:16]])
+    assert read_metrics(tmp_path)[1]["completions/clipped_ratio"] == clipped
+    generated = trainer.generate([row["prompt"] for row in ROWS[:2]], num_generations=4)
+    assert not any(letter in text for group in generated for text in group for letter in letters)
+    with pytest.raises(UserError, match=r"rollout\.stop holds an empty text"):
+        config(tmp_path, rollout__stop=["a", ""])
+
+
+def test_special_tokens_are_kept_for_rewards_where_asked_for(tmp_path):
+    """Tokens below 256 are bytes, 258 and 259 are <|im_start|> and <|im_end|>."""
+    group = make_group([1], [[*b"a", 258, *b"b", 259], [*b"c"]], [None] * 2, source=Source.POLICY)
+
+    def judged(**settings):
+        trainer, seen = Trainer(config(tmp_path, **settings), load_model("debug")), []
+
+        def keep(prompts, completions, completion_ids, **columns):
+            seen.extend(completions)
+            return [0.0] * len(completions)
+
+        (texts,), _ = trainer._judge(keep).judge([{"prompt": "p"}], group)
+        assert texts == seen
+        return seen
+
+    assert judged() == ["ab", "c"]
+    assert judged(rewards__skip_special_tokens=False) == ["a<|im_start|>b<|im_end|>", "c"]
+    both = {"rewards__skip_special_tokens": False, "rollout__stop": ["<|im_end|>"]}
+    assert judged(**both) == ["a<|im_start|>b", "c"]
+
+
+def test_rows_are_visited_in_their_order_where_they_are_not_shuffled(tmp_path):
+    trainer = Trainer(config(tmp_path, data__shuffle=False, train__steps=3), load_model("debug"))
+    trainer.train(ROWS, letter_share)
+    visited = [
+        [row["word"] for row in read_jsonl(tmp_path / "completions" / f"step_00000{step}.jsonl")]
+        for step in (1, 2, 3)
+    ]
+    pairs = [("ash", "birch"), ("cedar", "fir"), ("oak", "ash")]
+    assert visited == [[a] * 4 + [b] * 4 for a, b in pairs]
+
+
+def test_given_groups_are_visited_in_their_order_too(tmp_path):
+    rows = [
+        {"prompt": "x" * n, "completions": ["a", "b"], "rewards": [n, 0]} for n in (1, 2, 3, 4, 5)
+    ]
+    settings = {"data__shuffle": False, "train__epochs": 1, "train__steps": None}
+    trainer = Trainer(config(tmp_path, **settings), load_model("debug"))
+    summary = trainer.train_offline(rows)
+    assert summary["steps"] == 3  # of 2 groups each
+    assert [row["reward"] for row in trainer.history] == [0.75, 1.75, 1.5]  # of 1, 2; 3, 4; 5, 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "per_update", "per_round", "passes", "steps"),
+    [
+        (1, 10, 2, 1, 1, 5),
+        (1, 11, 2, 1, 1, 6),
+        (3, 11, 2, 1, 1, 17),  # 33 visits
+        (1, 11, 2, 4, 1, 8),  # 2 rollouts of 8 prompts
+        (1, 11, 2, 4, 3, 24),
+        (0.1, 30, 1, 1, 1, 3),  # 0.1 * 30 is above 3 in floats
+        (0.001, 30, 1, 1, 1, 1),
+        (2, 1, 8, 1, 1, 1),
+    ],
+)
+def test_epochs_become_updates(epochs, rows, per_update, per_round, passes, steps):
+    train = TrainConfig(
+        epochs=epochs, batch_size=8, steps_per_generation=per_round, num_iterations=passes
+    )
+    settled = train.settled(rows, per_update)
+    assert (settled.steps, settled.epochs, settled.updates) == (steps, None, steps)
+
+
+def test_a_run_of_epochs_is_that_of_as_many_steps_and_grows_by_more(tmp_path):
+    """5 rows, 2 an update: one epoch takes 3 updates, two take 5."""
+    epochs = {"train__steps": None, "train__epochs": 1}
+    first, summary = train(tmp_path / "a", **epochs)
+    assert (
+        summary["steps"] == json.loads((tmp_path / "a" / "summary.json").read_text())["steps"] == 3
+    )
+    written = load_config(tmp_path / "a" / "config.yaml").train
+    assert (written.steps, written.epochs) == (3, None)
+    trainer, _ = train(tmp_path / "b", train__steps=3)
+    assert_same_run(tmp_path / "a", tmp_path / "b", first, trainer)
+    _, again = train(tmp_path / "a", **epochs)  # has done them all
+    assert again == json.loads((tmp_path / "a" / "summary.json").read_text())
+    with pytest.raises(UserError, match=r"other settings \(train\.steps\)"):
+        train(tmp_path / "a", **epochs | {"train__epochs": 0.5})
+    longer, summary = train(tmp_path / "a", **epochs | {"train__epochs": 2})
+    assert summary["steps"] == 5
+    by_name = open_run(tmp_path / "a", ["train.epochs=3"])
+    assert (by_name.train.steps, by_name.train.epochs) == (None, 3)
+    check_claim(by_name)  # before there are rows
+    assert open_run(tmp_path / "a").train.steps == 5
+    steps = [row["step"] for row in longer.history]
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 5]  # with the evaluations before, after, and after again
+
+
+def test_a_schedule_ends_with_the_epochs(tmp_path):
+    settings = {"optimizer__schedule": "linear", "train__steps": None, "train__epochs": 2}
+    trainer, _ = train(tmp_path, **settings)
+    rates = [row["learning_rate"] for row in trainer.history if "learning_rate" in row]
+    np.testing.assert_allclose(rates, 3e-3 * (1 - np.arange(5) / 5), rtol=1e-6)
+
+
+def test_steps_and_epochs_are_not_both_given(tmp_path):
+    with pytest.raises(UserError, match=r"train\.steps=4 and train\.epochs=2 are both given"):
+        config(tmp_path, train__epochs=2)
+    assert Config().train.updates == 100
+
+
+def test_history_grows_with_the_run_and_a_resumed_one_has_all_of_it(tmp_path):
+    during = []
+
+    def watching(prompts, completions, **columns):
+        during.append([row["step"] for row in trainer.history])
+        return letter_share(prompts, completions, **columns)
+
+    settings = {"train__steps": 3, "eval__every": 2}
+    for stop_at in (2, None):
+        of_run = config(tmp_path, train__stop_at=stop_at, **settings)
+        trainer = Trainer(of_run, load_model("debug"))
+        trainer.train(ROWS, watching, eval_dataset=ROWS[:2])
+    assert [row["step"] for row in trainer.history] == [0, 1, 2, 2, 3, 3]
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [{k: v for k, v in row.items() if v == v} for row in trainer.history] == [
+        {k: v for k, v in row.items() if v is not None} for row in lines
+    ]
+    assert [sorted(row) for row in trainer.history] == [sorted(row) for row in lines]
+    assert "eval/accuracy" in trainer.history[3]
+    assert trainer.history[4]["reward"] == lines[4]["reward"]
+    # before; updates 1 and 2, whose metrics come when the next is under way, or is saved; ...
+    assert during == [[], [0], [0], [0, 1], [0, 1, 2, 2], [0, 1, 2, 2, 3]]
