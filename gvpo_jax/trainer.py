@@ -298,6 +298,8 @@ class Trainer:
         self, prompts: Sequence[Any], *, num_generations: int = 1, seed: int = 0
     ) -> list[list[str]]:
         """Texts sampled from the current policy: `num_generations` completions of each prompt."""
+        if num_generations < 1:
+            raise UserError(f"num_generations must be at least 1, got {num_generations}")
         groups = self.engine.generate(
             self.policy.params,
             self._encode_all(prompts).token_ids,

@@ -119,8 +119,7 @@ def check_columns(
             )
         if {"prompt", "completion"} & set(missing):
             raise UserError(
-                f"reward {name!r} takes one sample at a time: let it begin with (prompt, "
-                "completion)"
+                f"reward {name!r} takes one sample at a time: let it begin with prompt, completion"
             )
         if missing:
             raise UserError(

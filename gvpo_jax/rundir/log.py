@@ -156,7 +156,7 @@ class RunLog:
         if self._writer:
             self._writer.log(step, metrics)
 
-    def _on_event(self, event: str, seconds: float, **_: str | int) -> None:
+    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             self._compiling += seconds
 

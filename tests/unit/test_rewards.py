@@ -1,14 +1,21 @@
 """Calling, adding up and bounding reward functions."""
 
+import ast
 import asyncio
+import decimal
 import functools
 import importlib
 import importlib.util
 import math
 import os
+import pickle
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +24,7 @@ import pytest
 from gvpo_jax.errors import UserError
 from gvpo_jax.rewards import RewardError, batched, compute_rewards, load_reward_func, per_sample
 from gvpo_jax.rewards.debug import letter_share
+from gvpo_jax.rewards.functions import code_fingerprint
 from gvpo_jax.rewards.math import math_verify
 from gvpo_jax.rewards.numbers import exact_number
 from gvpo_jax.rewards.reasoning_gym import (
@@ -163,6 +171,150 @@ def test_async_failure_is_a_failure():
     assert run([broken], on_error="skip").failed == 3
 
 
+def test_what_is_bound_to_an_event_loop_works_on_every_call():
+    class Client:  # as those of aiohttp and openai
+        loop = None
+
+        async def ask(self, text):
+            self.loop = self.loop or asyncio.get_running_loop()
+            reply = self.loop.create_future()
+            self.loop.call_later(0.001, reply.set_result, float(text))
+            return await reply
+
+    client, limit = Client(), asyncio.Semaphore(1)
+
+    async def judge(completions, **_):
+        async def one(text):
+            async with limit:
+                return await client.ask(text)
+
+        return await asyncio.gather(*map(one, completions))
+
+    async def asks(prompt, completion):
+        return await client.ask(completion)
+
+    for _ in range(3):
+        assert run([judge, batched(asks)]).rewards.tolist() == [0, 2, 4]
+
+
+async def one_async(prompt, completion, answer):
+    return float(completion == answer)
+
+
+class AsyncJudge:
+    async def __call__(self, prompt, completion, answer):
+        return await one_async(prompt, completion, answer)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        one_async,
+        AsyncJudge(),
+        functools.partial(one_async),
+        lambda prompt, completion, answer: one_async(prompt, completion, answer),
+        lambda completions, answer, **_: [
+            one_async("", *pair) for pair in zip(completions, answer, strict=True)
+        ],
+    ],
+    ids=["function", "object", "partial", "not async itself", "list"],
+)
+def test_what_is_to_be_awaited_is(func):
+    scores = run([batched(func)], answer=["1", "1", "2"])
+    assert scores.rewards.tolist() == [0, 1, 1]
+
+
+def test_an_async_function_of_one_sample_is_an_async_reward_function():
+    rewards = asyncio.run(batched(one_async)(["p"] * 2, ["1", "2"], answer=["1", "1"]))
+    assert rewards == [1, 0]
+
+
+def test_an_async_reward_may_ask_others():
+    async def both(**_):
+        return run([batched(one_async), gives(1, 1, 1)], answer=["1"] * 3).rewards
+
+    assert run([both]).rewards.tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit("bye"), asyncio.CancelledError("bye"), GeneratorExit("bye")]
+)
+def test_a_reward_that_leaves_fails_its_rows(error):
+    async def leaves(prompt, completion):
+        if completion == "1":
+            raise error
+        return 1.0
+
+    async def leaves_in_a_task(completions, **_):
+        return await asyncio.gather(*(leaves("", text) for text in completions))
+
+    def plainly(prompt, completion):
+        if completion == "1":
+            raise error
+        return 1.0
+
+    for func in (leaves, plainly):
+        with pytest.raises(RewardError, match=f"failed on row 1: .*{type(error).__name__}: bye"):
+            run([batched(func)])
+        assert np.isnan(run([batched(func)], on_error="skip").rewards).tolist() == [
+            False,
+            True,
+            False,
+        ]
+    with pytest.raises(RewardError, match="'leaves_in_a_task' failed on the call with rows 0 to 2"):
+        run([leaves_in_a_task])
+    assert run([batched(one_async)], answer=["1"] * 3).rewards.tolist() == [0, 1, 0]  # it goes on
+
+
+# Own copies
+
+
+def test_a_function_changes_what_it_is_handed_for_itself_alone():
+    chat, notes, ids = [{"role": "user", "content": "hi"}], [["a"]] * 3, [[1], [2], [3]]
+    answers = [[{"role": "assistant", "content": text}] for text in "abc"]
+    seen = []
+
+    def spoils(prompts, completions, completion_ids, notes):
+        for prompt, completion, tokens, note in zip(
+            prompts, completions, completion_ids, notes, strict=True
+        ):
+            prompt.append(completion.pop())
+            prompt[0]["content"] = ""
+            tokens.clear()
+            note.append("b")
+            seen.append((len(prompt), len(note)))
+        completions.clear()
+        return [0.0, 0.0, 0.0]
+
+    async def also(prompt, completion, notes):
+        return spoils([prompt], [completion], [[]], [notes])[0]
+
+    def counts(prompt, completion, completion_ids, notes):
+        return 100.0 * len(prompt) + 10 * len(completion) + len(completion_ids) + len(notes)
+
+    scores = compute_rewards(
+        [spoils, batched(also), batched(counts)],
+        prompts=[chat] * 3,  # one object, as a group's are
+        completions=answers,
+        completion_ids=ids,
+        columns={"notes": notes},
+    )
+    assert scores.rewards.tolist() == [112, 112, 112]
+    assert seen == [(2, 2)] * 6
+    assert chat == [{"role": "user", "content": "hi"}]
+    assert (notes, ids) == ([["a"]] * 3, [[1], [2], [3]])
+    assert [answer[0]["content"] for answer in answers] == ["a", "b", "c"]
+
+
+def test_what_can_not_be_copied_is_handed_over_as_it_is():
+    lock = threading.Lock()
+
+    def same(door, **_):
+        return [entry is lock for entry in door]
+
+    assert run([same], door=[lock] * 3).rewards.tolist() == [1, 1, 1]
+
+
 # Failures
 
 
@@ -223,6 +375,20 @@ def test_a_wrapped_function_is_judged_by_what_is_called():
         return 1.0
 
     assert run([one]).rewards.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda prompt, completion, **columns: float(columns["answer"] == completion),
+        lambda prompt, completion, **columns: float(
+            sorted(columns) == ["answer", "completion_ids"]
+        ),
+        lambda prompts, completions, **columns: [float(len(columns) == 2)] * 3,
+    ],
+)
+def test_a_function_that_takes_any_column_gets_all(func):
+    assert run([batched(func)], answer=["0", "1", "2"]).rewards.tolist() == [1, 1, 1]
 
 
 @functools.lru_cache
@@ -291,7 +457,159 @@ def test_values_that_are_no_finite_number_raise_or_are_skipped(bad):
     assert (scores.abstained, scores.failed) == (1, 1)
 
 
+def arrays():
+    import jax.numpy as jnp
+    import torch
+
+    values = [1.0, 0.0, 0.5]
+    yield from (np.array(values), jnp.array(values), torch.tensor(values, requires_grad=True))
+    yield from (
+        np.array(values)[:, None],
+        jnp.array(values)[:, None],
+        torch.tensor(values)[:, None],
+    )
+    yield from (torch.tensor(values, dtype=torch.bfloat16), np.array(values, object), tuple(values))
+    for make in (np.array, jnp.array, torch.tensor):
+        yield [make(value) for value in values]
+        yield [make([value]) for value in values]
+    yield [True, np.bool_(False), decimal.Decimal("0.5")]
+
+
+def test_arrays_of_any_library_are_rewards():
+    for answer in arrays():
+        assert run([lambda answer=answer, **_: answer]).rewards.tolist() == [1, 0, 0.5], answer
+
+
+@pytest.mark.parametrize("answer", [np.array(1.0), {1.0}, b"a", {0: 1.0}])
+def test_what_has_no_entry_for_each_row_is_no_answer(answer):
+    with pytest.raises(RewardError, match="must return a list with one entry per completion, 1"):
+        run([lambda **_: answer], n=1)
+
+
+def test_a_reward_that_float32_can_not_hold_fails_its_row():
+    huge = gives(1e39, 1.0, -3e38)
+    with pytest.raises(RewardError, match=r"failed on row 0: it gave 1e\+39, which float32 can't"):
+        run([huge])
+    scores = run([huge], on_error="skip")
+    np.testing.assert_array_equal(scores.rewards, [NAN, 1, -3e38])
+    assert (scores.failed, scores.problem.count("row 0")) == (1, 1)
+
+
+@pytest.mark.parametrize("weights", [[2.0, 1.0], [1e308, 1e308], [1e308, -1e308]])
+def test_a_sum_that_float32_can_not_hold_fails_its_row(weights):
+    funcs = [gives(0.0, 3e38, None), gives(0.0, 3e38, 0.0)]
+    with pytest.raises(RewardError, match=r"the weighted sum of the rewards on row 1 is .*float32"):
+        run(funcs, weights)
+    scores = run(funcs, weights, on_error="skip")
+    np.testing.assert_array_equal(scores.rewards, [0, NAN, 0])
+    assert scores.failed == 1
+
+
+def test_a_time_limit_by_signal_in_another_thread_is_told_why():
+    def limited(prompt, completion):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        return 1.0
+
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RewardError, match=r"lookahead.*run_each"):
+        thread.submit(run, [batched(limited)]).result()
+
+
 # Finding functions
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+REWARD = """
+from __future__ import annotations
+from dataclasses import dataclass
+{imports}
+
+@dataclass
+class Verdict:
+    points: float = {points}
+
+def reward(completions, **_):
+    return [Verdict().points] * len(completions)
+"""
+
+
+def in_a_new_process(func):
+    """What a reward function gives for one completion in a process that has our sys.path."""
+    code = "import sys, pickle; sys.path[:] = eval(sys.argv[1])\n"
+    code += "print(pickle.loads(bytes.fromhex(sys.argv[2]))(completions=['']))"
+    arguments = [repr(sys.path), pickle.dumps(func).hex()]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return ast.literal_eval(done.stdout)
+
+
+def test_a_reward_file_is_a_module_that_other_processes_import(tmp_path):
+    files = {
+        "a/judging_here.py": 1.0,
+        "b/judging_here.py": 2.0,  # of the same name
+        "a/statistics.py": 3.0,  # called as a module of Python
+        "a/v1.2-final.py": 4.0,  # no name of a module
+    }
+    for name, points in files.items():
+        path = write(tmp_path / name, REWARD.format(imports="", points=points))
+        func = load_reward_func(f"{path}:reward")
+        assert func(completions=[""]) == in_a_new_process(func) == [points]
+        assert sys.modules[func.__module__].reward is func
+        assert sys.modules[func.__module__].__file__ == path
+        assert load_reward_func(f"{path}:Verdict")().points == points
+        assert load_reward_func(f"{path}:reward") is func  # loaded once
+    assert importlib.import_module("statistics").mean([1, 2]) == 1.5
+    assert importlib.import_module("judging_here").Verdict().points == 1
+
+
+def test_a_reward_file_that_changed_is_loaded_again(tmp_path):
+    spec = write(tmp_path / "changing_reward.py", "def f(**_):\n    return [1.0]\n") + ":f"
+    assert load_reward_func(spec)() == [1]
+    write(tmp_path / "changing_reward.py", "def f(**_):\n    return [2.0]\n")
+    assert load_reward_func(spec)() == [2]
+
+
+def test_a_reward_file_imports_its_neighbours(tmp_path):
+    write(tmp_path / "a" / "some_helper.py", "points = 5.0\n")
+    text = REWARD.format(imports="from some_helper import points", points="points")
+    func = load_reward_func(write(tmp_path / "a" / "with_helper.py", text) + ":reward")
+    assert func(completions=[""]) == in_a_new_process(func) == [5]
+    write(tmp_path / "b" / "some_helper.py", "points = 6.0\n")  # which Python can't tell apart
+    with pytest.raises(UserError, match=r"imports some_helper.py, and so does .*/a; .* rename"):
+        load_reward_func(write(tmp_path / "b" / "with_helper.py", text) + ":reward")
+
+
+# Their code
+
+
+def test_the_fingerprint_of_a_function_is_that_of_its_file(tmp_path):
+    path = tmp_path / "fingerprinted.py"
+    text = "LIMIT = {}\ndef f(prompt, completion, scale=1):\n    return LIMIT\n"
+
+    def fingerprints(limit):
+        func = load_reward_func(write(path, text.format(limit)) + ":f")
+        partial = functools.partial(func, scale=2)
+        each = run_each(f"{path}:f", deadline=1.0)
+        return [code_fingerprint(x) for x in (func, batched(func), batched(partial), each)]
+
+    first, other = fingerprints(1), fingerprints(2)
+    assert first == fingerprints(1)
+    assert first[0] == first[1]
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    scaled = functools.partial(load_reward_func(f"{path}:f"), scale=3)
+    assert code_fingerprint(scaled) not in first
+
+
+def test_what_has_no_file_is_told_apart_by_its_source_or_name():
+    namespace: Any = {"__name__": "nowhere"}
+    exec("def f(**_): return 1\ndef g(**_): return 2", namespace)
+    codes = [code_fingerprint(x) for x in (namespace["f"], namespace["g"], len, letter_share)]
+    assert len(set(codes)) == 4
 
 
 def test_functions_load_from_modules_and_files(tmp_path):
@@ -421,6 +739,20 @@ def test_a_call_that_dies_or_raises_fails_alone_and_the_process_is_kept_or_repla
     assert all(isinstance(x, RewardError) for x in (raised, unpicklable, died))
     with pytest.raises(ProcessLookupError):
         os.kill(third, 0)  # close() left nothing running
+
+
+def test_arguments_that_can_not_be_sent_fail_their_row_and_leave_no_process(tricks):
+    pool = WorkerPool(tricks, deadline=60.0, workers=1)
+    try:
+        first, unsent, again = pool.map([("p", "pid"), ("p", lambda: 0), ("p", "pid")])
+        with pytest.raises(RewardError, match=r"arguments can't be sent to a process: .*pickle"):
+            raise unsent
+        assert first == again
+        assert isinstance(pool.map([("p", threading.Lock())])[0], RewardError)
+    finally:
+        pool.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
 
 
 def test_a_function_that_cannot_be_imported_raises_at_once(tmp_path):

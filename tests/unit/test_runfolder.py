@@ -7,7 +7,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim, load_config, open_run, override
 from gvpo_jax.errors import UserError
-from gvpo_jax.rundir.claim import RunConfig
+from gvpo_jax.rundir.claim import RunConfig, clear
 from gvpo_jax.trainer import Trainer
 
 
@@ -143,3 +143,31 @@ def test_python_too_keeps_compiled_programs(config, tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
+
+
+def test_overwriting_takes_a_run_with_other_settings_once(config):
+    folder = claim(config)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    other = override(config, loss__beta=0.2)
+    refused(other, "or start over with run.overwrite=true")
+    assert claim(override(other, run__overwrite=True)) == folder
+    assert open_run(folder) == other  # who goes on with it does not start over
+
+
+def test_overwriting_refuses_a_folder_of_something_else(config, tmp_path):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "notes.txt").write_text("mine")
+    refused(override(config, run__overwrite=True), "not a run folder")
+
+
+def test_clearing_removes_what_a_run_writes_and_nothing_else(tmp_path):
+    ours = ["checkpoints/4/params/x", "completions/step_000001.jsonl", "eval/after.jsonl"]
+    ours += ["metrics.jsonl", "summary.json", "report.html", "config.yaml", "weights/v1/x"]
+    theirs = ["notes.txt", "export/model.safetensors", "data/rows.jsonl"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    clear(tmp_path)
+    left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(theirs)
+    clear(tmp_path)  # there is nothing to remove
