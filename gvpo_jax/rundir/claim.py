@@ -18,10 +18,10 @@ from gvpo_jax.settings import setting
 
 SETTINGS = "config.yaml"
 _LOCK = ".lock"
-# What `clear` removes; the settings last, for without them the folder is no run's.
+# What `clear` removes; not the settings, without which the folder would be no run's.
 _WRITTEN = (
     *("checkpoints", "completions", "eval", "tensorboard", "weights"),
-    *("metrics.jsonl", "summary.json", "report.html", SETTINGS),
+    *("metrics.jsonl", "summary.json", "report.html"),
 )
 
 

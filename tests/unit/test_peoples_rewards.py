@@ -87,7 +87,7 @@ def test_columns_of_held_out_rows_are_checked_too(tmp_path):
 def test_a_column_that_only_some_rows_have_is_none_elsewhere(tmp_path):
     seen = []
 
-    def spy(prompts, completions, level):
+    def spy(prompts, level, **_):
         seen.extend(level)
         return [float(i) for i in range(len(prompts))]
 

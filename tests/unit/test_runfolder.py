@@ -162,8 +162,8 @@ def test_overwriting_refuses_a_folder_of_something_else(config, tmp_path):
 
 def test_clearing_removes_what_a_run_writes_and_nothing_else(tmp_path):
     ours = ["checkpoints/4/params/x", "completions/step_000001.jsonl", "eval/after.jsonl"]
-    ours += ["metrics.jsonl", "summary.json", "report.html", "config.yaml", "weights/v1/x"]
-    theirs = ["notes.txt", "export/model.safetensors", "data/rows.jsonl"]
+    ours += ["metrics.jsonl", "summary.json", "report.html", "weights/v1/x"]
+    theirs = ["config.yaml", "notes.txt", "export/model.safetensors", "data/rows.jsonl"]
     for name in ours + theirs:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
