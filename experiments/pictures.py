@@ -16,9 +16,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.report.curves import held_out_curve, running_mean, series, window_of
+from gvpo_jax.report.curves import (
+    held_out_curve,
+    held_out_scale,
+    running_mean,
+    series,
+    window_of,
+)
 from gvpo_jax.report.intervals import Interval
-from gvpo_jax.rundir.files import check_run, read_evaluations, read_metrics, read_summary
+from gvpo_jax.report.scores import ACCURACY, REWARD, Scale
+from gvpo_jax.rundir.files import (
+    Evaluation,
+    check_run,
+    read_evaluations,
+    read_metrics,
+    read_summary,
+)
 
 GREEN, ORANGE, GREY = "#14998c", "#d9722b", "#868d96"
 COLORS = [GREEN, ORANGE, "#7a6fd0", "#c2509b", "#4f8fd6", "#8aa336"]
@@ -83,8 +96,10 @@ def curves(run_dirs: Sequence[Path]) -> Figure:
     first.set(title="Training reward", xlabel="step")
     for panel in second:
         _draw_held_out(panel, held_out)
-        panel.set(title="Held-out accuracy", xlabel="step", xlim=first.get_xlim())
-        if all(0 <= value <= 1 for run in held_out for value, _ in run.values()):
+        accuracy = all(_scale(run_dir) is ACCURACY for run_dir in rewards)
+        title = ACCURACY.title if accuracy else REWARD.title
+        panel.set(title=title, xlabel="step", xlim=first.get_xlim())
+        if accuracy:
             panel.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
@@ -98,9 +113,17 @@ def _rewards(run_dir: Path) -> Curve:
 
 
 def _held_out(run_dir: Path) -> HeldOut:
+    return held_out_curve(*_evaluations(run_dir))
+
+
+def _scale(run_dir: Path) -> Scale:
+    return held_out_scale(*_evaluations(run_dir))
+
+
+def _evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], list[Evaluation]]:
     rows = read_metrics(run_dir)
     end = read_summary(run_dir).get("steps", rows[-1]["step"])
-    return held_out_curve(rows, read_evaluations(run_dir, end))
+    return rows, read_evaluations(run_dir, end)
 
 
 def _draw_rewards(panel: Axes, runs: Sequence[Curve]) -> None:

@@ -1,6 +1,7 @@
 """The command `gvpo-jax`: train, eval, report, export, compile."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status is 0, 1 if `compile` finds what does not fit, 2 for the user's mistakes, 130 if
     interrupted, 143 if ended by SIGTERM, saved where it was training.
     """
+    for stream in (sys.stdout, sys.stderr):  # what they can't show must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
     try:
         arguments = _parse(argv)
         if arguments.command is None:
@@ -35,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = commands.train(config)
             if is_first():
                 print(json.dumps(summary, indent=2))
-                print(f"report: {Path(config.run.dir) / 'report.html'}")
+                report = Path(config.run.dir) / "report.html"
+                if report.is_file():
+                    print(f"report: {report}")
             return 0
     except UserError as error:
         print(f"gvpo-jax: error: {error}", file=sys.stderr)
@@ -104,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(
         commands,
         "eval",
-        "accuracy on the held-out rows",
+        "accuracy or reward on the held-out rows",
         "Sample answers to the held-out rows, judge them, and print the metrics as JSON.",
         "gvpo-jax eval runs/beta02",
     )

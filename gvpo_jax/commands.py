@@ -54,7 +54,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
-    """Held-out accuracy of the model that a config starts from, or of its run's last checkpoint.
+    """Held-out scores of the model that a config starts from, or of its run's last checkpoint.
 
     checkpoint: the latter, whose answers are kept as eval/latest.jsonl.
     """

@@ -153,6 +153,7 @@ def claim(config: Config) -> Path:
     run = dataclasses.replace(config.run, overwrite=False)  # but once
     kept = dataclasses.replace(config, run=run, train=train, distributed=DistributedConfig())
     with usable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / SETTINGS, to_yaml(kept))
     return folder
 
@@ -168,6 +169,8 @@ def check_claim(config: Config) -> Path:
             check_not_foreign(folder)
             return folder
         old = load_config(folder / SETTINGS)
+        if (old.eval.success_reward, config.eval.success_reward) == (1.0, None):  # defaults, then
+            old = override(old, eval__success_reward=None)  # and now
         train = config.train if config.train.epochs else config.train.settled(0, 1)
         keys = difference(old, dataclasses.replace(config, train=train))
         dates = old.data.template_date, config.data.template_date

@@ -5,9 +5,12 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from gvpo_jax.collect.collector import Judge
 from gvpo_jax.collect.early_signs import FIRST, early_signs
@@ -17,13 +20,15 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.rows import EncodedPrompts
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import from_first_host, is_first
+from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch
 from gvpo_jax.report import write_report
 from gvpo_jax.rollout import Engine
-from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable, write_evaluation
+from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
 from gvpo_jax.rundir.files import read_summary, write_text
+from gvpo_jax.rundir.formats import left_out_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
+from gvpo_jax.rundir.writers import Progress
 from gvpo_jax.training.checkpoint import Checkpoints, sweep
 from gvpo_jax.training.policy import Policy
 
@@ -43,7 +48,7 @@ class Loop:
     held_out: EncodedPrompts | None  # those rows, if there are any
     data_fingerprint: str  # tells training rows, held-out rows and reward functions from others
     reward_code: Mapping[str, str]  # and by their names, those functions' code
-    notes: Sequence[str]  # lines to show at the start
+    left_out: Mapping[str, int]  # rows that are not used, and why
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `RunLog`
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
@@ -70,43 +75,80 @@ class Loop:
             stack.enter_context(checkpoints)
             counters = self._resume(checkpoints)
             from_first_host(lambda: self._claim(counters))
-            per_round = c.train.steps_per_generation * c.train.num_iterations
-            log = RunLog(run_dir, counters, c.log, total, per_round, self.history)
-            with log, _saying_what_is_left(log, checkpoints):
-                if counters.step >= total and (summary := read_summary(run_dir)):
-                    log.note(f"{run_dir} has done its {counters.step} steps already: nothing to do")
-                    return summary
-                for note in self._opening(counters):
-                    log.note(note)
-                if counters.step == 0:
-                    self.early = []
-                    counters.accuracy_before = self._evaluate(log, "before")
-                end, told = min(total, c.train.stop_at or total), 0
-                while counters.step < end and not (told := told_to_end()):
-                    last = counters.step - self.done
-                    self._round(log, told_to_end)
-                    if self.round:
-                        continue  # told to end before the round's last update
-                    if crossed(last, counters.step, c.eval.every) and counters.step < total:
-                        self._evaluate(log, f"step_{counters.step:06d}")
-                    if crossed(last, counters.step, c.checkpoint.every):
-                        self._save(log, checkpoints)
-                if counters.step:
-                    self._save(log, checkpoints)
-                if told:
-                    log.note(_why_it_ended(told, counters.step, c.run.overwrite))
-                elif counters.step >= total and counters.accuracy_after is None:
-                    counters.accuracy_after = self._evaluate(log, "after")
-        summary = counters.summary(self.model_name)
-        if is_first():
-            if counters.step >= total:
-                write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-            write_report(run_dir)
+            summary, evaluated = from_first_host(
+                lambda: (read_summary(run_dir), self._is_evaluated(counters.step))
+            )
+            if counters.step >= total and summary.get("steps") == counters.step:
+                if is_first():
+                    done = f"{run_dir} has done its {counters.step} steps already: nothing to do"
+                    Progress(total, counters.step).note(done)
+                return summary
+            log = stack.enter_context(raise_together(lambda: self._open_log(counters, evaluated)))
+            stack.enter_context(_saying_what_is_left(log, checkpoints))
+            save = partial(self._save, log, checkpoints)
+            for note in self._opening(counters):
+                log.note(note)
+            if counters.step == 0:
+                self.early = []
+                self._evaluate(log, "before")
+            elif self._evaluation_is_due(counters.step) and not evaluated:
+                self._evaluate(log, _at(counters.step))
+            end, told = min(total, c.train.stop_at or total), 0
+            while counters.step < end and not (told := told_to_end()):
+                last = counters.step - self.done
+                self._round(log, told_to_end, save)
+                if self.round:
+                    continue  # told to end, or done, before the round's last update
+                if crossed(last, counters.step, c.checkpoint.every):
+                    save()
+                if self._evaluation_is_due(counters.step):
+                    with _kept(save, counters):
+                        self._evaluate(log, _at(counters.step))
+            if counters.step:
+                save()
+                checkpoints.wait()  # nothing that fails below costs what was trained
+            if told:
+                log.note(_why_it_ended(told, counters.step, c.run.overwrite))
+            elif counters.step >= total:
+                self._evaluate(log, "after")
+            summary = self._end(log)
         if told == signal.SIGINT:
             raise Interrupted(_why_it_ended(told, counters.step, c.run.overwrite))
         if told:
             raise Preempted
         return summary
+
+    def _open_log(self, counters: Counters, evaluated: bool) -> RunLog:
+        c = self.config
+        per_round = c.train.steps_per_generation * c.train.num_iterations
+        run_dir, steps = Path(c.run.dir), c.train.updates
+        log = c.log, steps, per_round, self.history
+        return RunLog(run_dir, counters, *log, evaluated=evaluated)
+
+    def _end(self, log: RunLog) -> dict[str, Any]:
+        """Write the summary of a run that is done, and a report; returns the summary."""
+        log.flush()
+        if left_out := left_out_text(log.counters.left_out):
+            log.note(f"left out: {left_out}")
+        run_dir, summary = Path(self.config.run.dir), log.counters.summary(self.model_name)
+        if is_first():
+            text = json.dumps(summary, indent=2) + "\n"
+            if log.counters.step >= self.config.train.updates:
+                log.attempt(lambda: write_text(run_dir / "summary.json", text))
+            log.attempt(lambda: write_report(run_dir))
+        return summary
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        """Whether held-out rows are answered after this update, beside before and after the run."""
+        c = self.config
+        last = step - c.train.steps_per_generation * c.train.num_iterations
+        between = self.round is None and 0 < step < c.train.updates
+        return between and crossed(last, step, c.eval.every)
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether the answers of that evaluation are there."""
+        file = Path(self.config.run.dir) / "eval" / f"{_at(step)}.jsonl"
+        return self._evaluation_is_due(step) and file.is_file()
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Hold the folder against other runs, for all processes of this one."""
@@ -121,28 +163,33 @@ class Loop:
             check_not_lost(Path(self.config.run.dir), self.config.checkpoint.every)
         claim(self.config)
 
-    def _round(self, log: RunLog, told_to_end: Callable[[], int]) -> None:
+    def _round(self, log: RunLog, told_to_end: Callable[[], int], save: Callable[[], None]) -> None:
         """One rollout, or as many given groups, and the updates on them, as long as it may."""
         c, counters = self.config, log.counters
         if self.round is None:
             self.policy.refresh_reference_if_due()
-            self.round, self.done = self.feed.round(counters.rollouts), 0
+            with _kept(save, counters):
+                self.round, self.done = self.feed.round(counters.rollouts), 0
             counters.rollouts += 1
+        queue = self.round * c.train.num_iterations
+        last = counters.step - self.done + len(self.round) - len(queue)
         for step, batch in enumerate(self.round, start=counters.step - self.done + 1):
-            if batch.records and step > counters.step:
-                log.completions(step, batch.records)
+            if batch.records and counters.step < step <= c.train.updates:
+                log.completions(step, batch.records, last=last)
             if step > counters.step:
                 self._look_at_early(log, batch)
             if math.isnan(batch.metrics["reward"]):
                 log.note(f"step {step}: no completion has a reward, there is nothing to learn from")
-        queue = self.round * c.train.num_iterations
-        last = min(len(queue), self.done + c.train.updates - counters.step)
-        while self.done < last and not (self.done and told_to_end()):
+            last = step
+        end = min(len(queue), self.done + c.train.updates - counters.step)
+        while self.done < end and not (self.done and told_to_end()):
             batch = queue[self.done]
+            if self.done < len(self.round):
+                counters.count(batch.metrics)
             log.step(self.policy.update(batch.batch, batch.plan), batch.metrics)
             self.starting.close()
             self.done += 1
-        if self.done == last:
+        if self.done == len(queue):  # else a longer run goes on with it
             self.round, self.done = None, 0
 
     def _look_at_early(self, log: RunLog, batch: TrainBatch) -> None:
@@ -159,10 +206,10 @@ class Loop:
                 log.note(f"warning: {line}")
             self.early = None
 
-    def _evaluate(self, log: RunLog, name: str) -> float | None:
-        """Accuracy on the held-out rows, written down; None where there are none."""
+    def _evaluate(self, log: RunLog, name: str) -> None:
+        """Judge the policy by the held-out rows, if there are any, and write it down."""
         if self.held_out is None:
-            return None
+            return
         metrics, records = evaluate(
             self.held_out,
             self.engine,
@@ -171,10 +218,7 @@ class Loop:
             self.config.eval,
             max_completion_length=self.config.rollout.max_completion_length,
         )
-        if is_first():
-            write_evaluation(Path(self.config.run.dir), name, records)
-        log.evaluation(name, metrics)
-        return metrics["eval/accuracy"]
+        log.evaluation(name, metrics, records)
 
     def _save(self, log: RunLog, checkpoints: Checkpoints) -> None:
         samples = self.feed.state()  # waits for rounds drawn ahead
@@ -189,7 +233,7 @@ class Loop:
         """Let policy and feed take over the last whole checkpoint; all at 0 where there is none."""
         restored = self.policy.load(checkpoints)
         if restored is None:
-            return Counters()
+            return self._with_left_out(Counters())
         if restored.extra["data_fingerprint"] != self.data_fingerprint:
             raise UserError(
                 "training rows, held-out rows or reward functions are not those of this run; "
@@ -206,7 +250,11 @@ class Loop:
         self.feed.load(restored.samples)
         if found := unpack_round(restored.samples, self.policy.plan):
             self.round, self.done = found
-        return Counters(**restored.extra["counters"])
+        return self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
+
+    def _with_left_out(self, counters: Counters) -> Counters:
+        counters.left_out = {**self.left_out, **counters.left_out}
+        return counters
 
     def _opening(self, counters: Counters) -> list[str]:
         start = f"going on from step {counters.step}" if counters.step else "starting"
@@ -216,7 +264,8 @@ class Loop:
                 "top_k, top_p and min_p keep some tokens from ever being sampled: GVPO's optimum "
                 "is then not reached, because the samples do not cover the reference"
             )
-        return [*lines, *self.notes]
+        left_out = left_out_text(self.left_out)
+        return [*lines, f"left out: {left_out}"] if left_out else lines
 
 
 def _why_it_ended(told: int, step: int, overwrite: bool) -> str:
@@ -237,3 +286,18 @@ def _saying_what_is_left(log: RunLog, checkpoints: Checkpoints) -> Iterator[None
         text += f"goes on from the checkpoint of step {max(steps)}" if steps else "starts over"
         log.note(text)
         raise Interrupted(text) from None
+
+
+@contextlib.contextmanager
+def _kept(save: Callable[[], None], counters: Counters) -> Iterator[None]:
+    """What fails inside, such as a reward function, does not cost the updates before it."""
+    try:
+        yield
+    except Exception:
+        if counters.step and jax.process_count() == 1:  # others may not know of the failure
+            save()
+        raise
+
+
+def _at(step: int) -> str:
+    return f"step_{step:06d}"

@@ -197,7 +197,7 @@ class Trainer:
             eval_dataset: held-out rows.
 
         Returns:
-            What summary.json holds; before the run's end without `eval/accuracy_after`.
+            What summary.json holds; before the run's end without the evaluation after it.
 
         Raises:
             UserError: the run folder belongs to another config; and what data and reward functions
@@ -226,7 +226,8 @@ class Trainer:
             shuffle=c.data.shuffle,
         )
         feed = OnlineFeed(self.policy, collector, c.train, c.replay)
-        return self._loop(c, feed, judge, prompts, eval_dataset, {"demonstrations": lost}).run()
+        bad = {"demonstrations": lost} if c.rollout.demonstrations else {}
+        return self._loop(c, feed, judge, prompts, eval_dataset, bad).run()
 
     def train_offline(
         self, dataset: Dataset, *, reward_funcs: RewardFuncs = (), eval_dataset: Dataset = ()
@@ -257,7 +258,10 @@ class Trainer:
             shuffle=c.data.shuffle,
             ahead=c.reference.name == "initial",
         )
-        bad = {"completions": offline.skipped_completions, "groups": offline.skipped_groups}
+        bad = {
+            "given_completions": offline.skipped_completions,
+            "given_groups": offline.skipped_groups,
+        }
         return self._loop(c, feed, self._judge(reward_funcs), prompts, eval_dataset, bad).run()
 
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
@@ -278,7 +282,7 @@ class Trainer:
     def evaluate(
         self, dataset: Dataset, reward_funcs: RewardFuncs
     ) -> tuple[dict[str, float], list[Row]]:
-        """The policy's accuracy on held-out rows, and every sampled completion with its reward.
+        """The policy's scores on held-out rows, and every sampled completion with its reward.
 
         The same rows get the same random keys every time: two evaluations differ by the policy
         alone.
@@ -397,11 +401,10 @@ class Trainer:
         code = zip(function_names(judge.reward_funcs), judge.reward_funcs, strict=True)
         code = {name: code_fingerprint(func) for name, func in code}
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
-        counts = {"prompts skipped: over data.max_prompt_length tokens": prompts.skipped}
-        counts |= {f"{what} skipped: data.bad_samples=skip": count for what, count in bad.items()}
-        notes = [f"{count} {what}" for what, count in counts.items() if count]
+        left_out = {"training_rows": prompts.skipped, **bad}
+        left_out |= {"held_out_rows": held_out.skipped} if held_out else {}
         who = config, self.model.name, self.policy, self.engine
-        return Loop(*who, feed, judge, held_out, fingerprint, code, notes, self.history)
+        return Loop(*who, feed, judge, held_out, fingerprint, code, left_out, self.history)
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)

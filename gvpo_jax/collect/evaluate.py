@@ -1,15 +1,15 @@
-"""Accuracy on held-out prompts: sample, judge, count."""
+"""Accuracy or mean reward on held-out prompts: sample, judge, count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gvpo_jax.collect.collector import Judge, sample_records
 from gvpo_jax.data.rows import EncodedPrompts, Row
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_items
+from gvpo_jax.report.intervals import mean_interval
+from gvpo_jax.report.scores import task_names
 from gvpo_jax.rollout import Engine, SamplingParams
 from gvpo_jax.settings import setting
 
@@ -24,7 +24,11 @@ class EvalConfig:
     num_generations: int = setting(4, "Completions per held-out prompt.", least=1)
     temperature: float = setting(1.0, "Of sampling; 0 takes the likeliest token.", least=0)
     batch_size: int = setting(16, "Prompts sampled at a time.", least=1, free=True)
-    success_reward: float = setting(1.0, "A completion with at least this reward counts as right.")
+    success_reward: float | None = setting(
+        None,
+        "A completion with at least this reward counts as right; null: 1 where all rewards are 0 "
+        "or 1, and else the mean reward is given in place of accuracy.",
+    )
 
 
 def evaluate(
@@ -38,12 +42,15 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Row]]:
     """Accuracy and mean reward on held-out prompts, with the same random keys every time.
 
-    A completion is right when its reward reaches `success_reward`. One without a reward is wrong,
-    is counted in `eval/unscored`, and does not enter the mean reward.
+    A completion is right when its reward reaches `success_reward`. Without that setting, 1 is right
+    where all rewards are 0 or 1, and there is no accuracy where they are not. A completion without
+    a reward is wrong, is counted in `eval/unscored`, and does not enter the mean reward.
 
     Returns:
-        Metrics `eval/accuracy`, `eval/reward`, `eval/unscored`, `eval/accuracy/TASK` by the column
-        `task`, and one record per completion.
+        Metrics, and one record per completion. The metrics are `eval/reward`, the mean over prompts
+        of their mean rewards, and `eval/unscored`; where there is accuracy, `eval/accuracy`. With
+        `_low` and `_high` behind their names accuracy and reward have 95% intervals over prompts,
+        if there are two prompts or more; with `/TASK`, they are those of a task, see `task_names`.
 
     Raises:
         UserError: no completion got a reward, or a reward function failed.
@@ -68,23 +75,41 @@ def evaluate(
         *drawn, rewards, by_func = gather(given)
         texts, rows = judge.texts(*drawn), held_out.rows[start : start + size]
         records += sample_records(rows, texts, rewards, by_func, start)
-    for r in records:
-        r["correct"] = r["reward"] is not None and r["reward"] >= options.success_reward
-    return _summary(records), records
-
-
-def _summary(records: Sequence[Row]) -> dict[str, float]:
     given = [r["reward"] for r in records if r["reward"] is not None]
     if not given:
         raise UserError("no held-out completion got a reward; look at the reward functions")
-    metrics = {
-        "eval/accuracy": float(np.mean([r["correct"] for r in records])),
-        "eval/reward": float(np.mean(given)),
-        "eval/unscored": float(len(records) - len(given)),
-    }
-    tasks = sorted({r["task"] for r in records if "task" in r})
-    if len(tasks) > 1:
-        for task in tasks:
-            right = [r["correct"] for r in records if r.get("task") == task]
-            metrics[f"eval/accuracy/{task}"] = float(np.mean(right))
+    least = options.success_reward
+    if least is None and set(given) <= {0, 1}:
+        least = 1
+    for r in records:
+        r.pop("correct", None)  # a column of that name would be taken for ours
+        if least is not None:
+            r["correct"] = r["reward"] is not None and r["reward"] >= least
+    return _summary(records) | {"eval/unscored": float(len(records) - len(given))}, records
+
+
+def _summary(records: Sequence[Row]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    main, *more = ("correct", "reward") if "correct" in records[0] else ("reward",)
+    for column in (main, *more):
+        name = _NAMES[column]
+        interval = mean_interval(_by_prompt(records, column))
+        metrics[name] = interval.mean
+        if interval.known:
+            metrics |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    for task in task_names(records):
+        if scores := _by_prompt([r for r in records if r.get("task") == task], main):
+            metrics[f"{_NAMES[main]}/{task}"] = mean_interval(scores).mean
     return metrics
+
+
+_NAMES = {"correct": "eval/accuracy", "reward": "eval/reward"}
+
+
+def _by_prompt(records: Sequence[Row], column: str) -> list[list[float]]:
+    """A column's values, those of a prompt together, without prompts that have none."""
+    scores: dict[int, list[float]] = {}
+    for r in records:
+        if r[column] is not None:
+            scores.setdefault(r["group"], []).append(float(r[column]))
+    return list(scores.values())

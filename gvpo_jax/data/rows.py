@@ -313,12 +313,10 @@ def completion_ids(
         vocab_size: the embedding's rows, which token ids must be below.
 
     Raises:
-        UserError: a token id is not, or the text holds half a character.
+        UserError: a token id is not, or as `check_text` does.
     """
-    try:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except (TypeError, UnicodeEncodeError):
-        raise UserError(f"{text[-80:]!a} holds half a character (a lone surrogate)") from None
+    check_text(text)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if problem := _id_problem(ids, tokenizer, vocab_size):
         raise UserError(problem)
     end: Any = tokenizer.eos_token_id  # a model may name several; this one ends its texts
@@ -326,6 +324,17 @@ def completion_ids(
     if first and not str(tokenizer.decode(ids[first:], skip_special_tokens=True)).strip():
         return ids[:first]  # a line break after an end mark comes from a chat template
     return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
+
+
+def check_text(text: str) -> None:
+    """Raise UserError where a text holds half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"the text holds {half}, half of a character such as a cut emoji; mend or remove it"
+        ) from None
 
 
 def _id_problem(
@@ -414,6 +423,10 @@ def _encode(
     plain = messages is None
     text = row["prompt"] if plain else _templated(place, messages, tokenizer, options, day)
     text += row.get("answer_prefix") or ""
+    try:
+        check_text(text)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
     if plain:
         ids = _special_once(text, ids, tokenizer)

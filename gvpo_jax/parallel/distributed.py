@@ -187,7 +187,7 @@ def raise_together(work: Callable[[], Any]) -> Any:
         message = str(error)
     except Exception as error:  # a bug, or no memory: the others must not wait for this process
         message, own = f"{type(error).__name__}: {error}", error
-    text = np.frombuffer(message.encode()[:512].ljust(512, b"\0"), np.uint8)
+    text = np.frombuffer(message.encode(errors="replace")[:512].ljust(512, b"\0"), np.uint8)
     for process, row in enumerate(gather(text[None])):
         if row.any():
             if own is not None:

@@ -7,7 +7,17 @@ from typing import Any, Literal
 
 from gvpo_jax.report.charts import Chart, Line, chart
 from gvpo_jax.report.intervals import Interval, mean_interval
-from gvpo_jax.report.scores import Rows, Show, finite, scale_of, scores_by_question, span
+from gvpo_jax.report.scores import (
+    ACCURACY,
+    REWARD,
+    Rows,
+    Scale,
+    Show,
+    finite,
+    scale_of,
+    scores_by_question,
+    span,
+)
 from gvpo_jax.rundir.files import Evaluation
 from gvpo_jax.rundir.formats import compact, duration, percent, percent_tick
 
@@ -41,8 +51,13 @@ class Figure:
 
 # Drawn only where they ever happened.
 _QUIET = ("rewards/failed", "rewards/abstained", "skipped_groups", "source/policy/staleness")
+_HELD_OUT = {
+    f"eval/{kind}{end}" for kind in ("accuracy", "reward") for end in ("", "_low", "_high")
+}
 _SHARE: Mapping[str, Any] = {"show": percent, "tick": percent_tick, "include": (0.0,)}
-REWARD = Metric("reward", "Training reward", "Mean reward of the completions sampled at each step.")
+TRAINING_REWARD = Metric(
+    "reward", "Training reward", "Mean reward of the completions sampled at each step."
+)
 METRICS = (
     Metric(
         "gvpo_mse",
@@ -96,7 +111,7 @@ METRICS = (
 
 def main_figures(rows: Rows, evaluations: Sequence[Evaluation]) -> list[Figure]:
     """Training reward and held-out score, as far as there are any."""
-    return [*_figures(rows, [REWARD], _LARGE), *_held_out_figure(rows, evaluations)]
+    return [*_figures(rows, [TRAINING_REWARD], _LARGE), *_held_out_figure(rows, evaluations)]
 
 
 def metric_figures(rows: Rows) -> list[Figure]:
@@ -107,9 +122,9 @@ def metric_figures(rows: Rows) -> list[Figure]:
 
 def other_figures(rows: Rows) -> list[Figure]:
     """Whatever else the rows have numbers of."""
-    known = {metric.name for metric in METRICS} | {"step", "reward", "num_tokens", "eval/accuracy"}
+    known = {metric.name for metric in METRICS} | {"step", "reward", "num_tokens", *_HELD_OUT}
     names = dict.fromkeys(name for row in rows for name, v in row.items() if is_number(v))
-    others = [name for name in names if name not in known]
+    others = [name for name in names if name not in known and not name.startswith("left_out/")]
     functions = [name for name in others if name.startswith("rewards/")]
     if len(functions) == 1:  # it is the reward itself
         others.remove(functions[0])
@@ -155,16 +170,25 @@ def window_of(count: int) -> int:
     return count // 10 // 2 * 2 + 1 if count >= 30 else 3 if count >= 12 else 1
 
 
+def held_out_scale(rows: Rows, evaluations: Sequence[Evaluation]) -> Scale:
+    """Accuracy where all evaluations have it."""
+    logged = [row for row in rows if "eval/accuracy" in row or "eval/reward" in row]
+    accuracy = all("eval/accuracy" in row for row in logged)
+    return scale_of(evaluations) if accuracy else REWARD
+
+
 def held_out_curve(
     rows: Rows, evaluations: Sequence[Evaluation]
 ) -> dict[int, tuple[float, Interval | None]]:
     """Held-out score by step, with its interval where the answers themselves are there."""
     curve: dict[int, tuple[float, Interval | None]] = {}
+    scale = held_out_scale(rows, evaluations)
     for row in rows:
-        if (value := finite(row.get("eval/accuracy"))) is not None:
+        name = "eval/accuracy" if scale is ACCURACY else "eval/reward"
+        if (value := finite(row.get(name))) is not None:
             curve[row["step"]] = (value, None)
     for evaluation in evaluations:
-        if scores := scores_by_question(evaluation.rows):
+        if scores := scores_by_question(evaluation.rows, scale):
             interval = mean_interval(scores.values())
             curve[evaluation.step] = (interval.mean, interval)
     return dict(sorted(curve.items()))
@@ -189,8 +213,9 @@ def _figures(
         label += f", from {shown[0]} to {shown[-1]}" if shown else ""
         lines = _smoothed(line) if metric.kind == "noisy" else [line]
         picture = chart(Chart(lines, label, "train", metric.tick, metric.include, size=size))
-        missing = sum(1 for row in rows if metric.name in row and not is_number(row[metric.name]))
-        warning = f"Not finite at {missing} of {len(line.xs)} points." if missing else ""
+        values = [finite(row[metric.name]) for row in rows if metric.name in row]
+        missing = values.count(None)  # of all steps: the line may join some of them to a point
+        warning = f"Not finite at {missing} of {len(values)} points." if missing else ""
         last = shown[-1] if shown else ""
         figures.append(Figure(metric.title, last, metric.note, picture, warning))
     return figures
@@ -201,7 +226,7 @@ def _held_out_figure(rows: Rows, evaluations: Sequence[Evaluation]) -> list[Figu
     if not curve:
         return []
     values, intervals = zip(*curve.values(), strict=True)
-    scale = scale_of(values)
+    scale = held_out_scale(rows, evaluations)
     shown = [scale.show(value) for value in values]
     titles = [
         f"step {step}: {value}" + (f" {span(interval, scale.show)}" if interval else "")

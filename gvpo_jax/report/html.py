@@ -25,7 +25,7 @@ from gvpo_jax.rundir.files import (
     to_json,
     write_text,
 )
-from gvpo_jax.rundir.formats import compact, duration
+from gvpo_jax.rundir.formats import compact, duration, left_out_text
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -33,7 +33,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def write_report(run_dir: Path | str) -> Path:
     """Write `report.html` into a run's folder, finished or not, and give its path.
 
-    Raises UserError where the folder holds no run.
+    Raises UserError where the folder holds no run, or the file can't be written.
     """
     run_dir = Path(run_dir)
     check_run(run_dir)
@@ -67,6 +67,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "state": "finished" if finished else f"step {last}" + (f" of {total}" if total else ""),
         "model": str(model.get("name", "") if isinstance(model, dict) else model),
         "tiles": [*scores, *_tiles(rows, summary, last, total)],
+        "left_out": _left_out(rows, summary),
         "scores": compared and task_ranges(compared),
         "large": main_figures(rows, evaluations),
         "small": metric_figures(rows),
@@ -75,6 +76,13 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "groups": latest_groups(*read_latest_completions(run_dir)),
         "settings": _tables(settings, summary),
     }
+
+
+def _left_out(rows: Rows, summary: Mapping[str, Any]) -> str:
+    """What was left out so far, in words; empty where nobody counted it."""
+    counts = {k: v for row in [*rows, summary] for k, v in row.items() if k[:9] == "left_out/"}
+    text = left_out_text({name[9:]: count for name, count in counts.items() if is_number(count)})
+    return text or ("nothing" if counts else "")
 
 
 def _tiles(rows: Rows, summary: Mapping[str, Any], last: int, total: int | None) -> list[Tile]:

@@ -67,8 +67,9 @@ class Scale:
     tick: Show
 
 
-_ACCURACY = Scale("Held-out accuracy", percent, percent_tick)
-_REWARD = Scale("Held-out reward", compact, compact)
+ACCURACY = Scale("Held-out accuracy", percent, percent_tick)
+REWARD = Scale("Held-out reward", compact, compact)
+_MOST_TASKS = 64
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,43 @@ class Comparison:
     scale: Scale
 
 
-def scale_of(scores: Iterable[float]) -> Scale:
-    """Accuracy where every score lies in [0, 1]."""
-    return _ACCURACY if all(0 <= score <= 1 for score in scores) else _REWARD
+def scale_of(evaluations: Iterable[Evaluation]) -> Scale:
+    """Accuracy where all answers are told to be right or wrong, or all rewards are 0 or 1."""
+    return (
+        ACCURACY if all(_tell_accuracy(evaluation.rows) for evaluation in evaluations) else REWARD
+    )
 
 
-def scores_by_question(rows: Rows) -> Scores:
-    """Scores of answers by question: `correct` as 1 or 0 where rows tell it, else their reward.
+def _tell_accuracy(rows: Rows) -> bool:
+    told = all(isinstance(row.get("correct"), bool) for row in rows)
+    return told or {finite(row.get("reward")) for row in rows} <= {0, 1, None}
 
-    Answers with neither are left out.
+
+def scores_by_question(rows: Rows, scale: Scale) -> Scores:
+    """Scores of answers by question; answers without one are left out.
+
+    Of accuracy it is `correct` as 1 or 0 where rows tell it, else their reward.
     """
     scores: Scores = {}
     for row in rows:
-        if (score := finite(row.get("correct", row.get("reward")))) is not None:
+        told = scale is ACCURACY and isinstance(row.get("correct"), bool)
+        if (score := finite(row["correct"] if told else row.get("reward"))) is not None:
             scores.setdefault(question_key(row), []).append(score)
     return scores
+
+
+def task_names(rows: Rows) -> list[str]:
+    """The tasks that rows name in their column `task`, if it is such a column.
+
+    That is where there are several tasks, but not one for each prompt, and every one is a short
+    text; a row may lack one. Else there are none.
+    """
+    tasks = {to_json(column(row, "task")): column(row, "task") for row in rows}
+    given = [task for task in tasks.values() if task is not None]
+    if not all(isinstance(task, str) and task.isprintable() and len(task) <= 64 for task in given):
+        return []
+    prompts = len({question_key(row) for row in rows})
+    return sorted(given) if 1 < len(given) <= min(_MOST_TASKS, prompts / 2) else []
 
 
 def question_key(row: Mapping[str, Any]) -> str:
@@ -116,12 +139,12 @@ def finite(value: Any) -> float | None:
 
 def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
     """First against last evaluation with any scored answer; None where there is none."""
-    scored = [(e, scores) for e in evaluations if (scores := scores_by_question(e.rows))]
+    scored = [e for e in evaluations if scores_by_question(e.rows, REWARD)]
     if not scored:
         return None
     ends = [*scored[:1], *scored[1:][-1:]]
-    scale = scale_of(score for _, scores in ends for group in scores.values() for score in group)
-    return Comparison([e for e, _ in ends], [scores for _, scores in ends], scale)
+    scale = scale_of(ends)
+    return Comparison(ends, [scores_by_question(e.rows, scale) for e in ends], scale)
 
 
 def span(interval: Interval, show: Show) -> str:
@@ -135,7 +158,7 @@ def score_tiles(compared: Comparison) -> list[Tile]:
     intervals = [mean_interval(scores.values()) for scores in compared.scores]
     spans = " and ".join(span(interval, show) for interval in intervals)
     *before, mean = (show(interval.mean) for interval in intervals)
-    size = _size(compared.scores[-1])
+    size = _size(compared.scores[-1]) + _unscored(compared.evaluations[-1].rows)
     if not before:
         return [Tile(title, mean, f"{label}; 95% interval {spans}; {size}", look="main")]
     title += "" if label == "after" else f", {label}"
@@ -146,15 +169,14 @@ def score_tiles(compared: Comparison) -> list[Tile]:
 def task_ranges(compared: Comparison) -> Ranges:
     """Means and intervals before and after, over all questions and for each task."""
     found = []
-    tasks = (column(row, "task") for row in compared.evaluations[-1].rows)
-    for task in ["", *dict.fromkeys(str(task) for task in tasks if task)]:
-        scores = [scores_by_question(_of_task(e.rows, task)) for e in compared.evaluations]
+    scale = compared.scale
+    for task in ["", *task_names(compared.evaluations[-1].rows)]:
+        scores = [scores_by_question(_of_task(e.rows, task), scale) for e in compared.evaluations]
         if all(scores):
             intervals = [mean_interval(of_one.values()) for of_one in scores]
             found.append((task or "all", intervals, len(scores[-1])))
     found = found[:1] if len(found) == 2 else found  # a single task is all there is
-    scale = compared.scale
-    low, high = (0.0, 1.0) if scale is _ACCURACY else _ends([i for _, two, _ in found for i in two])
+    low, high = (0.0, 1.0) if scale is ACCURACY else _ends([i for _, two, _ in found for i in two])
     return Ranges(
         title=scale.title + (" by task" if len(found) > 1 else ""),
         keys=list(zip("ba", (e.label for e in compared.evaluations), strict=False)),
@@ -172,7 +194,7 @@ def _change(compared: Comparison) -> list[Tile]:
         [fmean(before[key]) for key in shared], [fmean(after[key]) for key in shared]
     )
     show, unit, low, high = compact, "", gain.low, gain.high
-    if compared.scale is _ACCURACY:  # Student's interval does not know that shares end at 0 and 1
+    if compared.scale is ACCURACY:  # Student's interval does not know that shares end at 0 and 1
         show, unit, low, high = points, "points", max(low, -1.0), min(high, 1.0)
     note = f"95% interval {show(low)} to {show(high)}, paired by question"
     return [Tile("Change", show(gain.mean), note, unit=unit)]
@@ -190,8 +212,13 @@ def _size(scores: Scores) -> str:
     return _questions(len(scores)) + (f" \u00d7 {samples} samples" if samples > 1 else "")
 
 
+def _unscored(rows: Rows) -> str:
+    count = sum(finite(row.get("reward")) is None for row in rows)
+    return f"; {count} of {len(rows)} completions without a reward" if count else ""
+
+
 def _of_task(rows: Rows, task: str) -> Rows:
-    return [row for row in rows if not task or str(column(row, "task")) == task]
+    return [row for row in rows if not task or column(row, "task") == task]
 
 
 def _ends(intervals: Sequence[Interval]) -> tuple[float, float]:

@@ -76,7 +76,9 @@ def usable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"can't use run.dir={folder}: {error.strerror or error}") from None
+        where = f" ({error.filename})" if error.filename not in (None, str(folder)) else ""
+        reason = f"{error.strerror or error}{where}"
+        raise UserError(f"can't use run.dir={folder}: {reason}") from None
 
 
 def check_not_foreign(folder: Path) -> None:

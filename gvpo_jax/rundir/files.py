@@ -7,6 +7,7 @@ runs/NAME/eval/                before.jsonl, step_000020.jsonl, after.jsonl: hel
 runs/NAME/summary.json         written at the end
 """
 
+import contextlib
 import json
 import math
 import os
@@ -46,15 +47,23 @@ def to_json(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: through a neighbour that is synced and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all: through a neighbour that is synced and renamed.
+
+    Raises UserError where it can't be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A lone surrogate becomes \udc80, which is JSON's own escape for it.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate becomes \udc80, which is JSON's own escape for it.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -67,7 +76,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError, naming file and line, where an earlier line is not a JSON object.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     rows = [(number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, row in rows[:-1]:
         if row is None:
@@ -124,7 +133,7 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json; {} where the run has not finished or the file is torn."""
     path = run_dir / "summary.json"
-    return (_parse(path.read_bytes()) or {}) if path.exists() else {}
+    return (_parse(path.read_bytes()) or {}) if path.is_file() else {}
 
 
 def check_run(run_dir: Path) -> None:

@@ -1,6 +1,18 @@
 """Numbers and durations as people read them."""
 
 import math
+from collections.abc import Mapping
+
+_LEFT_OUT = {
+    "training_rows": "prompts skipped: over data.max_prompt_length tokens",
+    "held_out_rows": "held-out prompts skipped: over data.max_prompt_length tokens",
+    "demonstrations": "demonstrations skipped: data.bad_samples=skip",
+    "given_completions": "completions skipped: data.bad_samples=skip",
+    "given_groups": "groups skipped: data.bad_samples=skip",
+    "rewards_failed": "completions whose reward failed",
+    "rewards_abstained": "completions that no function gave a reward",
+    "groups": "groups with fewer than two rewards",
+}
 
 
 def compact(value: float) -> str:
@@ -46,3 +58,9 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(minutes / 60)
     return f"{hours // 24} d {hours % 24} h"
+
+
+def left_out_text(counts: Mapping[str, float]) -> str:
+    """What a run left out, in words; empty where that is nothing."""
+    parts = (f"{counts[name]:.0f} {what}" for name, what in _LEFT_OUT.items() if counts.get(name))
+    return ", ".join(parts)

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from rich.console import Console
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import is_first
+from gvpo_jax.rundir.claim import write_evaluation
 from gvpo_jax.rundir.files import read_history
+from gvpo_jax.rundir.formats import compact, percent
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
 from gvpo_jax.settings import setting
 
@@ -38,23 +40,54 @@ class Counters:
     num_tokens: int = 0  # of prompts and completions trained on
     train_seconds: float = 0.0  # in rollouts and updates, over all sessions
     wall_seconds: float = 0.0  # the same with evaluations and all else
-    accuracy_before: float | None = None  # on the held-out rows
-    accuracy_after: float | None = None
+    # "before" and "after" -> metrics of the held-out rows
+    evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(_COUNTED, 0))
+
+    @classmethod
+    def of_checkpoint(cls, saved: Mapping[str, Any]) -> "Counters":
+        """What was saved, be it by an earlier version."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        counters = cls(**{name: value for name, value in saved.items() if name in names})
+        if saved.get("accuracy_before") is not None:
+            counters.evaluations = {"before": {"eval/accuracy": saved["accuracy_before"]}}
+        return counters
+
+    def count(self, metrics: Mapping[str, float]) -> None:
+        """Add up what a batch had to leave out."""
+        for name, metric in _COUNTED.items():
+            self.left_out[name] += int(metrics.get(metric, 0))
 
     def summary(self, model: str) -> dict[str, Any]:
-        """What summary.json holds; an accuracy that was not measured is left out."""
-        accuracies = {
-            "eval/accuracy_before": self.accuracy_before,
-            "eval/accuracy_after": self.accuracy_after,
-        }
-        return {name: value for name, value in accuracies.items() if value is not None} | {
+        """What summary.json holds; an evaluation that was not made is left out."""
+        return self._scores() | {
             "steps": self.step,
             "num_tokens": self.num_tokens,
             "train_seconds": round(self.train_seconds, 1),
             "wall_seconds": round(self.wall_seconds, 1),
             "peak_memory_gib": round(_peak_gib(), 2),
             "model": model,
+            **{f"left_out/{name}": count for name, count in self.left_out.items()},
         }
+
+    def _scores(self) -> dict[str, float]:
+        """Accuracy before and after with its intervals, or reward where one has no accuracy."""
+        score = f"eval/{_kind(self.evaluations.values())}"
+        names = ((score, ""), (score, "_low"), (score, "_high"), ("eval/unscored", ""))
+        return {
+            f"{name}_{when}{end}": metrics[name + end]
+            for when, metrics in self.evaluations.items()
+            for name, end in names
+            if name + end in metrics
+        }
+
+
+# Of a run's left_out: the metrics of a batch that are added up.
+_COUNTED = {
+    "rewards_failed": "rewards/failed",
+    "rewards_abstained": "rewards/abstained",
+    "groups": "skipped_groups",
+}
 
 
 class RunLog:
@@ -75,12 +108,17 @@ class RunLog:
         total_steps: int,
         per_round: int,
         history: list[dict[str, Any]],
+        *,
+        evaluated: bool,
     ):
-        self.counters, self._writer, self._history = counters, None, history
+        self.counters, self._run_dir, self._writer = counters, run_dir, None
+        self._history = history
         history.clear()
         if is_first():
             last = counters.step or -1  # not 0: a fresh run keeps no evaluation of an earlier try
-            self._writer = MetricsWriter(run_dir, tensorboard=options.tensorboard, first_step=last)
+            self._writer = MetricsWriter(
+                run_dir, tensorboard=options.tensorboard, first_step=last, evaluated=evaluated
+            )
             history += read_history(run_dir)
         console = None if is_first() else Console(quiet=True)
         self._progress = Progress(total_steps, counters.step, per_round=per_round, console=console)
@@ -89,6 +127,7 @@ class RunLog:
         self._compiling = 0.0  # seconds since the last step
         self._session_start = self._step_start = time.perf_counter()
         self._wall_before = counters.wall_seconds
+        self._told: set[str] = set()
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
@@ -114,27 +153,51 @@ class RunLog:
         c.num_tokens += tokens
         c.train_seconds += seconds
         told |= {"num_tokens": c.num_tokens, "step_time": seconds}
+        told |= {f"left_out/{name}": float(count) for name, count in c.left_out.items() if count}
         told["tokens_per_second"] = tokens / seconds
         compiled = self._compiling > seconds / 10
         self._pending, self._compiling = (c.step, on_device, told, compiled), 0.0
 
-    def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Every so many updates, keep what was sampled for update `step` on disk, and show some."""
-        if (step - 1) % self._every == 0 and self._writer:
-            self._writer.completions(step, records)
+    def completions(self, step: int, records: Sequence[Mapping[str, Any]], *, last: int) -> None:
+        """Every so many updates, keep what was sampled for update `step` on disk, and show some.
+
+        last: the update that the completions before these were sampled for.
+        """
+        if crossed(last - 1, step - 1, self._every) and (writer := self._writer):
+            self.attempt(lambda: writer.completions(step, records))
             stride = max(len(records) // max(self._samples, 1), 1)
             self._progress.samples(records[::stride][: self._samples])
 
-    def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
+    def evaluation(
+        self, name: str, metrics: Mapping[str, float], records: list[dict[str, Any]]
+    ) -> None:
         """Book an evaluation at the current step; its time does not count as training."""
         self.flush()
         self._log(self.counters.step, metrics)
-        self._progress.note(f"evaluation {name}: accuracy {metrics['eval/accuracy']:.1%}")
+        if self._writer:  # second: where this file is, the metrics are too
+            self.attempt(lambda: write_evaluation(self._run_dir, name, records))
+        if name in ("before", "after"):
+            self.counters.evaluations[name] = dict(metrics)
+        shown = list(self.counters.evaluations.values()) if name == "after" else [metrics]
+        unscored = f"{metrics['eval/unscored']:.0f} of {len(records)} completions without a reward"
+        text = f"{_scores(shown)}; {unscored}" if metrics["eval/unscored"] else _scores(shown)
+        self.note(f"evaluation {name}: {text}")
         self._step_start, self._compiling = time.perf_counter(), 0.0
 
     def note(self, text: str) -> None:
         """Show a line."""
         self._progress.note(text)
+
+    def attempt(self, write: Callable[[], Any]) -> None:
+        """Write what the training can do without: where that fails, one line says so."""
+        try:
+            write()
+        except Exception as error:  # a report's too
+            known = isinstance(error, UserError)
+            text = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())
+            if text not in self._told:
+                self.note(f"{text}; the run does without")
+            self._told.add(text)
 
     def flush(self) -> None:
         """Wait for the last update, and write its metrics."""
@@ -153,12 +216,34 @@ class RunLog:
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._history.append({"step": step, **metrics})
-        if self._writer:
-            self._writer.log(step, metrics)
+        if writer := self._writer:
+            self.attempt(lambda: writer.log(step, metrics))
 
-    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            self._compiling += seconds
+            self._compiling += duration_secs
+
+
+def _kind(evaluations: Iterable[Mapping[str, float]]) -> str:
+    """What evaluations are compared by."""
+    return "accuracy" if all("eval/accuracy" in metrics for metrics in evaluations) else "reward"
+
+
+def _scores(evaluations: Sequence[Mapping[str, float]]) -> str:
+    """Accuracy or reward of one evaluation after the other, with intervals where there are any."""
+    kind = _kind(evaluations)
+    show, name = percent if kind == "accuracy" else compact, f"eval/{kind}"
+    shown = []
+    for metrics in evaluations:
+        ends = [
+            show(metrics[f"{name}_{end}"]) for end in ("low", "high") if f"{name}_{end}" in metrics
+        ]
+        shown += (
+            [show(metrics[name]) + (f" [{', '.join(ends)}]" if ends else "")]
+            if name in metrics
+            else []
+        )
+    return f"{kind} {' -> '.join(shown)}"
 
 
 def check_finite(metrics: Mapping[str, float], what: str) -> None:

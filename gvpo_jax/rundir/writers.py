@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.rundir.claim import usable
 from gvpo_jax.rundir.files import METRICS, read_jsonl, step_files, to_json, write_jsonl, write_text
 from gvpo_jax.rundir.formats import compact, duration, percent
 
@@ -23,32 +24,55 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
-    """Writes metrics.jsonl, completions/ and, if asked, tensorboard/ of one run folder.
+    """Writes metrics.jsonl, completions/, eval/ and, if asked, tensorboard/ of one run folder.
 
-    first_step: the last step whose result is kept; -1 keeps nothing. What an interrupted run wrote
-    after it is dropped on start, so that a resumed run's files equal an uninterrupted one's.
-    Raises UserError where TensorBoard is asked for and tensorboardX is missing.
+    What an interrupted run wrote after its last checkpoint is dropped on start, and so is the end
+    of a run that is made longer: the files are those of a run that did it all in one go.
+
+    Args:
+        run_dir: the folder.
+        tensorboard: whether to write for it too.
+        first_step: the last step whose result is kept; -1 keeps nothing.
+        evaluated: whether the evaluation at that step is kept too.
+
+    Raises:
+        UserError: the folder can't be used, or tensorboardX is missing and asked for.
     """
 
-    def __init__(self, run_dir: Path | str, *, tensorboard: bool, first_step: int):
-        self._run_dir = Path(run_dir)
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        board = self._run_dir / "tensorboard"
-        self._tensorboard = _open_tensorboard(board, first_step) if tensorboard else None
-        path = self._run_dir / METRICS
-        _keep_steps_until(path, first_step)
-        for step, file in step_files(self._run_dir / "completions").items():
-            if step > first_step:
-                file.unlink()
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+    def __init__(
+        self,
+        run_dir: Path | str,
+        *,
+        tensorboard: bool,
+        first_step: int,
+        evaluated: bool = True,
+    ):
+        self._run_dir, self._unwritten = Path(run_dir), b""
+        self._metrics = self._run_dir / METRICS
+        with usable(self._run_dir):
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            board = self._run_dir / "tensorboard"
+            self._tensorboard = _open_tensorboard(board, first_step) if tensorboard else None
+            _keep_steps_until(self._metrics, first_step, evaluated)
+            _drop_files_after(self._run_dir, first_step, evaluated)
+            self._file = self._metrics.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line; a crash of this process after the return can't lose it."""
-        self._file.write(to_json({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Append one line; a crash of this process after the return can't lose it.
+
+        Raises UserError where it can't be written; the next call tries again to write it first.
+        """
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, float(value), step)
+        line = to_json({"step": step, **metrics}) + "\n"
+        self._unwritten += line.encode(errors="backslashreplace")
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"can't write {self._metrics}: {reason}") from None
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write completions/step_000010.jsonl, whole or not at all."""
@@ -138,16 +162,35 @@ class Progress:
             self._bar.stop()
 
     def _print(self, line: str) -> None:
-        # Neither markup nor wrapping: a model's text may hold brackets, and logs are read by line.
-        self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
-        self._console.file.flush()
+        # What the screen can't show, such as half an emoji, becomes a question mark.
+        encoding = self._console.encoding
+        line = line.encode(encoding, errors="replace").decode(encoding)
+        with contextlib.suppress(OSError):  # a log on a full disk must not end the training
+            # No markup or wrapping: a model's text may hold brackets, and logs are read by line.
+            self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._console.file.flush()
 
 
-def _keep_steps_until(path: Path, last_step: int) -> None:
-    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= last_step]
-    kept = "".join(to_json(row) + "\n" for row in rows)
-    if path.exists() and path.read_bytes() != kept.encode(errors="backslashreplace"):
+def _keep_steps_until(path: Path, last_step: int, evaluated: bool) -> None:
+    end = last_step if evaluated else last_step - 1  # of evaluations
+    kept = ""
+    for row in read_jsonl(path):
+        of_evaluation = any(name.startswith("eval/") for name in row)
+        if row.get("step", 0) <= (end if of_evaluation else last_step):
+            kept += to_json(row) + "\n"
+    if path.is_file() and path.read_bytes() != kept.encode(errors="backslashreplace"):
         write_text(path, kept)
+
+
+def _drop_files_after(run_dir: Path, last_step: int, evaluated: bool) -> None:
+    """Files of later steps, and those that only a run at its end has."""
+    (run_dir / "eval" / "after.jsonl").unlink(missing_ok=True)
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    ends = {"completions": last_step, "eval": last_step if evaluated else last_step - 1}
+    for folder, end in ends.items():
+        for step, file in step_files(run_dir / folder).items():
+            if step > end:
+                file.unlink()
 
 
 def _open_tensorboard(folder: Path, first_step: int) -> Any:
@@ -164,7 +207,7 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
 
 def _live_bar(console: Console, total: int, first_step: int) -> tuple[RichProgress, TaskID]:
     columns = [
-        SpinnerColumn(),
+        SpinnerColumn("line" if console.options.ascii_only else "dots"),
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=_BAR),
         TextColumn(
@@ -199,6 +242,9 @@ def _status(
         parts["time"] = f"{duration(per_step)}/step{', compiled' if compiled else ''}"
     if "eval/accuracy" in metrics:
         parts["held-out"] = f"held-out {percent(float(metrics['eval/accuracy']))}"
+    for what in ("failed", "abstained"):
+        if count := metrics.get(f"rewards/{what}"):
+            parts[what] = f"{count:.0f} rewards {what}"
     if "step_time" in metrics and not last:
         parts["left"] = f"{'?' if seconds_left is None else duration(seconds_left)} left"
     return parts

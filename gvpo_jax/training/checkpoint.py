@@ -123,12 +123,16 @@ class Checkpoints:
                 self._broken.add(step)
         raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is on disk; raises UserError where it could not be written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise UserError(f"could not write to {self._folder}: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """Waits as `wait` does, and closes the files."""
+        self.wait()
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
