@@ -38,7 +38,7 @@ class Evaluation:
 def step_files(folder: Path) -> dict[int, Path]:
     """The step_*.jsonl files of a folder by step, in order; empty where there is no folder."""
     found = ((_STEP_FILE.fullmatch(path.name), path) for path in folder.glob("step_*.jsonl"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_file()))
 
 
 def to_json(value: Any) -> str:

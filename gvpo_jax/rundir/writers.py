@@ -184,8 +184,9 @@ def _keep_steps_until(path: Path, last_step: int, evaluated: bool) -> None:
 
 def _drop_files_after(run_dir: Path, last_step: int, evaluated: bool) -> None:
     """Files of later steps, and those that only a run at its end has."""
-    (run_dir / "eval" / "after.jsonl").unlink(missing_ok=True)
-    (run_dir / "summary.json").unlink(missing_ok=True)
+    for file in (run_dir / "eval" / "after.jsonl", run_dir / "summary.json"):
+        if file.is_file():
+            file.unlink()
     ends = {"completions": last_step, "eval": last_step if evaluated else last_step - 1}
     for folder, end in ends.items():
         for step, file in step_files(run_dir / folder).items():

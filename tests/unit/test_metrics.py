@@ -1,5 +1,6 @@
 """metrics.jsonl survives crashes and resumes; the terminal shows lines that are safe and plain."""
 
+import errno
 import importlib
 import io
 import json
@@ -319,7 +320,7 @@ def test_samples_keep_to_the_terminals_width():
 
 
 def test_steps_that_compile_are_noticed(tmp_path, capsys):
-    log = RunLog(tmp_path, Counters(), LogConfig(), 3, 1)
+    log = RunLog(tmp_path, Counters(), LogConfig(), 3, 1, [], evaluated=False)
     on_device = {"loss": 1.0, "grad_norm": 1.0}
     with log:
         jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((3, 5)))
@@ -330,3 +331,68 @@ def test_steps_that_compile_are_noticed(tmp_path, capsys):
     assert first.endswith("/step, compiled  ? left")
     assert "compiled" not in second
     assert re.search(r"0\.2\d* s/step  0\.2\d* s left$", second)
+
+
+def test_metrics_that_found_no_space_are_written_when_there_is_some(tmp_path):
+    class FullAfterFiveBytes:
+        def __init__(self, file):
+            self.file, self.full = file, True
+
+        def write(self, data):
+            if self.full and not data.startswith(b'{"ste'):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[:5] if self.full else data)
+
+        def close(self):
+            self.file.close()
+
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+        writer._file = disk = FullAfterFiveBytes(writer._file)
+        with pytest.raises(UserError, match=r"can't write .*metrics\.jsonl: No space left"):
+            writer.log(1, {"reward": 0.5})
+        assert lines_of(tmp_path) == ['{"ste']
+        disk.full = False
+        writer.log(2, {"reward": 1.0})
+    rows = [strict(line) for line in lines_of(tmp_path)]
+    assert rows == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0}]
+
+
+def test_an_evaluation_that_a_longer_run_has_not_is_dropped(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=-1) as writer:
+        for step, name in ((1, "reward"), (1, "eval/reward"), (2, "reward"), (2, "eval/reward")):
+            writer.log(step, {name: 0.5})
+    kept = [(1, "reward"), (1, "eval/reward"), (2, "reward")]
+    for name in ("eval/after.jsonl", "eval/step_000001.jsonl", "eval/step_000002.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    MetricsWriter(tmp_path, tensorboard=False, first_step=2, evaluated=False).close()
+    assert [tuple(strict(line))[1:] for line in lines_of(tmp_path)] == [(n,) for _, n in kept]
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["step_000001.jsonl"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_the_screen_can_not_show_is_replaced(terminal):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    console = Console(file=screen, force_terminal=terminal, width=200)
+    with Progress(2, 0, console=console) as progress:
+        progress.samples([{"prompt": "caf\u00e9 \u0437", "completion": "\ud83d", "reward": 1.0}])
+        progress.update(1, METRICS)
+    screen.flush()
+    shown = screen.buffer.getvalue().decode("latin-1")
+    assert "  1.00  ?caf\u00e9 ? ? ?" in shown
+    assert "reward 0.412" in shown
+
+
+def test_rewards_that_failed_are_counted_on_the_line_of_their_step():
+    console = plain_console()
+    with Progress(1, 0, console=console) as progress:
+        progress.update(1, {"reward": 0.5, "rewards/failed": 2.0, "rewards/abstained": 0.0})
+    assert console.file.getvalue().splitlines() == ["step 1/1  reward 0.500  2 rewards failed"]
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_training():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    Progress(1, 0, console=Console(file=Full())).update(1, {"reward": 0.5})

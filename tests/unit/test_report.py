@@ -15,6 +15,7 @@ from gvpo_jax.report.charts import Chart, Line, chart, ticks
 from gvpo_jax.report.curves import held_out_curve, running_mean, series
 from gvpo_jax.report.html import write_report
 from gvpo_jax.report.intervals import difference_interval, mean_interval
+from gvpo_jax.report.scores import task_names
 from gvpo_jax.rundir.files import Evaluation
 
 EVIL = (
@@ -338,3 +339,77 @@ def test_charts_of_odd_values_are_drawn(ys):
     ET.fromstring(text)
     assert "nan" not in text
     assert "inf" not in text
+
+
+def test_points_that_are_not_finite_are_counted_by_steps_also_where_steps_are_joined(tmp_path):
+    rewards = [None if n in (3, 5, 400) else 0.5 for n in range(640)]
+    run = make_run(tmp_path / "run", rewards=rewards)
+    assert "Not finite at 3 of 640 points." in page_of(run).text
+
+
+def tasks(*names, prompts_each=2):
+    return [
+        {"prompt": f"Q{n}{i}", "task": name}
+        for n, name in enumerate(names)
+        for i in range(prompts_each)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (tasks("sum", "gcd"), ["gcd", "sum"]),
+        ([*tasks("sum", "gcd"), {"prompt": "?", "task": None}, {"prompt": "!"}], ["gcd", "sum"]),
+        (tasks("sum"), []),
+        (tasks("sum", "gcd", prompts_each=1), []),  # one for each prompt
+        (tasks(*(f"t{n}" for n in range(64))), sorted(f"t{n}" for n in range(64))),
+        (tasks(*(f"t{n}" for n in range(65))), []),
+        (tasks("x" * 65, "gcd"), []),
+        (tasks("two\nlines", "gcd"), []),
+        (tasks("half \ud83d", "gcd"), []),
+        (tasks(1, "two"), []),
+        (tasks(["a"], ["b"]), []),
+        (tasks({"id": 1}, {"id": 2}), []),
+        (tasks(None, None), []),
+    ],
+)
+def test_tasks_are_a_few_short_texts(rows, names):
+    assert task_names(rows) == names
+
+
+@pytest.mark.parametrize("odd", [None, ["a"], {"id": 1}, 3, "x\ny", "\ud83d", "w" * 900])
+def test_a_report_is_drawn_whatever_a_column_task_holds(tmp_path, odd):
+    run = make_run(tmp_path / "run", before=[[0], [1]], after=[[1], [1]])
+    for name in ("before", "after"):
+        rows = answers([[0], [1], [0.5]])
+        dump(run / "eval" / f"{name}.jsonl", [{**rows[0], "task": odd}, *rows[1:]])
+    page = page_of(run)
+    assert not page.errors
+    assert "by task" not in page.text
+
+
+def test_rewards_between_zero_and_one_are_not_called_accuracy(tmp_path):
+    run = make_run(tmp_path / "run", before=[[0.0], [0.25], [1.0]], after=[[0.5], [1.0], [1.0]])
+    dump(run / "metrics.jsonl", [{"step": 0, "eval/reward": 0.4}, {"step": 40, "eval/reward": 0.8}])
+    text = page_of(run).text
+    assert "Held-out reward 0.417 \u2192 0.833" in text
+    assert "accuracy" not in text
+
+
+def test_evaluations_are_compared_by_reward_where_one_has_no_accuracy(tmp_path):
+    run = make_run(tmp_path / "run")
+    right = [{**row, "correct": bool(row["reward"])} for row in answers([[0], [1], [0], [0]])]
+    dump(run / "eval" / "before.jsonl", right)
+    dump(run / "eval" / "after.jsonl", answers([[0.5], [1], [0.5], [2]]))
+    assert "Held-out reward, after 0.25" not in page_of(run).text
+    assert "Held-out reward 0.25 \u2192 1" in page_of(run).text
+
+
+def test_what_a_run_left_out_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    dump(run / "metrics.jsonl", [{"step": 1, "left_out/training_rows": 3, "reward": 0.1}])
+    text = page_of(run).text
+    assert "Left out: 3 prompts skipped: over data.max_prompt_length tokens." in text
+    (run / "summary.json").write_text(json.dumps({"steps": 1, "left_out/groups": 0}))
+    dump(run / "metrics.jsonl", [{"step": 1, "reward": 0.1}])
+    assert "Left out: nothing." in page_of(run).text
