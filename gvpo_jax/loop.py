@@ -248,9 +248,11 @@ class Loop:
                 f"it back, or {_ELSE}"
             )
         self.feed.load(restored.samples)
-        if found := unpack_round(restored.samples, self.policy.plan):
+        counters = self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
+        under_way = restored.samples if counters.step < self.config.train.steps else []
+        if found := unpack_round(under_way, self.policy.plan):
             self.round, self.done = found
-        return self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
+        return counters
 
     def _with_left_out(self, counters: Counters) -> Counters:
         counters.left_out = {**self.left_out, **counters.left_out}

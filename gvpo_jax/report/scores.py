@@ -83,9 +83,7 @@ class Comparison:
 
 def scale_of(evaluations: Iterable[Evaluation]) -> Scale:
     """Accuracy where all answers are told to be right or wrong, or all rewards are 0 or 1."""
-    return (
-        ACCURACY if all(_tell_accuracy(evaluation.rows) for evaluation in evaluations) else REWARD
-    )
+    return ACCURACY if all(_tell_accuracy(each.rows) for each in evaluations) else REWARD
 
 
 def _tell_accuracy(rows: Rows) -> bool:

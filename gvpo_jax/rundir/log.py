@@ -233,17 +233,12 @@ def _scores(evaluations: Sequence[Mapping[str, float]]) -> str:
     """Accuracy or reward of one evaluation after the other, with intervals where there are any."""
     kind = _kind(evaluations)
     show, name = percent if kind == "accuracy" else compact, f"eval/{kind}"
-    shown = []
-    for metrics in evaluations:
-        ends = [
-            show(metrics[f"{name}_{end}"]) for end in ("low", "high") if f"{name}_{end}" in metrics
-        ]
-        shown += (
-            [show(metrics[name]) + (f" [{', '.join(ends)}]" if ends else "")]
-            if name in metrics
-            else []
-        )
-    return f"{kind} {' -> '.join(shown)}"
+
+    def one(metrics: Mapping[str, float]) -> str:
+        ends = [metrics[end] for end in (f"{name}_low", f"{name}_high") if end in metrics]
+        return show(metrics[name]) + (f" [{', '.join(map(show, ends))}]" if ends else "")
+
+    return f"{kind} {' -> '.join(one(metrics) for metrics in evaluations if name in metrics)}"
 
 
 def check_finite(metrics: Mapping[str, float], what: str) -> None:

@@ -21,6 +21,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.known import model_shape
+from gvpo_jax.rundir.files import write_text
 from gvpo_jax.tpu_compile.advice import to_fit, to_speed_up
 from gvpo_jax.tpu_compile.hlo import collectives, loops, memory
 from gvpo_jax.tpu_compile.lowering import Program, batch_sizes, run_programs
@@ -210,5 +211,4 @@ def _libtpu_version() -> str:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """The report as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=2) + "\n")
