@@ -16,8 +16,13 @@ tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, clean_up_tokenizatio
 texts = ["x != y, is n't it ?", "  two  spaces\n", "Ünï 日本語 🙂", "4<|im_end|>"]
 messages = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
 rows = [*messages, *({"prompt": text} for text in texts)]
-for options in ({}, {"system_prompt": "Be brief.", "template_date": "2026-07-31"}):
-    prompts = DataConfig(chat_template="always", **options).encode(rows, tokenizer)
+dated = "{{ bos_token }}{{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
+for options in (
+    DataConfig(chat_template="always", system_prompt="Be brief."),
+    DataConfig(chat_template="always", template=dated, template_date="2026-07-31"),
+    DataConfig(),
+):
+    prompts = options.encode(rows, tokenizer)
     print(prompts.fingerprint(), prompts.token_ids)
 completions = [completion_ids(text, tokenizer, (257, 259)) for text in texts]
 lengths = padded([[len(ids)] for ids in completions])

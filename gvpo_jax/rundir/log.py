@@ -245,7 +245,8 @@ def check_finite(metrics: Mapping[str, float], what: str) -> None:
     """Raise UserError where an update made no sense."""
     if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
         raise UserError(
-            f"{what}: loss or gradient is not finite; lower optimizer.learning_rate, or "
+            f"{what}: the loss is {metrics['loss']:.3g} and its gradient's norm "
+            f"{metrics['grad_norm']:.3g}, which is not finite; lower optimizer.learning_rate, or "
             "look at the rewards. The last checkpoint is from before"
         )
 
