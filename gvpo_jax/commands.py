@@ -67,7 +67,7 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
         raise UserError(
             "there are no held-out rows: give data.tasks or data.eval_path, and data.eval_size"
         )
-    trainer = Trainer(config)
+    trainer = Trainer(config, trains=False)
     with contextlib.closing(trainer.engine), contextlib.ExitStack() as stack:
         if checkpoint:
             if config.servers.kind != "none":
@@ -84,7 +84,8 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
 
 def export(config: Config, folder: Path) -> Path:
     """Write a run's last checkpoint as a model folder that transformers loads."""
-    trainer = Trainer(dataclasses.replace(config, servers=ServersConfig()))  # nothing is sampled
+    unsampled = dataclasses.replace(config, servers=ServersConfig())
+    trainer = Trainer(unsampled, trains=False)
     trainer.restore(config.run.dir)
     trainer.save_pretrained(folder)
     return folder

@@ -23,6 +23,7 @@ from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward
 from gvpo_jax.data.rows import EncodedPrompts, as_rows, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
+from gvpo_jax.memory import check_memory
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
@@ -51,6 +52,7 @@ class Trainer:
     Args:
         config: the settings.
         model: a model already loaded; default: `config.model.name` is loaded.
+        trains: False where there will be no update: then no room for the optimizer is asked for.
 
     Attributes:
         tokenizer: the model's, with `config.data.template` where that is given.
@@ -58,10 +60,11 @@ class Trainer:
             of earlier sessions first; grows while `train` goes on.
 
     Raises:
-        UserError: the model can't be loaded, or does not fit the settings or the devices.
+        UserError: the model can't be loaded, or does not fit the settings, the devices or their
+            memory.
     """
 
-    def __init__(self, config: Config, model: LoadedModel | None = None):
+    def __init__(self, config: Config, model: LoadedModel | None = None, *, trains: bool = True):
         if not isinstance(config, Config):
             raise UserError(
                 f"config is a {type(config).__name__}, not a gvpo_jax.config.Config; for the name "
@@ -81,10 +84,12 @@ class Trainer:
                 c.model.name,
                 place=lambda path, x: place_params(mesh, {path: x})[path],
                 length=needed,
+                check=lambda shape: check_memory(c, shape, mesh, trains=trains),
             )
             params = model.params
         else:  # the caller keeps theirs
             check_length(model.config, needed, model.name)
+            check_memory(c, model.config, mesh, trains=trains)
             params = copy(place_params(mesh, model.params))
         self.history: list[dict[str, Any]] = []
         self.stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)

@@ -311,8 +311,9 @@ def decoder_fns(config: DecoderConfig, options: DecoderOptions = DecoderOptions(
     )
 
 
+@functools.lru_cache(maxsize=4)  # tracing many layers takes seconds, and several ask
 def param_shapes(config: DecoderConfig) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    """The parameter tree as `jax.ShapeDtypeStruct`s, to be read only: nothing is allocated."""
     return jax.eval_shape(lambda: init_params(config, 0))
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,13 @@ def keep_on_host(path: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    place: Place = keep_on_host,
+    length: int = 0,
+    check: Callable[[DecoderConfig], None] = lambda _: None,
+) -> LoadedModel:
     """Loads a model by the name of a folder, a .gguf file, a package's file, the hub, or "debug".
 
     Args:
@@ -50,6 +56,7 @@ def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> Lo
         place: called as `place(path, array)` with each float32 tensor as it is read, say at
             `layers/0/attn/q/kernel`; what it returns becomes the parameter. Default: the array.
         length: tokens that a sequence may have; checked before weights are read.
+        check: called with the decoder's shape before weights are read; may raise.
 
     Raises UserError when something is missing, broken or unsupported, naming it.
     """
@@ -60,6 +67,7 @@ def load_model(name: str, *, place: Place = keep_on_host, length: int = 0) -> Lo
     else:
         files = _read_folder(path or _download(name))
     check_length(files.config, length, name)
+    check(files.config)
     params = read_params(files.config, files.tensors, place=place)
     return LoadedModel(
         name, files.config, params, files.tokenizer, files.hf_config, files.generation_config

@@ -1,0 +1,99 @@
+"""What a run needs, against arrays that are really made and numbers by hand; who is told what."""
+
+import jax
+import pytest
+from small_run import config
+
+from gvpo_jax import memory
+from gvpo_jax.config import Config
+from gvpo_jax.config_file import override
+from gvpo_jax.errors import UserError
+from gvpo_jax.memory import check_memory, device_memory, memory_needed
+from gvpo_jax.models.debug import debug_config
+from gvpo_jax.models.decoder import init_params
+from gvpo_jax.models.known import model_shape
+from gvpo_jax.trainer import Trainer
+
+GIB = 2**30
+
+
+def bytes_of(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
+def test_what_stays_in_memory_is_counted_to_the_byte(name):
+    c = override(Config(), optimizer__name=name, mesh__fsdp=1)
+    params = init_params(debug_config(), 0)
+    needed = memory_needed(c, debug_config(), c.mesh.mesh())
+    assert needed["parameters"] == needed["gradients"] == needed["reference"] == bytes_of(params)
+    state = c.optimizer.create(c.train.steps).init(params)
+    assert needed["optimizer state"] == bytes_of(state)
+
+
+def test_the_published_sizes_of_a_model_of_7b():
+    """7.6e9 parameters of 4 bytes; AdamW keeps two numbers more of each."""
+    c = override(
+        Config(), model__dtype="bfloat16", mesh__fsdp=1, rollout__max_completion_length=1024,
+        data__max_prompt_length=512, train__batch_size=8, rollout__num_generations=4,
+    )  # fmt: skip
+    needed = memory_needed(c, model_shape("Qwen/Qwen2.5-Math-7B"), c.mesh.mesh())
+    assert needed["parameters"] == pytest.approx(7.616e9 * 4, rel=1e-3)
+    assert needed["optimizer state"] == pytest.approx(7.616e9 * 8, rel=1e-3)
+    assert needed["reference"] == pytest.approx(7.616e9 * 2, rel=1e-3)
+    # keys and values, 28 layers, 4 heads of 128, 2 bytes; 8 prompts and 32 completions
+    assert needed["keys and values"] == 2 * 28 * 4 * 128 * 2 * (8 * 512 + 32 * 1024)
+
+
+def test_more_devices_hold_less_each():
+    one, eight = (override(Config(), mesh__fsdp=n) for n in (1, 8))
+    shape = model_shape("Qwen/Qwen2.5-0.5B")
+    alone, cut = (memory_needed(c, shape, c.mesh.mesh()) for c in (one, eight))
+    assert alone["parameters"] / cut["parameters"] == pytest.approx(8, rel=0.01)
+    assert device_memory(one.mesh.mesh()) // 8 == device_memory(eight.mesh.mesh())
+
+
+def told(monkeypatch, capfd, available, *, trains=True, **settings):
+    """What is said of Qwen2.5 0.5B (1.84 GiB of parameters) where a device has so many GiB."""
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: int(available * GIB))
+    c = override(Config(), model__name="Qwen/Qwen2.5-0.5B", mesh__fsdp=1, **settings)
+    check_memory(c, model_shape(c.model.name), c.mesh.mesh(), trains=trains)
+    return capfd.readouterr().err
+
+
+def test_what_may_not_fit_is_warned_of_with_the_largest_item(monkeypatch, capfd):
+    line = told(monkeypatch, capfd, 10)
+    assert line.startswith("gvpo-jax: warning: this run may not fit: it needs about ")
+    assert "a device has 10 GiB; the largest part are " in line
+    assert line.count("\n") == 1
+    small = {"data__max_prompt_length": 8, "rollout__max_completion_length": 8}
+    line = told(monkeypatch, capfd, 6, train__batch_size=1, **small)
+    assert "the largest part are optimizer state (3.68 GiB): smaller with optimizer.name" in line
+    long = {"rollout__max_completion_length": 20000}
+    line = told(monkeypatch, capfd, 10, **long)
+    assert "the largest part are activations (" in line
+    assert "smaller with train.micro_batches, or model.remat=layer" in line
+    assert told(monkeypatch, capfd, 1000) == ""
+
+
+def test_only_what_cant_fit_at_all_is_refused(monkeypatch, capfd):
+    """1.84 GiB of parameters and 3.68 of moments."""
+    with pytest.raises(UserError, match=r"optimizer state alone need 5\.52 GiB .* has 5 GiB"):
+        told(monkeypatch, capfd, 5)
+    assert "may not fit" in told(monkeypatch, capfd, 5.6)
+    assert "may not fit" in told(monkeypatch, capfd, 5, optimizer__name="adafactor")
+    assert told(monkeypatch, capfd, 5, trains=False) == ""
+
+
+def test_a_model_is_not_read_where_it_cant_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: 1000)
+    monkeypatch.setattr("gvpo_jax.models.load.read_params", None)  # is not called
+    with pytest.raises(UserError, match=r"^debug does not fit: parameters and optimizer state"):
+        Trainer(config(tmp_path))
+
+
+def test_where_nothing_tells_the_memory_nothing_is_said(monkeypatch, capfd):
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: None)
+    c = override(Config(), mesh__fsdp=1)
+    check_memory(c, debug_config(), c.mesh.mesh(), trains=True)
+    assert capfd.readouterr().err == ""
