@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         if arguments.command is None:
             _parser().print_help()
-            return 0
+            raise UserError("a COMMAND is missing; see gvpo-jax --help")
         from gvpo_jax.parallel.preemption import end_when_stuck
 
         with end_when_stuck(_INTERRUPTED):
