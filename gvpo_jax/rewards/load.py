@@ -32,7 +32,7 @@ class RewardConfig:
     skip_special_tokens: bool = setting(
         True,
         "Leave special tokens out of the texts that functions and records get; false: keep them "
-        "all, such as <think> and the end token.",
+        "all, the end token too.",
     )
 
     def functions(self) -> list[RewardFunc]:
