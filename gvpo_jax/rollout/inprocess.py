@@ -120,10 +120,10 @@ class InProcessEngine(Engine):
         else:
             end_at = functools.partial(self._end, computed, k=k)
             state, at_stop = _to_stop_strings(self.stop, state, go_on, end_at)
-        drawn: Any = (*to_host((state.completions_snt, state.lengths_sn, state.logps_snt)), at_stop)
+        drawn: Any = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))
         check_logps(drawn[2], "the policy")
         completions, lengths, logps, at_stop = (
-            np.reshape(x, (given + filling, k, *x.shape[2:]))[:given] for x in drawn
+            np.reshape(x, (given + filling, k, *x.shape[2:]))[:given] for x in (*drawn, at_stop)
         )
         kept = np.arange(max_completion_length) < lengths[..., None]
         completions, logps = np.where(kept, completions, 0), np.where(kept, logps, 0)

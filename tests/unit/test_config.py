@@ -71,7 +71,7 @@ def test_tasks_and_their_settings(write):
         ("", ["rollout.num_generation=8"], "rollout.num_generation: did you mean 'num_generatio"),
         ("data: {tasks: [{nam: gcd}]}", [], "data.tasks.0.nam: did you mean 'name'?"),
         ("", ["epochs=3"], "unknown setting epochs: a config has run, model, data,"),
-        ("", ["train.epochs=3"], "unknown setting train.epochs: train has steps, batch_size,"),
+        ("", ["train.loops=3"], "unknown setting train.loops: train has steps, epochs"),
         ("", ["train.steps.x=3"], "train.steps must be a whole number"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_misspelt_key_is_told_its_neighbour(write, text, given, message):
     [
         ("loss.beta=x", "loss.beta must be a number, got 'x'"),
         ("train.steps=1.5", "train.steps must be a whole number, got '1.5'"),
-        ("train.steps=", "train.steps must be a whole number, got ''"),
+        ("train.batch_size=", "train.batch_size must be a whole number, got ''"),
         ("train.steps=inf", "train.steps must be a whole number, got 'inf'"),
         ("train.packing=maybe", "train.packing must be true or false, got 'maybe'"),
         ("optimizer.name=adamm", "must be one of adamw, adafactor, sgd, got 'adamm'; did you mean"),
