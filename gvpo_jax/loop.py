@@ -249,7 +249,7 @@ class Loop:
             )
         self.feed.load(restored.samples)
         counters = self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
-        under_way = restored.samples if counters.step < self.config.train.steps else []
+        under_way = restored.samples if counters.step < self.config.train.updates else []
         if found := unpack_round(under_way, self.policy.plan):
             self.round, self.done = found
         return counters

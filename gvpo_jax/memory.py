@@ -71,7 +71,7 @@ def check_memory(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bo
 def memory_needed(config: Config, model: DecoderConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on one device, by item: exact for what lies there, rough for what comes and goes."""
     params = param_shapes(model)
-    optimizer = config.optimizer.create(config.train.steps)
+    optimizer = config.optimizer.create(config.train.updates)
     parameters = device_bytes(shapes_on(mesh, params))
     half = config.model.dtype == "bfloat16"
     copied = 2 if half and config.reference.name != "ema" else 1

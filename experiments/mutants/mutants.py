@@ -271,8 +271,8 @@ MUTANTS = (
     Mutant(
         "the end token left out of a sampled completion",
         "rollout/inprocess.py",
-        "drawn = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))",
-        "drawn = to_host((state.completions_snt, jnp.maximum(state.lengths_sn - 1, 1), "
+        "drawn: Any = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))",
+        "drawn: Any = to_host((state.completions_snt, jnp.maximum(state.lengths_sn - 1, 1), "
         "state.logps_snt))",
         ROLLOUT,
     ),
