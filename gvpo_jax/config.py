@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
+from gvpo_jax.data.prompts import DataConfig
 from gvpo_jax.data.reasoning_gym import TaskConfig as TaskConfig
-from gvpo_jax.data.rows import DataConfig
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.parallel.distributed import DistributedConfig

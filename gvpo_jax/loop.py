@@ -18,7 +18,7 @@ from gvpo_jax.collect.evaluate import evaluate
 from gvpo_jax.collect.feed import Feed, TrainBatch, pack_round, unpack_round
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim
-from gvpo_jax.data.rows import EncodedPrompts
+from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch

@@ -20,7 +20,8 @@ from gvpo_jax.collect.offline import (
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override, with_run_date
 from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
-from gvpo_jax.data.rows import EncodedPrompts, as_rows, completion_ids
+from gvpo_jax.data.prompts import EncodedPrompts, completion_ids
+from gvpo_jax.data.rows import as_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
 from gvpo_jax.memory import check_memory

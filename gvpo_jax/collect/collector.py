@@ -20,7 +20,8 @@ from gvpo_jax.data.groups import (
     take,
     token_lists,
 )
-from gvpo_jax.data.rows import EncodedPrompts, Row, batch_indices, columns_of
+from gvpo_jax.data.prompts import EncodedPrompts
+from gvpo_jax.data.rows import Row, batch_indices, columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.rewards import RewardConfig, RewardError, Scores, compute_rewards

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_jax.collect.collector import Judge, sample_records
-from gvpo_jax.data.rows import EncodedPrompts, Row
+from gvpo_jax.data.prompts import EncodedPrompts
+from gvpo_jax.data.rows import Row
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_items
 from gvpo_jax.report.intervals import mean_interval

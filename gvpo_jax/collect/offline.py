@@ -32,7 +32,8 @@ from gvpo_jax.data.groups import (
     trim,
     with_reference,
 )
-from gvpo_jax.data.rows import EncodedPrompts, batch_indices
+from gvpo_jax.data.prompts import EncodedPrompts
+from gvpo_jax.data.rows import batch_indices
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import my_slice
 from gvpo_jax.training.policy import Policy

@@ -1,41 +1,23 @@
-"""Rows of data, their prompts as token ids, and the order in which training visits them.
+"""Rows of data, and the order in which training visits them.
 
 A row is a plain dict: `prompt` (a string or a list of chat messages) and any other columns, which
 the reward functions receive under their own names. The column `answer_prefix` is text put at the
 start of the answer, after the prompt.
 """
 
-import datetime
-import functools
-import hashlib
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gvpo_jax.data.files import read_files
-from gvpo_jax.data.fingerprints import stable_json
-from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.errors import UserError
-from gvpo_jax.settings import setting
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Row = dict[str, Any]
-_ANY_DAY = datetime.date(2000, 1, 1)
-# How chat templates ask for the date; transformers answers with the machine's.
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# Arguments of `apply_chat_template` that are not the template's.
-_NOT_OF_TEMPLATES = (
-    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
-    "return_assistant_tokens_mask",
-)  # fmt: skip
 
 
 class PlacedRow(dict[str, Any]):
@@ -44,186 +26,6 @@ class PlacedRow(dict[str, Any]):
     def __init__(self, row: Mapping[str, Any], place: str):
         super().__init__(row)
         self.place = place  # such as "train.jsonl:3" or "row 3"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Rows to train on and to be judged by, and how their prompts become tokens."""
-
-    path: str | None = setting(
-        None,
-        "Rows with a column `prompt`: .jsonl, .json or .parquet, also .jsonl.gz and .json.gz; a "
-        "folder or a pattern such as data/train-*.jsonl takes all such files by name. Or ...",
-        path="input",
-    )
-    eval_path: str | None = setting(None, "Held-out rows, with the same columns.", path="input")
-    tasks: list[TaskConfig] = setting([], "... tasks that rows are drawn from, or ...")
-    groups_path: str | None = setting(
-        None,
-        "... groups that were sampled elsewhere, see gvpo_jax.collect.offline.",
-        path="input",
-    )
-    bad_samples: Literal["error", "skip"] = setting(
-        "error",
-        "A completion in groups_path that is empty, too long or without a finite reward, and a "
-        "group that keeps fewer than two; skip counts them.",
-    )
-    train_size: int = setting(1000, "Rows drawn from the tasks.", least=1)
-    eval_size: int = setting(
-        256,
-        "Held-out rows, drawn from the tasks, or the first ones of eval_path; 0: no evaluation.",
-        least=0,
-    )
-    eval_seed: int = setting(0, "Held-out rows do not follow run.seed: runs can be compared.")
-    chat_template: Literal["auto", "never", "always"] = setting(
-        "auto", "auto: for lists of messages only; always: a text is one user message."
-    )
-    template: str | None = setting(
-        None,
-        "A Jinja chat template, or its file, in place of the tokenizer's own.",
-        path="template",
-    )
-    template_date: str | None = setting(
-        None,
-        "The day that a chat template may write, e.g. 2026-07-31; null: the one on which the run "
-        "began.",
-    )
-    system_prompt: str | None = setting(
-        None, "Opens every templated prompt that has no system message of its own."
-    )
-    template_arguments: dict[str, Any] = setting(
-        {}, "Handed to the chat template, such as {enable_thinking: false}."
-    )
-    max_prompt_length: int = setting(512, "Tokens; longer prompts are never cut.", least=1)
-    too_long: Literal["error", "skip"] = setting("error", "What becomes of longer prompts.")
-    shuffle: bool = setting(
-        True, "Each epoch in an order of its own; false: rows in their order, epoch after epoch."
-    )
-
-    def load(self, seed: int) -> tuple[list[Row], list[Row]]:
-        """Training rows and held-out rows, from files or from generated tasks.
-
-        seed: of the training rows that are drawn from tasks.
-
-        Raises:
-            UserError: none or several sources are given, or what reading them raises.
-        """
-        # Beside given groups, tasks are there for the held-out rows alone.
-        drawn = bool(self.tasks) and not self.groups_path
-        if [bool(self.path), bool(self.groups_path), drawn].count(True) != 1:
-            raise UserError("give one of data.path, data.groups_path and data.tasks")
-        if path := self.path or self.groups_path:
-            rows = load_rows(path)
-        else:
-            rows = reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
-        size = self.eval_size
-        if self.eval_path and size:
-            return rows, load_rows(self.eval_path)[:size]
-        if not (self.tasks and size):
-            return rows, []
-        return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")
-
-    def day(self) -> datetime.date:
-        """The day that a chat template may write.
-
-        Raises:
-            UserError: `template_date` is none.
-        """
-        if self.template_date is None:
-            return datetime.date.today()
-        try:
-            return datetime.date.fromisoformat(self.template_date)
-        except ValueError:
-            raise UserError(
-                f"data.template_date={self.template_date} is no day; write it as 2026-07-31"
-            ) from None
-
-    def template_writes_date(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
-        """Whether the chat template asks for the date."""
-        return bool(_DATE_CALL.search(str(self.template or tokenizer.chat_template)))
-
-    def encode(
-        self, rows: Any, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None
-    ) -> "EncodedPrompts":
-        """The rows' prompts as token ids, each together with its row's `answer_prefix`.
-
-        A templated prompt gets no further special tokens; `chat_template=never` takes texts only.
-
-        Args:
-            rows: whatever `as_rows` takes, with `prompt`.
-            tokenizer: makes token ids of texts.
-            vocab_size: the embedding's rows, which token ids must be below.
-
-        Raises:
-            UserError: naming the row (its file and line, or its number from 1), where a prompt
-                can't be encoded, or is longer than `max_prompt_length` tokens and `too_long` is
-                `error`; or no row is left.
-        """
-        rows = as_rows(rows)
-        if not rows:
-            raise UserError("there are no rows; give at least one with a prompt")
-        if own := [name for name in self.template_arguments if name in _NOT_OF_TEMPLATES]:
-            raise UserError(f"data.template_arguments: {own[0]} is not the template's to be given")
-        kept: list[Row] = []
-        token_ids: list[list[int]] = []
-        undated: list[list[int]] = []
-        today, dated, checked = self.day(), self.template_writes_date(tokenizer), False
-        for number, row in enumerate(rows, start=1):
-            place = getattr(row, "place", f"row {number}")
-            row = PlacedRow(row, place)
-            ids = _encode(place, row, tokenizer, self, today)
-            if problem := _id_problem(ids, tokenizer, vocab_size):
-                raise UserError(f"{place}: {problem}")
-            if not checked and (messages := _messages(place, row, self)):
-                _check_template(place, messages, tokenizer, self)
-                checked = True
-            if len(ids) <= self.max_prompt_length:
-                kept.append(PlacedRow(row, place))
-                token_ids.append(ids)
-                if dated:
-                    undated.append(_encode(place, row, tokenizer, self, _ANY_DAY))
-            elif self.too_long == "error":
-                raise UserError(
-                    f"{place}: the prompt is {len(ids)} tokens long, max_prompt_length is "
-                    f"{self.max_prompt_length}; raise it, or skip prompts that are too long"
-                )
-        if not kept:
-            raise UserError(
-                f"no prompt is left: all {len(rows)} are over {self.max_prompt_length} tokens"
-            )
-        return EncodedPrompts(kept, token_ids, len(rows) - len(kept), undated)
-
-
-@dataclass(frozen=True)
-class EncodedPrompts:
-    """Rows whose prompts fit, their token ids (a list per row), the number of rows left out."""
-
-    rows: list[Row]
-    token_ids: list[list[int]]
-    skipped: int
-    # Where the chat template writes the date: the token ids with the same one every day.
-    undated: Sequence[list[int]] = ()
-
-    @functools.cached_property
-    def columns(self) -> list[str]:
-        """The names of all columns that reward functions are given."""
-        return list(columns_of(self.rows))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.token_ids))
-
-    def fingerprint(self) -> str:
-        """A short text that tells these rows, in this order and tokenisation, from others.
-
-        The date that the chat template may have written is left out of it.
-        """
-        try:
-            content = stable_json([self.rows, self.undated or self.token_ids])
-        except (ValueError, RecursionError):
-            raise UserError("a row of the data contains itself in one of its columns") from None
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_rows(path: str | Path) -> list[Row]:
@@ -243,7 +45,7 @@ def load_rows(path: str | Path) -> list[Row]:
     """
     placed_rows = read_files(Path(path))
     for place, row in placed_rows:
-        _check_row(place, row)
+        check_row(place, row)
     return [PlacedRow(row, place) for place, row in placed_rows]
 
 
@@ -296,36 +98,6 @@ def columns_of(
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def completion_ids(
-    text: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    stop_ids: Sequence[int],
-    vocab_size: int | None = None,
-) -> list[int]:
-    """A completion given as text, as token ids with the end token, if it does not end in one.
-
-    A text that ends in a stop token already gets no other; white space behind it is left out.
-
-    Args:
-        text: the completion.
-        tokenizer: makes token ids of it.
-        stop_ids: tokens that end a text; the first one is put where the tokenizer has no end token.
-        vocab_size: the embedding's rows, which token ids must be below.
-
-    Raises:
-        UserError: a token id is not, or as `check_text` does.
-    """
-    check_text(text)
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if problem := _id_problem(ids, tokenizer, vocab_size):
-        raise UserError(problem)
-    end: Any = tokenizer.eos_token_id  # a model may name several; this one ends its texts
-    first = next((n for n, token in enumerate(ids, start=1) if token in (end, *stop_ids)), None)
-    if first and not str(tokenizer.decode(ids[first:], skip_special_tokens=True)).strip():
-        return ids[:first]  # a line break after an end mark comes from a chat template
-    return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
-
-
 def check_text(text: str) -> None:
     """Raise UserError where a text holds half of a character, which no tokenizer takes."""
     try:
@@ -335,19 +107,6 @@ def check_text(text: str) -> None:
         raise UserError(
             f"the text holds {half}, half of a character such as a cut emoji; mend or remove it"
         ) from None
-
-
-def _id_problem(
-    ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None
-) -> str | None:
-    """The token that the embedding has no row for, if there is one."""
-    if vocab_size is None or max(ids, default=0) < vocab_size:
-        return None
-    token = tokenizer.convert_ids_to_tokens(max(ids))
-    return (
-        f"token {token!r} has the id {max(ids)}, but the model's embedding has only {vocab_size} "
-        "rows; use the tokenizer that the model was trained with, without tokens added later"
-    )
 
 
 def batch_indices(
@@ -381,7 +140,8 @@ def shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def _check_row(place: str, row: Any) -> None:
+def check_row(place: str, row: Any) -> None:
+    """Raise UserError, with its place, for whatever is not a row with a usable prompt."""
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row is a JSON object, this is a {type(row).__name__}")
     if "prompt" not in row:
@@ -409,108 +169,3 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(
         isinstance(message.get(key), str) for key in ("role", "content")
     )
-
-
-def _encode(
-    place: str,
-    row: Row,
-    tokenizer: "PreTrainedTokenizerBase",
-    options: DataConfig,
-    day: datetime.date,
-) -> list[int]:
-    _check_row(place, row)
-    messages = _messages(place, row, options)
-    plain = messages is None
-    text = row["prompt"] if plain else _templated(place, messages, tokenizer, options, day)
-    text += row.get("answer_prefix") or ""
-    try:
-        check_text(text)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
-    if plain:
-        ids = _special_once(text, ids, tokenizer)
-    if not ids:
-        raise UserError(f"{place}: the prompt is empty; remove the row")
-    return ids
-
-
-def _special_once(text: str, ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """A plain prompt's token ids with one BOS token, and no end token that the text has not."""
-    bos, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]  # the text was written by a template, which put its own
-    if eos is not None and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]  # the answer is still to come
-    return ids
-
-
-def _messages(place: str, row: Row, options: DataConfig) -> list[dict] | None:
-    """The chat messages that go through the template; None where the prompt is plain text."""
-    prompt = row["prompt"]
-    plain = isinstance(prompt, str) and options.chat_template != "always"
-    for name in ("system_prompt", "template_arguments"):
-        if plain and getattr(options, name) not in (None, {}):
-            raise UserError(
-                f"{place}: {name} needs the chat template, and this prompt is "
-                "plain text; set chat_template: always"
-            )
-    if not plain and options.chat_template == "never":
-        raise UserError(f"{place}: the prompt is a list of messages; set chat_template: auto")
-    if plain:
-        return None
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _check_template(
-    place: str, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", options: DataConfig
-) -> None:
-    """Raises UserError where the chat template ignores the messages."""
-    others = [{**message, "content": f"x{message['content']}x"} for message in messages]
-    texts = []
-    for these in (messages, others):
-        try:
-            texts.append(_templated(place, these, tokenizer, options, _ANY_DAY))
-        except UserError:  # it looks into them
-            return
-    if texts[0] == texts[1]:
-        raise UserError(
-            f"{place}: the chat template writes the same text whatever the messages say: "
-            f"{texts[0][:60]!r}; it must put them in, e.g. {{{{ messages[0]['content'] }}}}"
-        )
-
-
-def _templated(
-    place: str,
-    messages: list[dict],
-    tokenizer: "PreTrainedTokenizerBase",
-    options: DataConfig,
-    day: datetime.date,
-) -> str:
-    if options.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": options.system_prompt}, *messages]
-    if options.template is None and not tokenizer.chat_template:
-        raise UserError(
-            f"{place}: the tokenizer has no chat template; give one, or use plain text "
-            "prompts with chat_template: never"
-        )
-    template = options.template
-    try:
-        if options.template_writes_date(tokenizer):
-            template = tokenizer.get_chat_template(template)
-            template = _DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), template)
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=template,
-            **options.template_arguments,
-        )
-    except Exception as error:  # templates raise what they like
-        raise UserError(f"{place}: the chat template failed: {_one_line(error)}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gvpo_jax.data.prompts import DataConfig, completion_ids
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
-from gvpo_jax.data.rows import (
-    DataConfig,
-    batch_indices,
-    columns_of,
-    completion_ids,
-    load_rows,
-)
+from gvpo_jax.data.rows import batch_indices, columns_of, load_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_tokenizer
 
@@ -521,7 +516,7 @@ def test_bad_task_is_named(task, problem):
 
 def test_importing_loads_no_optional_package():
     code = (
-        "import sys, gvpo_jax.data.rows, gvpo_jax.data.reasoning_gym, gvpo_jax.rewards, "
+        "import sys, gvpo_jax.data.prompts, gvpo_jax.data.reasoning_gym, gvpo_jax.rewards, "
         "gvpo_jax.rewards.numbers, gvpo_jax.rewards.debug, gvpo_jax.rewards.math, "
         "gvpo_jax.rewards.reasoning_gym\n"
         "heavy = {'reasoning_gym', 'math_verify', 'sympy', 'pyarrow', 'transformers'}\n"

@@ -3,7 +3,7 @@ import pytest
 
 from gvpo_jax.collect.offline import read_groups
 from gvpo_jax.data.groups import UNKNOWN, Source, cache_key
-from gvpo_jax.data.rows import EncodedPrompts, completion_ids
+from gvpo_jax.data.prompts import EncodedPrompts, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_tokenizer
 

@@ -19,7 +19,7 @@ from gvpo_jax.commands import export
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, load_config, open_run, override
 from gvpo_jax.data.groups import Source, make_group
-from gvpo_jax.data.rows import completion_ids
+from gvpo_jax.data.prompts import completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.load import load_model
 from gvpo_jax.rewards.debug import letter_share
@@ -595,7 +595,7 @@ def on_day(monkeypatch, day):
         def today(cls):
             return cls.fromisoformat(day)
 
-    monkeypatch.setattr("gvpo_jax.data.rows.datetime.date", Today)
+    monkeypatch.setattr("gvpo_jax.data.prompts.datetime.date", Today)
 
 
 def test_a_run_goes_on_tomorrow_with_the_date_it_began_with(tmp_path, monkeypatch):
