@@ -278,7 +278,7 @@ MUTANTS = (
     ),
     Mutant(
         "no end token behind completions given as text",
-        "data/rows.py",
+        "data/prompts.py",
         "return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]",
         "return ids",
         TEXT,
