@@ -369,11 +369,11 @@ def test_other_held_out_rows_are_refused_and_the_run_stays_usable(tmp_path):
 
 
 def test_a_reward_that_fails_on_every_row_is_an_error_also_where_errors_are_skipped(tmp_path):
-    def broken(prompts, completions, missing, **_):
-        return [0.0] * len(prompts)
+    def broken(prompts, completions, word, **_):
+        return 1 / 0
 
     trainer = Trainer(config(tmp_path, rewards__on_error="skip"), load_model("debug"))
-    with pytest.raises(UserError, match="every reward failed"):
+    with pytest.raises(UserError, match=r"every reward failed, first: .*ZeroDivisionError"):
         trainer.train(ROWS, broken)
 
 
