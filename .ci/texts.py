@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gvpo_jax.collect.collector import texts_of
 from gvpo_jax.data.batch import padded
-from gvpo_jax.data.rows import DataConfig, completion_ids
+from gvpo_jax.data.prompts import DataConfig, completion_ids
 from gvpo_jax.models import export_model, load_model
 
 folder = sys.argv[1]
