@@ -223,7 +223,8 @@ def objective_loss(
 ) -> jax.Array:
     """The objective's value on one batch: total / count. Shapes as at the top of this file.
 
-    Raises ValueError where shapes differ, k < 2, or log-probs that the objective needs are None.
+    Raises:
+        ValueError: shapes differ, k < 2, or log-probs that the objective needs are None.
     """
     where_gk = jnp.ones(jnp.shape(rewards), bool) if where is None else where
     with jax.numpy_dtype_promotion("standard"):  # the caller may forbid to mix dtypes

@@ -39,7 +39,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     `configs/quickstart.yaml`) is taken from there. Files that settings name are looked for from the
     working directory, then beside the config; `~` is the home folder.
 
-    Raises UserError for no such file, no YAML, an unknown key, or a value out of range.
+    Raises:
+        UserError: no such file, no YAML, an unknown key, or a value out of range.
     """
     file = _find(Path(path))
     given = [read_override(override) for override in overrides]
@@ -66,7 +67,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def override(config: Config, **values: Any) -> Config:
     """A copy with `section__key=value` changed, e.g. `override(config, loss__beta=0.2)`.
 
-    Raises UserError for an unknown key or a value out of range.
+    Raises:
+        UserError: an unknown key or a value out of range.
     """
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -161,7 +163,8 @@ def claim(config: Config) -> Path:
 def check_claim(config: Config) -> Path:
     """The run folder, nothing written yet.
 
-    Raises UserError where it holds something else, or a run of another config.
+    Raises:
+        UserError: it holds something else, or a run of another config.
     """
     folder = Path(config.run.dir)
     with usable(folder):
@@ -199,7 +202,8 @@ def with_run_date(config: Config) -> Config:
 def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config of a run folder, overrides on top, with `run.dir` set to where it lies now.
 
-    Raises UserError where the folder is no run.
+    Raises:
+        UserError: the folder is no run.
     """
     folder = Path(path)
     if not (folder / SETTINGS).is_file():

@@ -48,7 +48,8 @@ def token_logprobs(
     Returns:
         `[..., T]` float32, in nats.
 
-    Raises ValueError where shapes do not fit together.
+    Raises:
+        ValueError: shapes do not fit together.
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != head.shape[-1]:
         raise ValueError(

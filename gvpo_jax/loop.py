@@ -59,8 +59,10 @@ class Loop:
     def run(self) -> dict[str, Any]:
         """Up to `train.steps` updates, or `train.stop_at`; returns what summary.json holds.
 
-        Raises Preempted where told to end by SIGTERM, Interrupted on Ctrl-C, both with the run
-        saved, and UserError where the folder belongs to another run, or as sampling and updates do.
+        Raises:
+            Preempted: told to end by SIGTERM; the run is saved.
+            Interrupted: told to end by Ctrl-C; the run is saved.
+            UserError: the folder belongs to another run, or what sampling and updates raise.
         """
         c, run_dir = self.config, Path(self.config.run.dir)
         total = c.train.updates

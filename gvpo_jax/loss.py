@@ -240,7 +240,8 @@ def check_positive(**numbers: ArrayLike | None) -> None:
 def group(x: jax.Array, k: int) -> jax.Array:
     """Fold flat rows into groups: `[G*k, ...] -> [G, k, ...]`; a prompt's rows are neighbours.
 
-    Raises ValueError where k < 1, or the number of rows is not a multiple of k.
+    Raises:
+        ValueError: k < 1, or the number of rows is not a multiple of k.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -252,7 +253,8 @@ def group(x: jax.Array, k: int) -> jax.Array:
 def ungroup(x: jax.Array) -> jax.Array:
     """Unfold groups into flat rows: `[G, k, ...] -> [G*k, ...]`, the inverse of `group`.
 
-    Raises ValueError where x has fewer than two axes.
+    Raises:
+        ValueError: x has fewer than two axes.
     """
     if x.ndim < 2:
         raise ValueError(f"expected [G, k, ...], got shape {x.shape}")

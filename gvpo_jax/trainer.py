@@ -131,8 +131,10 @@ class Trainer:
         """A trainer of a hub model, a folder of safetensors or a .gguf file.
 
         Any other setting of the config is given as `section__key`, e.g. `train__steps=200` or
-        `run__dir="runs/mine"`; so given, it goes before its short name. Raises UserError as the
-        class does, or for an unknown setting.
+        `run__dir="runs/mine"`; so given, it goes before its short name.
+
+        Raises:
+            UserError: as for the class, or for an unknown setting.
         """
         named = {
             "model__name": name,
@@ -273,8 +275,11 @@ class Trainer:
     def with_reference_logps(self, dataset: Dataset) -> list[Row]:
         """Rows of groups with `ref_logps` and `ref_fingerprint`, scored once and for all.
 
-        dataset: as for `train_offline`. Raises UserError where a group can't be used, or the
-        reference changes with every update.
+        Args:
+            dataset: as for `train_offline`.
+
+        Raises:
+            UserError: a group can't be used, or the reference changes with every update.
         """
         c = self.config
         rows = as_rows(dataset)
@@ -328,8 +333,10 @@ class Trainer:
         Its tokenizer has the chat template that trained; gvpo_jax_export.json says what the
         template was given.
 
-        Of several processes all call it, and the first writes. Raises UserError where the folder
-        holds something else, or can't be written.
+        Of several processes all call it, and the first writes.
+
+        Raises:
+            UserError: the folder holds something else, or can't be written.
         """
         params = to_first_host(self.policy.params)
         names = ("template_arguments", "template_date", "system_prompt")

@@ -44,8 +44,9 @@ def reasoning_gym_rows(
     trained on, whatever the sizes, tasks and seeds. Questions that differ only in case, spacing or
     the order of the numbers in a sum, a product or a list fall into the same split.
 
-    Raises `UserError` for a task, setting or format field that doesn't exist, and where a task has
-    fewer questions than asked for.
+    Raises:
+        UserError: a task, setting or format field that doesn't exist, and where a task has fewer
+            questions than asked for.
     """
     if not tasks or size < len(tasks):
         raise UserError(f"{size} rows can't hold {len(tasks)} tasks; ask for more rows")

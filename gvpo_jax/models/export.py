@@ -39,8 +39,9 @@ def export_model(
         max_shard_bytes: weights beyond this go into several files with an index.
         about: what gvpo_jax_export.json says beside the start model and dtype.
 
-    Raises UserError for an unknown dtype, parameters that do not fit the config, and a folder
-    that holds something other than an export.
+    Raises:
+        UserError: an unknown dtype, parameters that do not fit the config, and a folder that holds
+            something other than an export.
     """
     folder = Path(folder)
     as_dtype(dtype)

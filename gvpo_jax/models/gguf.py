@@ -42,8 +42,9 @@ def read_gguf(path: Path) -> ModelFiles:
 
     path: the file; of a model in several files, NAME-00001-of-0000N.gguf, any one.
 
-    Raises UserError for a missing `gguf` package, a broken or missing file, and anything in it that
-    the decoder or the tokenizer does not support.
+    Raises:
+        UserError: a missing `gguf` package, a broken or missing file, and anything in it that the
+            decoder or the tokenizer does not support.
     """
     readers = [_open(part) for part in _parts(path)]
     metadata = {name: field.contents() for name, field in readers[0].fields.items()}

@@ -38,8 +38,9 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in GGUF metadata, with its special tokens and chat templates.
 
-    Raises UserError for a kind of tokenizer that is unknown here, or a special token's id that is
-    none of its tokens.
+    Raises:
+        UserError: a kind of tokenizer that is unknown here, or a special token's id that is none of
+            its tokens.
     """
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     model, kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")

@@ -30,9 +30,10 @@ _DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes.
 
-    Raises UserError for an unknown architecture, a missing or senseless size, or a setting that the
-    decoder does not compute: sliding windows in use, another activation, another rope type,
-    quantized weights.
+    Raises:
+        UserError: an unknown architecture, a missing or senseless size, or a setting that the
+            decoder does not compute: sliding windows in use, another activation, another rope type,
+            quantized weights.
     """
     family = _family(hf_config)
     _refuse_unsupported(hf_config)

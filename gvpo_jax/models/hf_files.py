@@ -39,8 +39,9 @@ class ModelFiles:
 def open_safetensors(folder: Path) -> TensorSource:
     """Tensors of a folder's safetensors files, single or with an index.
 
-    Raises UserError for no weights, a broken file, a tensor present twice, and an index that
-    disagrees with its files.
+    Raises:
+        UserError: no weights, a broken file, a tensor present twice, and an index that disagrees
+            with its files.
     """
     files, index = _weight_files(folder)
     opened = {file.name: _open(file) for file in files}

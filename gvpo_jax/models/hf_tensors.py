@@ -74,8 +74,10 @@ def tensor_specs(config: DecoderConfig) -> dict[str, TensorSpec]:
 def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) -> dict[str, Any]:
     """Parameters of a checkpoint, tensor by tensor through `place(path, array)`.
 
-    All names and shapes are checked before the first tensor is read. Raises UserError naming a
-    missing, unexpected or mis-shaped tensor, or one that holds NaN or infinite numbers.
+    All names and shapes are checked before the first tensor is read.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or mis-shaped, or holds NaN or infinite numbers.
     """
     specs, derived = tensor_specs(config), "rotary_emb.inv_freq"  # in old Llama checkpoints
     shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith(derived)}
@@ -96,7 +98,8 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
 def named_tensors(config: DecoderConfig, params: Mapping[str, Any]) -> TensorSource:
     """Parameters under their Hugging Face names; each is fetched and transposed when it is read.
 
-    Raises UserError naming a parameter that is missing, unexpected or mis-shaped.
+    Raises:
+        UserError: a parameter is missing, unexpected or mis-shaped; names it.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     specs = tensor_specs(config)

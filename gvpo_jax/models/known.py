@@ -48,7 +48,8 @@ def model_shape(name: str, config_file: str | None = None) -> DecoderConfig:
             owner and an ending `-Instruct`.
         config_file: a config.json to take in place of the name, or the folder that holds one.
 
-    Raises UserError when there is no such file, or the hub's name is not known.
+    Raises:
+        UserError: there is no such file, or the hub's name is not known.
     """
     if config_file is not None:
         return _read(Path(config_file).expanduser())

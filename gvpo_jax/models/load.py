@@ -58,7 +58,8 @@ def load_model(
         length: tokens that a sequence may have; checked before weights are read.
         check: called with the decoder's shape before weights are read; may raise.
 
-    Raises UserError when something is missing, broken or unsupported, naming it.
+    Raises:
+        UserError: something is missing, broken or unsupported; names it.
     """
     if name == "debug":
         files = _read_debug()
@@ -105,7 +106,8 @@ def stop_token_ids(loaded: LoadedModel, more: Sequence[int] = ()) -> tuple[int, 
 def local_path(name: str) -> Path | None:
     """The .gguf file or folder of a model on this machine, None for a name on the hub.
 
-    Raises UserError for a path or package that holds neither.
+    Raises:
+        UserError: a path or package that holds neither.
     """
     path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_dir():

@@ -35,7 +35,8 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
         dtype: of the computation.
         head_dim: of the model.
 
-    Raises UserError where the kernel does not run on these devices, or not in this dtype.
+    Raises:
+        UserError: the kernel does not run on these devices, or not in this dtype.
     """
     platform = mesh.devices.flat[0].platform
     low = jnp.dtype(dtype) == jnp.bfloat16

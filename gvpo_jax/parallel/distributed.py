@@ -107,7 +107,8 @@ def is_first() -> bool:
 def my_slice(groups: int) -> slice:
     """The groups of a batch that this process builds: equal parts, in the processes' order.
 
-    Raises UserError where they do not divide.
+    Raises:
+        UserError: they do not divide.
     """
     processes, here = jax.process_count(), jax.process_index()
     if groups % processes:
@@ -176,7 +177,8 @@ def max_over_hosts(number: int) -> int:
 def raise_together(work: Callable[[], Any]) -> Any:
     """What `work` gives, or the first process's error on every one: none waits for a dead one.
 
-    Raises UserError as `work` raises it here, or for whatever it raises elsewhere.
+    Raises:
+        UserError: as `work` raises it here, or for whatever it raises elsewhere.
     """
     if jax.process_count() == 1:
         return work()

@@ -51,7 +51,8 @@ ACTIVATION_LAYOUT: dict[str, tuple[str | None, ...]] = {
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """A `NamedSharding` for every leaf of a tree of parameters or optimizer state, from `LAYOUT`.
 
-    Raises UserError where an array's axis does not divide over the devices along its mesh axis.
+    Raises:
+        UserError: an array's axis does not divide over the devices along its mesh axis.
     """
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(mesh, path_name(path), np.shape(leaf))), tree
@@ -61,7 +62,8 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def batch_shardings(mesh: Mesh, tree: Any, groups: int, k: int) -> Any:
     """A `NamedSharding` for every array of a batch of [groups, k], from `BATCH_LAYOUT`.
 
-    Raises UserError where the groups do not divide over the mesh, see `check_batch`.
+    Raises:
+        UserError: the groups do not divide over the mesh, see `check_batch`.
     """
     over_groups, over_k = batch_axes(mesh, groups, k) or _refuse(mesh, groups, k)
     stands_for = {"groups": over_groups or None, "completions": over_k or None, "tensor": "tensor"}

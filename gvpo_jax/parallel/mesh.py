@@ -29,8 +29,11 @@ class MeshConfig:
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """A mesh with axes `data`, `fsdp`, `tensor`, each as long as its two sizes multiply to.
 
-        devices: default: all. Raises UserError where the sizes do not multiply to a number of
-        devices or slices that is there.
+        Args:
+            devices: default: all.
+
+        Raises:
+            UserError: the sizes do not multiply to a number of devices or slices that is there.
         """
         devices = all_devices() if devices is None else devices
         slices = len({getattr(device, "slice_index", 0) for device in devices})

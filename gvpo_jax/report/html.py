@@ -33,7 +33,8 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def write_report(run_dir: Path | str) -> Path:
     """Write `report.html` into a run's folder, finished or not, and give its path.
 
-    Raises UserError where the folder holds no run, or the file can't be written.
+    Raises:
+        UserError: the folder holds no run, or the file can't be written.
     """
     run_dir = Path(run_dir)
     check_run(run_dir)

@@ -28,7 +28,10 @@ def mean_interval(scores_by_question: Iterable[Sequence[float]]) -> Interval:
     independent would make the interval too narrow. Scores in [0, 1] with mean m get Wilson's
     interval at the effective number of samples, m (1 - m) / Var(m), held between the numbers of
     questions and of samples; with one sample per question this is Wilson's interval itself. Other
-    scores get Student's interval over the questions' means. Raises ValueError without any score.
+    scores get Student's interval over the questions' means.
+
+    Raises:
+        ValueError: there is no score.
     """
     scores = [list(group) for group in scores_by_question if len(group)]
     means = [sum(group) / len(group) for group in scores]
@@ -41,8 +44,10 @@ def mean_interval(scores_by_question: Iterable[Sequence[float]]) -> Interval:
 def difference_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
     """Mean of `after - before`, paired by question, with Student's 95% interval.
 
-    before, after: the questions' mean scores in the same order. Raises ValueError on unequal
-    lengths.
+    before, after: the questions' mean scores in the same order.
+
+    Raises:
+        ValueError: there are more of one than of the other.
     """
     return _student([b - a for a, b in zip(before, after, strict=True)])
 

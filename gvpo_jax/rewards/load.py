@@ -51,7 +51,8 @@ class RewardConfig:
 def load_reward_func(spec: str) -> RewardFunc:
     """The function that `module:function` or `path/to/file.py:function` names.
 
-    Raises `UserError` where there is no such thing.
+    Raises:
+        UserError: there is no such thing.
     """
     where, _, name = spec.rpartition(":")
     if not (where and name):

@@ -111,7 +111,8 @@ def has_begun(folder: Path) -> bool:
 def lock(folder: Path) -> Iterator[Path]:
     """The run folder, made where it is missing, held against other processes meanwhile.
 
-    Raises UserError where another process trains in the folder, or it can't be used.
+    Raises:
+        UserError: another process trains in the folder, or it can't be used.
     """
     with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,8 @@ def to_json(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: through a neighbour that is synced and renamed.
 
-    Raises UserError where it can't be written.
+    Raises:
+        UserError: it can't be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -74,7 +75,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file, [] without one; a last line torn by a crash is left out.
 
-    Raises UserError, naming file and line, where an earlier line is not a JSON object.
+    Raises:
+        UserError: an earlier line is not a JSON object; names file and line.
     """
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     rows = [(number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -60,7 +60,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line; a crash of this process after the return can't lose it.
 
-        Raises UserError where it can't be written; the next call tries again to write it first.
+        Raises:
+            UserError: it can't be written; the next call tries again to write it first.
         """
         if self._tensorboard is not None:
             for name, value in metrics.items():

@@ -64,7 +64,8 @@ class Checkpoints:
         Each of the trees is an item of its own, which can be read without the others. `samples` are
         this process's NumPy arrays, whose shapes a later session can't know, e.g. a replay buffer.
 
-        Raises UserError where an earlier save failed, e.g. for a full disk.
+        Raises:
+            UserError: an earlier save failed, e.g. for a full disk.
         """
         if step in self._broken:
             self._manager.delete(step)
@@ -111,7 +112,8 @@ class Checkpoints:
             like: the trees, of `jax.ShapeDtypeStruct` with shardings, as they shall come back.
             without: those that are not read, and the samples neither.
 
-        Raises UserError where none is whole.
+        Raises:
+            UserError: none is whole.
         """
         for step in self.steps():
             try:

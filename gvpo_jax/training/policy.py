@@ -192,7 +192,8 @@ class Policy:
 
         params_only: what updates need beside the parameters is left on disk.
 
-        Raises UserError where none of those there is whole, or it is of other start weights.
+        Raises:
+            UserError: none of those there is whole, or it is of other start weights.
         """
         if not checkpoints.steps():
             return None

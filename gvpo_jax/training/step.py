@@ -201,7 +201,8 @@ def train_step(
     Returns:
         The new state, and scalar metrics of the policy before the update.
 
-    Raises AssertionError where the batch's arrays do not have the shapes that `Batch` says.
+    Raises:
+        AssertionError: the batch's arrays do not have the shapes that `Batch` says.
     """
     _check_shapes(batch)
     batch = fill_up(batch, groups=micro_batches, completions=completion_parts)
