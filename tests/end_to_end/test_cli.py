@@ -110,7 +110,7 @@ def _start():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("epochs=3", "unknown setting epochs: a config has run, model"),
+        ("epochs=3", "unknown setting epochs: write train.epochs; a config has run, model"),
         ("los.beta=1", "unknown setting los: did you mean 'loss'?"),
         ("loss.bata=1", "unknown setting loss.bata: did you mean 'beta'?"),
         ("loss.beta=0", "loss.beta must be > 0, got 0.0"),

@@ -70,7 +70,7 @@ def test_tasks_and_their_settings(write):
         ("loss: {bata: 1}", [], "c.yaml: unknown setting loss.bata: did you mean 'beta'?"),
         ("", ["rollout.num_generation=8"], "rollout.num_generation: did you mean 'num_generatio"),
         ("data: {tasks: [{nam: gcd}]}", [], "data.tasks.0.nam: did you mean 'name'?"),
-        ("", ["epochs=3"], "unknown setting epochs: a config has run, model, data,"),
+        ("", ["epochs=3"], "unknown setting epochs: write train.epochs; a config has run, model,"),
         ("", ["train.loops=3"], "unknown setting train.loops: train has steps, epochs"),
         ("", ["train.steps.x=3"], "train.steps must be a whole number"),
     ],
