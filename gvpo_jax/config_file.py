@@ -193,7 +193,8 @@ def check_claim(config: Config) -> Path:
 def with_run_date(config: Config) -> Config:
     """The config with a date for its chat template: its own, that of the run begun there, today."""
     folder, day = Path(config.run.dir), config.data.template_date
-    if day is None and (folder / SETTINGS).is_file() and has_begun(folder):
+    goes_on = (folder / SETTINGS).is_file() and has_begun(folder) and not config.run.overwrite
+    if day is None and goes_on:
         day = load_config(folder / SETTINGS).data.template_date
     data = dataclasses.replace(config.data, template_date=day or str(config.data.day()))
     return dataclasses.replace(config, data=data)
@@ -259,10 +260,8 @@ def _with_paths(config: Config, beside: Path | None) -> Config:
 def _input(path: str, key: str, beside: Path | None) -> str | None:
     if not path:
         return None
-    wanted, folders = (
-        Path(path).expanduser(),
-        [Path.cwd(), *([beside.absolute()] if beside else [])],
-    )
+    wanted = Path(path).expanduser()
+    folders = [Path.cwd(), *([beside.absolute()] if beside else [])]
     if found := next((folder / wanted for folder in folders if (folder / wanted).exists()), None):
         return str(found)
     # Or the pattern of several files; the folder's own name is none.

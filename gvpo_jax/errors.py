@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The errors that are the user's to mend."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the line and exits with status 2; in a program it is an ordinary
     `ValueError`.
     """
+
+
+class NotFinite(UserError):
+    """The policy's numbers are NaN or infinite: it is not worth saving."""

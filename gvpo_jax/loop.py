@@ -19,13 +19,13 @@ from gvpo_jax.collect.feed import Feed, TrainBatch, pack_round, unpack_round
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.prompts import EncodedPrompts
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch
 from gvpo_jax.report import write_report
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
-from gvpo_jax.rundir.files import read_summary, write_text
+from gvpo_jax.rundir.files import read_history, read_summary, write_text
 from gvpo_jax.rundir.formats import left_out_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
 from gvpo_jax.rundir.writers import Progress
@@ -84,9 +84,10 @@ class Loop:
                 if is_first():
                     done = f"{run_dir} has done its {counters.step} steps already: nothing to do"
                     Progress(total, counters.step).note(done)
+                    self.history[:] = read_history(run_dir)
                 return summary
             log = stack.enter_context(raise_together(lambda: self._open_log(counters, evaluated)))
-            stack.enter_context(_saying_what_is_left(log, checkpoints))
+            stack.enter_context(_saying_what_is_left(log, checkpoints, c.run.overwrite))
             save = partial(self._save, log, checkpoints)
             for note in self._opening(counters):
                 log.note(note)
@@ -109,6 +110,7 @@ class Loop:
             if counters.step:
                 save()
                 checkpoints.wait()  # nothing that fails below costs what was trained
+            told = told or told_to_end()  # during the last update
             if told:
                 log.note(_why_it_ended(told, counters.step, c.run.overwrite))
             elif counters.step >= total:
@@ -236,12 +238,25 @@ class Loop:
         restored = self.policy.load(checkpoints)
         if restored is None:
             return self._with_left_out(Counters())
-        if restored.extra["data_fingerprint"] != self.data_fingerprint:
+        raise_together(lambda: self._check_same(restored.extra))
+        self.feed.load(restored.samples)
+        counters = self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
+        before = counters.evaluations.get("before", {})
+        if "eval/reward" not in before:  # version 0.1 saved the accuracy alone
+            rows = from_first_host(lambda: read_history(Path(self.config.run.dir)))
+            before |= next((row for row in rows if row["step"] == 0), {})
+        under_way = restored.samples if counters.step < self.config.train.updates else []
+        if found := unpack_round(under_way, self.policy.plan):
+            self.round, self.done = found
+        return counters
+
+    def _check_same(self, saved: Mapping[str, Any]) -> None:
+        if saved["data_fingerprint"] != self.data_fingerprint:
             raise UserError(
                 "training rows, held-out rows or reward functions are not those of this run; "
                 f"bring them back, or {_ELSE}"
             )
-        code = restored.extra.get("reward_code", self.reward_code)  # version 0.1 saved none
+        code = saved.get("reward_code", self.reward_code)  # version 0.1 saved none
         if changed := [
             name for name in self.reward_code if code.get(name) != self.reward_code[name]
         ]:
@@ -249,12 +264,6 @@ class Loop:
                 f"the code of reward {', '.join(changed)} has changed since this run began; bring "
                 f"it back, or {_ELSE}"
             )
-        self.feed.load(restored.samples)
-        counters = self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
-        under_way = restored.samples if counters.step < self.config.train.updates else []
-        if found := unpack_round(under_way, self.policy.plan):
-            self.round, self.done = found
-        return counters
 
     def _with_left_out(self, counters: Counters) -> Counters:
         counters.left_out = {**self.left_out, **counters.left_out}
@@ -280,13 +289,14 @@ def _why_it_ended(told: int, step: int, overwrite: bool) -> str:
 
 
 @contextlib.contextmanager
-def _saying_what_is_left(log: RunLog, checkpoints: Checkpoints) -> Iterator[None]:
+def _saying_what_is_left(log: RunLog, checkpoints: Checkpoints, overwrite: bool) -> Iterator[None]:
     """Where Ctrl-C strikes in the middle of an update: what the next start finds."""
     try:
         yield
     except KeyboardInterrupt:
         steps = checkpoints.steps()
-        text = "interrupted in the middle of the work: the same command "
+        text = "interrupted in the middle of the work: the same command"
+        text += " without run.overwrite " if overwrite and steps else " "
         text += f"goes on from the checkpoint of step {max(steps)}" if steps else "starts over"
         log.note(text)
         raise Interrupted(text) from None
@@ -297,6 +307,8 @@ def _kept(save: Callable[[], None], counters: Counters) -> Iterator[None]:
     """What fails inside, such as a reward function, does not cost the updates before it."""
     try:
         yield
+    except NotFinite:
+        raise
     except Exception:
         if counters.step and jax.process_count() == 1:  # others may not know of the failure
             save()

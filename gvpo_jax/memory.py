@@ -54,6 +54,7 @@ def check_memory(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bo
     needed, largest = sum(items.values()), max(items, key=lambda name: items[name])
     there = f"a device has {available / _GIB:.3g} GiB"
     if kept > available:
+        largest = max(("parameters", "optimizer state"), key=lambda name: items.get(name, 0))
         raise UserError(
             f"{config.model.name} does not fit: parameters and optimizer state alone need "
             f"{kept / _GIB:.3g} GiB on each device, {there}; smaller with {_SMALLER[largest]}"

@@ -214,7 +214,9 @@ class Trainer:
         self._keep_date()
         judge, prompts = self._judge(reward_funcs), self._encode(dataset)
         judge.check(prompts, "the training data")
-        c = self._settled(len(prompts.rows))
+        c = self._settled(
+            len(prompts.rows), self.config.train.batch_size - self.config.replay.groups
+        )
         demonstrations, lost = None, 0
         if c.rollout.demonstrations:
             demonstrations = read_demonstrations(
@@ -256,7 +258,7 @@ class Trainer:
             )
         prompts = self._encode(dataset)
         offline = self._read_groups(prompts)
-        c = self._settled(len(offline.groups))
+        c = self._settled(len(offline.groups), c.train.batch_size)
         feed = OfflineFeed(
             self.policy,
             offline.groups,
@@ -385,10 +387,10 @@ class Trainer:
                 raise UserError(f"{name}, completion {place}: {problem}")
         return make_group(prompt_ids, tokens, rewards, source=Source.FILE)
 
-    def _settled(self, rows: int) -> Config:
-        """The config with `train.steps` for `train.epochs` over so many rows."""
+    def _settled(self, rows: int, per_update: int) -> Config:
+        """The config with `train.steps` for `train.epochs` over rows, so many of them an update."""
         c = self.config
-        train = c.train.settled(rows, c.train.batch_size - c.replay.groups)
+        train = c.train.settled(rows, per_update)
         settled = dataclasses.replace(c, train=train)
         if c.train.epochs and c.optimizer.schedule != "constant":  # it ends with the run
             self.policy.take_programs(self._programs_of(settled))

@@ -173,7 +173,7 @@ class Collector:
         """The groups of batch `number` with their rewards."""
         rows = [self.prompts.rows[row] for row in groups.row]
         texts, scores = self.judge.judge(self.prompts, groups.row, groups)
-        if gather(np.array([scores.failed == scores.rewards.size])).all():
+        if gather(np.array([scores.failed == (groups.lengths > 0).sum()])).all():
             raise UserError(f"batch {number}: every reward failed, first: {scores.problem}")
         if number == 0 and gather(np.isnan(scores.rewards)).all():
             raise UserError(
@@ -195,7 +195,7 @@ class Collector:
 def _with_hint(problem: str, completions: Sequence[Any]) -> str:
     """What failed, and why where a function seems to have expected texts."""
     chats = any(isinstance(completion, list) for completion in completions)
-    return f"{problem}; {CHAT_HINT}" if chats and "list" in problem else problem
+    return f"{problem}; {CHAT_HINT}" if chats and "'list'" in problem else problem
 
 
 def read_demonstrations(

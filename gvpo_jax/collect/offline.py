@@ -164,8 +164,9 @@ def _with_cache(name: str, row: Mapping[str, Any], group: Groups, reference: int
         return group
     if theirs != cache_key(reference, group):
         raise UserError(
-            f"{name}: its ref_logps are of another reference, or of other tokens (chat template, "
-            "system prompt, tokenizer) than this run's; leave them out, and they are computed"
+            f"{name}: its ref_logps are of another reference, or of other tokens (chat template "
+            "and its date, system prompt, tokenizer) than this run's; leave them out, and they are "
+            "computed"
         )
     if not _fits(cached, group):
         raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from gvpo_jax.data.batch import Batch, bucket, pad_prompts, padded, part_of_longest
 from gvpo_jax.data.reward_values import FLOAT32_MAX, as_number
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.parallel.distributed import max_over_hosts
 
 UNKNOWN = -1  # a policy version or a reference that nobody noted
@@ -137,9 +137,9 @@ def length_problem(ids: Sequence[int], max_completion_length: int) -> str | None
 
 
 def check_logps(logps: np.ndarray, whose: str) -> None:
-    """Raises UserError where log-probs are NaN, as they are where weights or logits are."""
+    """Raise NotFinite where log-probs are NaN, as they are where weights or logits are."""
     if np.isnan(logps).any():
-        raise UserError(
+        raise NotFinite(
             f"NaN among the logits of {whose}: its weights are not finite; lower "
             "optimizer.learning_rate if training made them so, else load whole ones"
         )

@@ -7,15 +7,12 @@ start of the answer, after the prompt.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gvpo_jax.data.files import read_files
 from gvpo_jax.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 Row = dict[str, Any]
 

@@ -151,7 +151,7 @@ def _code(func: Any) -> str:
     try:
         assert file
         assert module != "__main__"
-        return name + Path(file).read_bytes().decode(errors="replace")
+        return named.__qualname__ + Path(file).read_bytes().decode(errors="replace")
     except (AssertionError, OSError):
         return source_of(func)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.rundir.claim import write_evaluation
 from gvpo_jax.rundir.files import read_history
@@ -242,9 +242,9 @@ def _scores(evaluations: Sequence[Mapping[str, float]]) -> str:
 
 
 def check_finite(metrics: Mapping[str, float], what: str) -> None:
-    """Raise UserError where an update made no sense."""
+    """Raise NotFinite where an update made no sense."""
     if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
-        raise UserError(
+        raise NotFinite(
             f"{what}: the loss is {metrics['loss']:.3g} and its gradient's norm "
             f"{metrics['grad_norm']:.3g}, which is not finite; lower optimizer.learning_rate, or "
             "look at the rewards. The last checkpoint is from before"

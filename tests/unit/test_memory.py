@@ -27,7 +27,7 @@ def test_what_stays_in_memory_is_counted_to_the_byte(name):
     params = init_params(debug_config(), 0)
     needed = memory_needed(c, debug_config(), c.mesh.mesh())
     assert needed["parameters"] == needed["gradients"] == needed["reference"] == bytes_of(params)
-    state = c.optimizer.create(c.train.steps).init(params)
+    state = c.optimizer.create(c.train.updates).init(params)
     assert needed["optimizer state"] == bytes_of(state)
 
 
@@ -80,6 +80,9 @@ def test_only_what_cant_fit_at_all_is_refused(monkeypatch, capfd):
     """1.84 GiB of parameters and 3.68 of moments."""
     with pytest.raises(UserError, match=r"optimizer state alone need 5\.52 GiB .* has 5 GiB"):
         told(monkeypatch, capfd, 5)
+    long = {"rollout__max_completion_length": 20000}  # activations are the largest, and no cure
+    with pytest.raises(UserError, match=r"smaller with optimizer\.name"):
+        told(monkeypatch, capfd, 5, **long)
     assert "may not fit" in told(monkeypatch, capfd, 5.6)
     assert "may not fit" in told(monkeypatch, capfd, 5, optimizer__name="adafactor")
     assert told(monkeypatch, capfd, 5, trains=False) == ""

@@ -226,7 +226,7 @@ def test_half_an_emoji_is_told_with_its_row(tmp_path, capsys, where):
     assert main(["train", "debug", f"run.dir={tmp_path / 'run'}", "mesh.fsdp=1", *settings]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert r"row 2: the text holds \ud83d, half of a character" in error
+    assert r"rows.jsonl:2: the text holds \ud83d, half of a character" in error
 
 
 def test_half_an_emoji_in_texts_of_steps_is_told_with_its_place(tmp_path):
@@ -242,3 +242,12 @@ def test_half_an_emoji_in_another_column_is_taken(tmp_path):
     for name in ("eval/after.jsonl", "completions/step_000001.jsonl"):
         assert read_jsonl(tmp_path / name)[0]["solution"] == "a\ud83d"
     assert (tmp_path / "report.html").is_file()
+
+
+def test_a_policy_that_is_not_finite_is_not_saved_as_the_newest_checkpoint(tmp_path):
+    """One huge step leaves finite losses and weights that give NaN."""
+    broken = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e30}
+    broken |= {"optimizer__max_grad_norm": None, "train__steps": 4}
+    with pytest.raises(UserError, match="not finite"):
+        train(tmp_path, **broken)
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -17,7 +17,7 @@ from small_run import config
 
 from gvpo_jax.commands import export
 from gvpo_jax.config import Config
-from gvpo_jax.config_file import check_claim, load_config, open_run, override
+from gvpo_jax.config_file import check_claim, load_config, open_run, override, with_run_date
 from gvpo_jax.data.groups import Source, make_group
 from gvpo_jax.data.prompts import completion_ids
 from gvpo_jax.errors import UserError
@@ -175,7 +175,7 @@ def test_steps_on_text_raise_the_probability_of_what_was_rewarded(tmp_path):
         (["a"], [["x", "y"]], [[1.0, 1e39]], "completion 2: .*infinite, at least in float32"),
         (["a"], [["x", "y"]], [[1.0, "one"]], "a reward is a number, got 'one'"),
         (["a"], [["x", None]], [[1.0, 0.0]], "must be a text, got None"),
-        (["a"], [["x", "\ud83d"]], [[1.0, 0.0]], "completion 2: .*half a character"),
+        (["a"], [["x", "\ud83d"]], [[1.0, 0.0]], "completion 2: .*half of a character"),
         (["a"], [["x", "y", "z" * 50]], [[1.0, 0.0, None]], "51 tokens"),
         (["a" * 50], [["x", "y"]], [[1.0, 0.0]], "max_prompt_length"),
     ],
@@ -614,6 +614,8 @@ def test_a_run_goes_on_tomorrow_with_the_date_it_began_with(tmp_path, monkeypatc
         train(tmp_path / "parts", data__template_date="2026-08-01", **settings)
     other, _ = train(tmp_path / "other", train__steps=1, **settings)
     assert other.config.data.template_date == "2026-08-01"
+    over = with_run_date(config(tmp_path / "parts", run__overwrite=True, **settings))
+    assert over.data.template_date == "2026-08-01"  # a new run
 
 
 def test_the_template_that_trained_is_exported(tmp_path):
