@@ -65,7 +65,7 @@ def test_an_end_mark_that_was_typed_is_the_end():
     assert ids("4<|im_end|>5") == [52, im_end, 53, eos]
     assert ids("<|im_end|>") == [im_end]
     assert ids("") == [eos]
-    with pytest.raises(UserError, match=r"'4\\ud83d' holds half of a character"):
+    with pytest.raises(UserError, match=r"the text holds \\ud83d, half of a character"):
         ids("4\ud83d")
 
 
