@@ -229,13 +229,19 @@ def _find(path: Path) -> Path:
 
 def no_such(path: Path) -> UserError:
     """The mistake of a command that is given neither a config nor a run folder."""
+    if path.is_file():
+        return UserError(
+            f"{path} is a file; this command takes a run folder, the run.dir that training wrote, "
+            "such as runs/run"
+        )
     packaged = sorted({file.stem for folder in _PACKAGED for file in folder.glob("*.yaml")})
     beside = [file.name for file in path.parent.glob("*.yaml")]
     beside += [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]
     found = [
         name for asked in (path.name, path.stem) for name in _near(asked, [*beside, *packaged])
     ]
-    hint = f"did you mean {found[0]}? " if found else ""
+    there = path.parent / found[0] if found and found[0] in beside else None
+    hint = f"did you mean {there or found[0]}? " if found else ""
     return UserError(
         f"there is no config file {path} and no run folder: {hint}a run folder is the run.dir that "
         f"training wrote, such as runs/run; configs that come along: {', '.join(packaged)}"

@@ -25,7 +25,7 @@ from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save
 from gvpo_jax.report import write_report
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
-from gvpo_jax.rundir.files import read_history, read_summary, write_text
+from gvpo_jax.rundir.files import METRICS, read_history, read_summary, write_text
 from gvpo_jax.rundir.formats import left_out_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
 from gvpo_jax.rundir.writers import Progress
@@ -53,6 +53,7 @@ class Loop:
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
+    replaces: bool = False  # another run, which was in the folder
     # Is closed by this session's first update: until then a signal may end the process.
     starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
@@ -115,6 +116,10 @@ class Loop:
                 log.note(_why_it_ended(told, counters.step, c.run.overwrite))
             elif counters.step >= total:
                 self._evaluate(log, "after")
+            else:
+                log.note(
+                    f"train.stop_at={end} of {total} updates: saved; without it the run goes on"
+                )
             summary = self._end(log)
         if told == signal.SIGINT:
             raise Interrupted(_why_it_ended(told, counters.step, c.run.overwrite))
@@ -160,6 +165,7 @@ class Loop:
         sweep(stack.enter_context(lock(folder)) / "checkpoints")
         if self.config.run.overwrite:
             with usable(folder):
+                self.replaces = (folder / METRICS).is_file()
                 clear(folder)
 
     def _claim(self, counters: Counters) -> None:
@@ -277,6 +283,8 @@ class Loop:
                 "top_k, top_p and min_p keep some tokens from ever being sampled: GVPO's optimum "
                 "is then not reached, because the samples do not cover the reference"
             )
+        if self.replaces:
+            lines.append(f"run.overwrite: the run that was in {self.config.run.dir} is replaced")
         left_out = left_out_text(self.left_out)
         return [*lines, f"left out: {left_out}"] if left_out else lines
 

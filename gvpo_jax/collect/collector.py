@@ -102,6 +102,7 @@ class Judge:
                     completion_ids=token_lists(groups.completions[there], groups.lengths[there]),
                     columns=columns_of(given, prompts.columns),
                     on_error=self.options.on_error,
+                    places=[getattr(row, "place", "a row") for row in given],
                 )
             except RewardError as error:
                 raise RewardError(_with_hint(str(error), completions)) from error

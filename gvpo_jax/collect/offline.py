@@ -79,7 +79,7 @@ def read_groups(
         ids = _completions(name, row, encode, vocab_size)
         values: Any = row.get("rewards")
         if not _is_list(values):
-            raise UserError(f"{name}: the column 'rewards' must be a list of numbers")
+            raise UserError(f"{name}: {_no_list(row, 'rewards', 'numbers')}")
         if len(ids) != len(values):
             raise UserError(f"{name}: {len(ids)} completions but {len(values)} rewards")
         rewards: list[float | None] = [None] * len(ids)
@@ -117,7 +117,7 @@ _HINT = "; data.bad_samples=skip leaves out what can't be used"
 def _completions(name: str, row: Mapping[str, Any], encode, vocab_size: int) -> list[list[int]]:
     texts: Any = row.get("completions")
     if not _is_list(texts):
-        raise UserError(f"{name}: the column 'completions' must be a list of texts")
+        raise UserError(f"{name}: {_no_list(row, 'completions', 'texts')}")
     ids = []
     for place, given in enumerate(texts, start=1):
         completion = content(given)
@@ -144,6 +144,12 @@ def content(completion: Any) -> Any:
     if isinstance(message, Mapping) and message.get("role") == "assistant":
         return message.get("content")
     return completion
+
+
+def _no_list(row: Mapping[str, Any], column: str, what: str) -> str:
+    if column in row:
+        return f"the column '{column}' must be a list of {what}"
+    return f"no column '{column}'; the columns are {', '.join(map(str, row))}"
 
 
 def _is_list(value: Any) -> bool:

@@ -48,6 +48,7 @@ def compute_rewards(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
     on_error: Literal["raise", "skip"] = "raise",
+    places: Sequence[str] | None = None,
 ) -> Scores:
     """The weighted sum (weights default to 1) of what the functions give, row by row.
 
@@ -65,6 +66,7 @@ def compute_rewards(
         columns: further lists, by name.
         on_error: `raise` raises `RewardError` where a row fails; `skip` makes the row's reward NaN,
             since a sum that lacks a term compares with no other.
+        places: what messages call the rows; None: "row 0" and so on.
 
     Returns:
         The rewards, and what there is to tell about them.
@@ -78,12 +80,13 @@ def compute_rewards(
     lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     n = _check_lists(lists, columns)
     check_columns(reward_funcs, columns)
+    places = [f"row {row}" for row in range(n)] if places is None else places
     answers = _call_all(reward_funcs, {**lists, **columns})
     by_func: dict[str, np.ndarray] = {}
     problems: dict[int, str] = {}  # by row
     total, answered = np.zeros(n), np.zeros(n, bool)
     for name, factor, answer in zip(names, factors, answers, strict=True):
-        by_func[name], failed = _read_answer(name, answer, n, on_error)
+        by_func[name], failed = _read_answer(name, answer, places, on_error)
         problems = failed | problems  # a row keeps its first
         given = ~np.isnan(by_func[name])
         with np.errstate(over="ignore", invalid="ignore"):  # it is told of below
@@ -92,8 +95,8 @@ def compute_rewards(
     for row in np.flatnonzero(answered & ~(np.abs(total) <= FLOAT32_MAX)):
         if row not in problems:
             problem = (
-                f"the weighted sum of the rewards on row {row} is {total[row]:g}, which float32 "
-                "can't hold; give smaller rewards.weights"
+                f"the weighted sum of the rewards on {places[int(row)]} is {total[row]:g}, which "
+                "float32 can't hold; give smaller rewards.weights"
             )
             if on_error == "raise":
                 raise RewardError(problem)
@@ -169,9 +172,10 @@ def _copy(value: Any) -> Any:
 
 
 def _read_answer(
-    name: str, answer: Any, n: int, on_error: Literal["raise", "skip"]
+    name: str, answer: Any, places: Sequence[str], on_error: Literal["raise", "skip"]
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Values [n] (NaN: none), and by row what failed."""
+    n = len(places)
     if isinstance(answer, UserError) and not isinstance(answer, RewardError):
         raise answer  # a missing package, say: skipping would hide it on every row
     if isinstance(answer, BaseException):
@@ -193,7 +197,7 @@ def _read_answer(
         if problem is None:
             values[row] = as_number(value)
             continue
-        problems[row] = f"reward {name!r} failed on row {row}: {problem}"
+        problems[row] = f"reward {name!r} failed on {places[row]}: {problem}"
         if on_error == "raise":
             cause = value if isinstance(value, BaseException) else None
             raise RewardError(problems[row]) from cause

@@ -201,7 +201,9 @@ def test_a_reward_for_texts_that_gets_messages_is_told_how_to_read_them(tmp_path
         return float(completion.strip() == "x")
 
     rows = [{"prompt": [{"role": "user", "content": "one"}]}]
-    with pytest.raises(UserError, match=r"'textual' failed on row 0: .*'list'.*completion_text"):
+    with pytest.raises(
+        UserError, match=r"'textual' failed on row [1-9]: .*'list'.*completion_text"
+    ):
         trainer(tmp_path, rewards__on_error=on_error).train(rows, textual)
 
 
