@@ -106,7 +106,7 @@ def test_when_no_group_is_left_there_is_nothing_to_train_on():
     ("bad", "message"),
     [
         ({"rewards": [1, 2]}, "no column 'completions'; the columns are"),
-        (row() | {"completions": "ab"}, "no column 'completions'; the columns are"),
+        (row() | {"completions": "ab"}, "'completions' must be a list"),
         (row(["a", [{"role": "user", "content": "b"}]]), "one message of the assistant or"),
         (row(["a", [{"role": "assistant", "content": None}]]), "one message of the assistant or"),
         (row(["a", [{"role": "assistant", "content": "b"}] * 2]), "one message of the assistant"),
