@@ -237,7 +237,7 @@ def _held_out_figure(rows: Rows, evaluations: Sequence[Evaluation]) -> list[Figu
     line = Line(list(curve), values, "dots", spans, titles)
     ends = (0, max(1, *curve, *(row["step"] for row in rows[-1:])))
     picture = chart(Chart([line], label, "eval", scale.tick, x_range=ends, size=_LARGE))
-    note = "Questions never trained on. Pale bars: 95% intervals over the questions."
+    note = "Held-out questions. Pale bars: 95% intervals over the questions."
     return [Figure(scale.title, shown[-1], note, picture)]
 
 
