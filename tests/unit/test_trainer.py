@@ -19,7 +19,7 @@ from gvpo_jax.commands import export
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, load_config, open_run, override, with_run_date
 from gvpo_jax.data.groups import Source, make_group
-from gvpo_jax.data.prompts import completion_ids
+from gvpo_jax.data.prompts import EncodedPrompts, completion_ids
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.load import load_model
 from gvpo_jax.rewards.debug import letter_share
@@ -674,7 +674,8 @@ def test_special_tokens_are_kept_for_rewards_where_asked_for(tmp_path):
             seen.extend(completions)
             return [0.0] * len(completions)
 
-        (texts,), _ = trainer._judge(keep).judge([{"prompt": "p"}], group)
+        prompts = EncodedPrompts([{"prompt": "p"}], [[1]], skipped=0)
+        (texts,), _ = trainer._judge(keep).judge(prompts, [0], group)
         assert texts == seen
         return seen
 
@@ -749,7 +750,7 @@ def test_a_run_of_epochs_is_that_of_as_many_steps_and_grows_by_more(tmp_path):
     check_claim(by_name)  # before there are rows
     assert open_run(tmp_path / "a").train.steps == 5
     steps = [row["step"] for row in longer.history]
-    assert steps == [0, 1, 2, 3, 3, 4, 5, 5]  # with the evaluations before, after, and after again
+    assert steps == [0, 1, 2, 3, 4, 5, 5]  # with the evaluations before and after
 
 
 def test_a_schedule_ends_with_the_epochs(tmp_path):
