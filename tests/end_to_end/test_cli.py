@@ -120,7 +120,7 @@ def _start():
         ("--loss.beta=1", "unrecognized arguments: --loss.beta=1"),
         ("mesh.fsdp=16", "does not fit 8 devices"),
         ("data.max_prompt_length=9999", "debug was made for 2048"),
-        ("data.max_prompt_length=5", "row 1: the prompt is 22 tokens long"),
+        ("data.max_prompt_length=5", "debug.jsonl:1: the prompt is 22 tokens long"),
         ("rewards.funcs=[]", "rewards.funcs is empty"),
         ("rewards.funcs=[no_such_module:f]", "there is no such module"),
         ("rewards.funcs=[no_such_file.py:f]", "no_such_file.py: there is no such file"),
