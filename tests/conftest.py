@@ -1,10 +1,13 @@
 """Eight CPU devices, no silent rank promotion, every program compiled once."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 
+# A shell that starts pytest in the background has it ignore Ctrl-C, and so all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
