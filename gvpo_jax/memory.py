@@ -6,6 +6,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -39,7 +40,7 @@ def check_memory(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bo
         config: of the run.
         model: the decoder.
         mesh: the devices.
-        trains: whether there will be updates; else parameters and sampling alone count.
+        trains: whether there will be updates; else what they need does not count.
 
     Raises:
         UserError: the parameters, with the optimizer state if it trains, can't fit.
@@ -47,21 +48,21 @@ def check_memory(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bo
     available = device_memory(mesh)
     if available is None:
         return
-    items = memory_needed(config, model, mesh)
-    if not trains:
-        items = {name: items[name] for name in ("parameters", "keys and values")}
+    items = memory_needed(config, model, mesh, trains=trains)
     kept = items["parameters"] + items.get("optimizer state", 0)
-    needed, largest = sum(items.values()), max(items, key=lambda name: items[name])
+    needed = peak(items, together=bool(config.rollout.lookahead))
+    largest = max(items, key=lambda name: items[name])
     there = f"a device has {available / _GIB:.3g} GiB"
     if kept > available:
         largest = max(("parameters", "optimizer state"), key=lambda name: items.get(name, 0))
+        what = "parameters and optimizer state" if trains else "its parameters"
         raise UserError(
-            f"{config.model.name} does not fit: parameters and optimizer state alone need "
-            f"{kept / _GIB:.3g} GiB on each device, {there}; smaller with {_SMALLER[largest]}"
+            f"{config.model.name} does not fit: {what} alone need {kept / _GIB:.3g} GiB on each "
+            f"device, {there}; smaller with {_SMALLER[largest]}"
         )
     if needed > available and is_first():
         print(
-            f"gvpo-jax: warning: this run may not fit: it needs about {needed / _GIB:.3g} GiB on "
+            f"gvpo-jax: warning: this run may not fit: it needs {needed / _GIB:.3g} GiB or more on "
             f"each device, {there}; the largest part are {largest} "
             f"({items[largest] / _GIB:.3g} GiB): smaller with {_SMALLER[largest]}",
             file=sys.stderr,
@@ -69,22 +70,45 @@ def check_memory(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bo
         )
 
 
-def memory_needed(config: Config, model: DecoderConfig, mesh: Mesh) -> dict[str, int]:
-    """Bytes on one device, by item: exact for what lies there, rough for what comes and goes."""
+def memory_needed(
+    config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bool = True
+) -> dict[str, int]:
+    """Bytes on one device, by item: exact for what lies there, at least so many for the rest."""
     params = param_shapes(model)
     optimizer = config.optimizer.create(config.train.updates)
     parameters = device_bytes(shapes_on(mesh, params))
     half = config.model.dtype == "bfloat16"
     copied = 2 if half and config.reference.name != "ema" else 1
-    lookahead = parameters if config.rollout.lookahead else 0
-    return {
-        "parameters": parameters + lookahead,
-        "optimizer state": device_bytes(shapes_on(mesh, jax.eval_shape(optimizer.init, params))),
-        "gradients": parameters,
+    sampled, data = [0], config.data
+    if data.eval_size and (data.eval_path or data.tasks):
+        sampled += [_cache(config, model, config.eval.batch_size, config.eval.num_generations)]
+    if trains and not data.groups_path:
+        rollout = batch_sizes(config)["rollout"]
+        sampled += [_cache(config, model, rollout.groups, rollout.k)]
+    kept = {
+        "parameters": parameters,
         "reference": parameters // copied,
-        "keys and values": _cache(config, model) // group_shards(mesh),
+        "keys and values": max(sampled) // group_shards(mesh),
+    }
+    if not trains:
+        return kept
+    return kept | {
+        "parameters": 2 * parameters if config.rollout.lookahead else parameters,
+        "optimizer state": device_bytes(shapes_on(mesh, jax.eval_shape(optimizer.init, params))),
+        "gradients": parameters * min(config.train.micro_batches, 2),  # a part's, and their sum
         "activations": _activations(config, model) // group_shards(mesh),
     }
+
+
+def peak(items: Mapping[str, int], *, together: bool) -> int:
+    """Bytes of `memory_needed` that are there at one time.
+
+    together: a rollout is sampled while the policy trains; else one comes after the other.
+    """
+    sampling = items["keys and values"]
+    training = items.get("gradients", 0) + items.get("activations", 0)
+    beside = sum(items.values()) - sampling - training
+    return beside + (sampling + training if together else max(sampling, training))
 
 
 def device_memory(mesh: Mesh) -> int | None:
@@ -101,27 +125,33 @@ def device_memory(mesh: Mesh) -> int | None:
     return min(found) // len(mesh.local_devices) if found else None
 
 
-def _cache(config: Config, model: DecoderConfig) -> int:
-    if config.servers.kind != "none" or config.data.groups_path:
+def _cache(config: Config, model: DecoderConfig, groups: int, k: int) -> int:
+    """Of so many prompts with k completions each, sampled at once in this process."""
+    if config.servers.kind != "none":
         return 0
-    sizes, slots = batch_sizes(config)["rollout"], config.rollout.slots
-    rows = min(sizes.groups * sizes.k, slots or sizes.groups * sizes.k)
-    kept = config.rollout.cache_dtype
+    data, rollout = config.data, config.rollout
+    rows = min(groups * k, rollout.slots or groups * k)
+    kept = rollout.cache_dtype
     width = jnp.dtype(config.model.dtype if kept == "model" else kept).itemsize
-    tokens = sizes.groups * sizes.p + rows * sizes.t
+    tokens = groups * data.max_prompt_length + rows * rollout.max_completion_length
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width * tokens
 
 
 def _activations(config: Config, model: DecoderConfig) -> int:
-    """What a forward pass of a micro-batch keeps for the backward one, and a chunk of logits."""
+    """What a forward pass of a micro-batch keeps for the backward one, and a chunk of logits.
+
+    Where layers are computed again, one of them is there whole.
+    """
     sizes, train = batch_sizes(config)["score"], config.train
     tokens = sizes.groups * (sizes.p + sizes.k * sizes.t // train.completion_parts)
     d, heads = model.hidden_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    whole = 6 * d + 2 * heads + 4 * model.intermediate_size
     per_layer = {
-        "none": 6 * d + 2 * heads + 4 * model.intermediate_size,
+        "none": whole,
         "dots": 3 * d + heads + 2 * model.intermediate_size,
         "layer": d,
     }[config.model.remat]
+    again = whole - per_layer
     width = jnp.dtype(config.model.dtype).itemsize
     logits = min(4 * tokens * model.vocab_size, CHUNK_BYTES)
-    return tokens * model.num_layers * per_layer * width + logits
+    return tokens * (model.num_layers * per_layer + again) * width + logits

@@ -1,20 +1,25 @@
 """What a run needs, against arrays that are really made and numbers by hand; who is told what."""
 
+import json
+from pathlib import Path
+
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 from small_run import config
 
 from gvpo_jax import memory
 from gvpo_jax.config import Config
-from gvpo_jax.config_file import override
+from gvpo_jax.config_file import load_config, override
 from gvpo_jax.errors import UserError
-from gvpo_jax.memory import check_memory, device_memory, memory_needed
+from gvpo_jax.memory import check_memory, device_memory, memory_needed, peak
 from gvpo_jax.models.debug import debug_config
 from gvpo_jax.models.decoder import init_params
 from gvpo_jax.models.known import model_shape
 from gvpo_jax.trainer import Trainer
 
 GIB = 2**30
+REPORTS = Path(__file__).parents[2] / "experiments/tpu_compile/reports"
 
 
 def bytes_of(tree):
@@ -27,6 +32,8 @@ def test_what_stays_in_memory_is_counted_to_the_byte(name):
     params = init_params(debug_config(), 0)
     needed = memory_needed(c, debug_config(), c.mesh.mesh())
     assert needed["parameters"] == needed["gradients"] == needed["reference"] == bytes_of(params)
+    twice = memory_needed(override(c, train__micro_batches=2), debug_config(), c.mesh.mesh())
+    assert twice["gradients"] == 2 * needed["gradients"]
     state = c.optimizer.create(c.train.updates).init(params)
     assert needed["optimizer state"] == bytes_of(state)
 
@@ -43,6 +50,44 @@ def test_the_published_sizes_of_a_model_of_7b():
     assert needed["reference"] == pytest.approx(7.616e9 * 2, rel=1e-3)
     # keys and values, 28 layers, 4 heads of 128, 2 bytes; 8 prompts and 32 completions
     assert needed["keys and values"] == 2 * 28 * 4 * 128 * 2 * (8 * 512 + 32 * 1024)
+
+
+def test_it_is_at_most_what_the_tpu_compiler_says(tmp_path):
+    """The recipes of experiments/tpu_compile: a warning that these may not fit would be wrong."""
+    ratios = {}
+    for file in sorted(REPORTS.glob("*.json")):
+        report = json.loads(file.read_text())
+        if len(report["programs"]) < 4:
+            continue  # of the update alone
+        (tmp_path / "c.yaml").write_text(json.dumps(report["config"]))
+        c = load_config(tmp_path / "c.yaml")
+        mesh = AbstractMesh(tuple(report["mesh"].values()), tuple(report["mesh"]))
+        needed = peak(memory_needed(c, model_shape(c.model.name), mesh), together=False)
+        ratios[file.stem] = needed / max(p["hbm"]["peak"] for p in report["programs"])
+    assert len(ratios) >= 7
+    assert max(ratios.values()) <= 1, ratios
+    assert min(ratios.values()) > 0.4, ratios
+
+
+def test_without_updates_only_evaluation_needs_memory():
+    """28 layers, 4 heads of 128, 2 bytes; 16 prompts with 4 completions each."""
+    c = override(
+        Config(), model__dtype="bfloat16", mesh__fsdp=1, rollout__max_completion_length=1024,
+        data__max_prompt_length=512, data__eval_path="held_out.jsonl", train__batch_size=512,
+    )  # fmt: skip
+    shape = model_shape("Qwen/Qwen2.5-Math-7B")
+    needed = memory_needed(c, shape, c.mesh.mesh(), trains=False)
+    assert set(needed) == {"parameters", "reference", "keys and values"}
+    assert needed["keys and values"] == 2 * 28 * 4 * 128 * 2 * (16 * 512 + 64 * 1024)
+    c = override(c, data__eval_path=None)
+    assert memory_needed(c, shape, c.mesh.mesh(), trains=False)["keys and values"] == 0
+
+
+def test_sampling_and_training_need_memory_together_only_with_lookahead():
+    items = {"parameters": 1, "gradients": 2, "activations": 3, "keys and values": 4}
+    assert peak(items, together=False) == 1 + 5
+    assert peak(items | {"keys and values": 7}, together=False) == 1 + 7
+    assert peak(items, together=True) == 1 + 5 + 4
 
 
 def test_more_devices_hold_less_each():
@@ -63,7 +108,7 @@ def told(monkeypatch, capfd, available, *, trains=True, **settings):
 
 def test_what_may_not_fit_is_warned_of_with_the_largest_item(monkeypatch, capfd):
     line = told(monkeypatch, capfd, 10)
-    assert line.startswith("gvpo-jax: warning: this run may not fit: it needs about ")
+    assert line.startswith("gvpo-jax: warning: this run may not fit: it needs ")
     assert "a device has 10 GiB; the largest part are " in line
     assert line.count("\n") == 1
     small = {"data__max_prompt_length": 8, "rollout__max_completion_length": 8}
@@ -86,6 +131,8 @@ def test_only_what_cant_fit_at_all_is_refused(monkeypatch, capfd):
     assert "may not fit" in told(monkeypatch, capfd, 5.6)
     assert "may not fit" in told(monkeypatch, capfd, 5, optimizer__name="adafactor")
     assert told(monkeypatch, capfd, 5, trains=False) == ""
+    with pytest.raises(UserError, match=r"fit: its parameters alone need 1\.84 GiB .* has 1 GiB"):
+        told(monkeypatch, capfd, 1, trains=False)
 
 
 def test_a_model_is_not_read_where_it_cant_fit(tmp_path, monkeypatch):
