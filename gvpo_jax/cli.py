@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what they can't show must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    interrupted = "gvpo-jax: interrupted"
     try:
         arguments = _parse(argv)
         if arguments.command is None:
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("a COMMAND is missing; see gvpo-jax --help")
         from gvpo_jax.parallel.preemption import end_when_stuck
 
-        with end_when_stuck(_INTERRUPTED):
+        if arguments.command == "train":
+            interrupted += _GOES_ON
+        with end_when_stuck(interrupted):
             if arguments.command != "train":
                 return _COMMANDS[arguments.command](arguments) or 0
             config = _config(arguments)  # here: see CONTRIBUTING.md on the way to the gradient
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             summary = commands.train(config)
             if is_first():
-                print(json.dumps(summary, indent=2))
+                print(json.dumps(_on_screen(summary), indent=2))
                 report = Path(config.run.dir) / "report.html"
                 if report.is_file():
                     print(f"report: {report}")
@@ -48,13 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         if not error.args:  # else the run has said what is saved
-            print(_INTERRUPTED, file=sys.stderr)
+            print(interrupted, file=sys.stderr)
         return 130
 
 
-_INTERRUPTED = (
-    "gvpo-jax: interrupted; the same command goes on from the last checkpoint, or starts over "
-    "where there is none yet"
+_GOES_ON = (
+    "; the same command goes on from the last checkpoint, or starts over where there is none yet"
 )
 
 
@@ -175,6 +177,15 @@ def _command(commands: Any, name: str, short: str, description: str, example: st
     )
 
 
+def _on_screen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary or metrics to be read: rounded, and without what was not left out."""
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) else value
+        for name, value in values.items()
+        if value or not name.startswith("left_out/")
+    }
+
+
 # The imports below are late: --help and a misspelt config should not wait for transformers.
 
 
@@ -183,7 +194,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from gvpo_jax.commands import evaluate
 
     of_run = Path(arguments.config).is_dir()
-    print(json.dumps(evaluate(config, checkpoint=of_run), indent=2))
+    print(json.dumps(_on_screen(evaluate(config, checkpoint=of_run)), indent=2))
 
 
 def _report(arguments: argparse.Namespace) -> None:

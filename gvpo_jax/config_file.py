@@ -5,6 +5,7 @@ import difflib
 import functools
 import glob
 import itertools
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from gvpo_jax.config import Config
-from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml
+from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml, shown
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
@@ -45,11 +46,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     file = _find(Path(path))
     given = [read_override(override) for override in overrides]
     try:
-        values = read_yaml(file.read_text("utf-8-sig"))
-        values = {} if values is None else values
-        for key, value in given if isinstance(values, dict) else ():
-            put(values, key, value)
-        config = as_record(Config, _with_new_names(values))
+        text = file.read_text("utf-8-sig")
+        config = _read(text, given)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(
@@ -60,8 +58,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable YAML config: {reason}") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        try:
+            _read(text, [])
+        except UserError:  # the file is wrong without the overrides too
+            raise UserError(f"{path}: {error}") from None
+        raise
     return _with_paths(config, beside=file.parent)
+
+
+def _read(text: str, overrides: Sequence[tuple[list[str], Any]]) -> Config:
+    values = read_yaml(text)
+    values = {} if values is None else values
+    for key, value in overrides if isinstance(values, dict) else ():
+        put(values, key, value)
+    return as_record(Config, _with_new_names(values))
 
 
 def override(config: Config, **values: Any) -> Config:
@@ -183,16 +193,17 @@ def check_claim(config: Config) -> Path:
         longer = train.updates > old.train.updates and config.optimizer.schedule == "constant"
         same = not keys or (keys == ["train.steps"] and longer)
         if not same and has_begun(folder) and not config.run.overwrite:
+            there = [f"{key}={shown(operator.attrgetter(key)(old))}" for key in keys]
             raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(keys)}); "
+                f"{folder} holds a run with other settings ({', '.join(there)}); "
                 "give those, or choose another run.dir, or start over with run.overwrite=true"
             )
     return folder
 
 
-def with_run_date(config: Config) -> Config:
+def with_run_date(config: Config, folder: Path) -> Config:
     """The config with a date for its chat template: its own, that of the run begun there, today."""
-    folder, day = Path(config.run.dir), config.data.template_date
+    day = config.data.template_date
     goes_on = (folder / SETTINGS).is_file() and has_begun(folder) and not config.run.overwrite
     if day is None and goes_on:
         day = load_config(folder / SETTINGS).data.template_date

@@ -1,5 +1,19 @@
-"""The names that TRL's trainers and their configs give to settings, and what they are here."""
+"""The names that TRL's trainers and other libraries give to settings, and what they are here."""
 
+# Of other libraries, in short.
+OTHER_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "k": "rollout.num_generations",
+    "group_size": "rollout.num_generations",
+    "stop_strings": "rollout.stop",
+    "stop_sequences": "rollout.stop",
+    "epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_steps": "train.steps",
+    "system": "data.system_prompt",
+    "dataset": "data.path",
+    "output": "run.dir",
+}
 # Each text begins with the key of a setting.
 TRL_NAMES = {
     # the model and its data
@@ -13,6 +27,9 @@ TRL_NAMES = {
     "dataset_name": "data.path, files of JSON, JSONL or parquet",
     "train_dataset": "data.path, or the first argument of Trainer.train",
     "eval_dataset": "data.eval_path, or eval_dataset= of Trainer.train",
+    "shuffle_dataset": "data.shuffle",
+    "chat_template_kwargs": "data.template_arguments",
+    "chat_template_path": "data.template",
     "max_prompt_length": "data.max_prompt_length",
     "max_seq_length": "data.max_prompt_length and rollout.max_completion_length",
     "max_length": "data.max_prompt_length and rollout.max_completion_length",
@@ -69,6 +86,7 @@ TRL_NAMES = {
     "eval_steps": "eval.every",
     "eval_strategy": "eval.every; 0 is never",
     "output_dir": "run.dir",
+    "overwrite_output_dir": "run.overwrite",
     "run_name": "run.dir",
     "save_steps": "checkpoint.every",
     "save_strategy": "checkpoint.every",

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from gvpo_jax.config_trl import TRL_NAMES
+from gvpo_jax.config_trl import OTHER_NAMES, TRL_NAMES
 from gvpo_jax.errors import UserError
 
 _NULL = ("null", "~", "")
@@ -113,7 +113,7 @@ def as_record(kind: type, values: Any, key: str = "", base: Any = None) -> Any:
         return values
     if not isinstance(values, Mapping):
         what = f"{key} is a section" if key else "a config is made of sections"
-        raise UserError(f"{what}, a mapping like {{name: value}}; got {_shown(values)}")
+        raise UserError(f"{what}, a mapping like {{name: value}}; got {shown(values)}")
     hints = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     given: dict[str, Any] = {}
@@ -133,10 +133,15 @@ def _hint(name: str, known: Sequence[str], sections: Mapping[str, Any]) -> str:
     """Where an unknown setting may be; sections: those that it could have been left out of."""
     if here := TRL_NAMES.get(name):
         return f"TRL's {name} is {here} here; "
+    if here := OTHER_NAMES.get(name):
+        return f"write {here}; "
     names = {
         section: [f.name for f in dataclasses.fields(kind)] for section, kind in sections.items()
     }
     homes = [f"{section}.{name}" for section, fields in names.items() if name in fields]
+    section, _, rest = name.partition("_")
+    if rest in names.get(section, ()):
+        homes = [f"{section}.{rest}"]
     if homes:
         return f"write {' or '.join(homes)}; "
     near = difflib.get_close_matches(name, known, 1)
@@ -183,27 +188,27 @@ def _one_of(choices: tuple[str, ...], value: Any, key: str) -> str:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"{key} must be one of {', '.join(choices)}, got {_shown(value)}{hint}")
+        raise UserError(f"{key} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
     return str(value)
 
 
 def _as_text(value: Any, key: str) -> str:
     if not isinstance(value, str | Path):
-        raise UserError(f"{key} must be a text, got {_shown(value)}")
+        raise UserError(f"{key} must be a text, got {shown(value)}")
     return str(value)
 
 
 def _as_bool(value: Any, key: str) -> bool:
     known = _BOOLEANS.get(str(value).strip().lower())
     if known is None or not isinstance(value, str | int):
-        raise UserError(f"{key} must be true or false, got {_shown(value)}")
+        raise UserError(f"{key} must be true or false, got {shown(value)}")
     return known
 
 
 def _as_int(value: Any, key: str) -> int:
     number = _number(value, key, "a whole number")
     if not (isinstance(number, int) or number.is_integer()):
-        raise UserError(f"{key} must be a whole number, got {_shown(value)}")
+        raise UserError(f"{key} must be a whole number, got {shown(value)}")
     return int(number)
 
 
@@ -222,15 +227,21 @@ def _number(value: Any, key: str, what: str) -> int | float:
             return _INFINITE.get(text) or float(text)
     except ValueError:
         pass
-    raise UserError(f"{key} must be {what}, got {_shown(value)}")
+    raise UserError(f"{key} must be {what}, got {shown(value)}")
 
 
 def _as_mapping(value: Any, key: str) -> dict[str, Any]:
     if isinstance(value, Bare):
         value = _structure(value, key) if value not in _NULL else {}
     if not isinstance(value, Mapping):
-        raise UserError(f"{key} must be a mapping like {{name: value}}, got {_shown(value)}")
+        raise UserError(f"{key} must be a mapping like {{name: value}}, got {shown(value)}")
     return {str(name): as_any(item) for name, item in value.items()}
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, and a text in quotes."""
+    text = "null" if value is None else repr(str(value)) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def as_any(value: Any) -> Any:
@@ -262,11 +273,6 @@ def _structure(text: Bare, key: str) -> Any:
         return read_yaml(text)
     except yaml.YAMLError:
         raise UserError(
-            f"{key}: {_shown(text)} is no list or mapping; write [a, b] or {{name: value}}, "
+            f"{key}: {shown(text)} is no list or mapping; write [a, b] or {{name: value}}, "
             "and put entries with other signs in quotes"
         ) from None
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(str(value)) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

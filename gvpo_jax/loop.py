@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch
 from gvpo_jax.report import write_report
+from gvpo_jax.rewards.functions import changed_code
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
 from gvpo_jax.rundir.files import METRICS, read_history, read_summary, write_text
@@ -49,6 +50,7 @@ class Loop:
     data_fingerprint: str  # tells training rows, held-out rows and reward functions from others
     reward_code: Mapping[str, str]  # and by their names, those functions' code
     left_out: Mapping[str, int]  # rows that are not used, and why
+    data_signs: Sequence[str]  # what else there is to tell about the rows
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `RunLog`
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
@@ -263,9 +265,7 @@ class Loop:
                 f"bring them back, or {_ELSE}"
             )
         code = saved.get("reward_code", self.reward_code)  # version 0.1 saved none
-        if changed := [
-            name for name in self.reward_code if code.get(name) != self.reward_code[name]
-        ]:
+        if changed := changed_code(self.judge.reward_funcs, code):
             raise UserError(
                 f"the code of reward {', '.join(changed)} has changed since this run began; bring "
                 f"it back, or {_ELSE}"
@@ -285,6 +285,7 @@ class Loop:
             )
         if self.replaces:
             lines.append(f"run.overwrite: the run that was in {self.config.run.dir} is replaced")
+        lines += [f"warning: {line}" for line in self.data_signs]
         left_out = left_out_text(self.left_out)
         return [*lines, f"left out: {left_out}"] if left_out else lines
 

@@ -1,12 +1,14 @@
 """The door for Python users: whole runs, or steps on text that they sampled and scored."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
+from gvpo_jax.collect.early_signs import data_signs
 from gvpo_jax.collect.evaluate import evaluate
 from gvpo_jax.collect.feed import Feed, OnlineFeed
 from gvpo_jax.collect.metrics import reward_metrics
@@ -28,10 +30,16 @@ from gvpo_jax.memory import check_memory
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
-from gvpo_jax.parallel.distributed import from_first_host, my_slice, raise_together, to_first_host
+from gvpo_jax.parallel.distributed import (
+    from_first_host,
+    is_first,
+    my_slice,
+    raise_together,
+    to_first_host,
+)
 from gvpo_jax.parallel.layout import check_batch, group_shards, place_params
 from gvpo_jax.rewards import batched, load_reward_func
-from gvpo_jax.rewards.functions import code_fingerprint, function_names
+from gvpo_jax.rewards.functions import changed_code, code_fingerprint, function_names
 from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.make import sampling_model
 from gvpo_jax.rollout.servers.engine import http_engine
@@ -93,6 +101,7 @@ class Trainer:
             check_memory(c, model.config, mesh, trains=trains)
             params = copy(place_params(mesh, model.params))
         self.history: list[dict[str, Any]] = []
+        self._reward_code: Mapping[str, str] = {}  # of the run that was restored
         self.stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
         self.tokenizer = model.tokenizer
         if c.data.template is not None:  # the one that trains is the one that is exported
@@ -302,6 +311,13 @@ class Trainer:
         """
         held_out, judge = self._encode(dataset), self._judge(reward_funcs)
         judge.check(held_out, "the held-out data")
+        code = self._reward_code
+        if code and (changed := changed_code(judge.reward_funcs, code)) and is_first():
+            print(
+                f"gvpo-jax: warning: the code of reward {', '.join(changed)} is not that of the "
+                "run: its scores compare with no earlier ones",
+                file=sys.stderr,
+            )
         return evaluate(
             held_out,
             self.engine,
@@ -348,6 +364,7 @@ class Trainer:
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
 
+        Where the chat template writes the date, it writes that of the run from now on.
         Its optimizer state is not read: an update after this begins with a fresh one. Raises
         UserError where there is no checkpoint.
         """
@@ -357,6 +374,9 @@ class Trainer:
                 restored = self.policy.load(checkpoints, params_only=True)
         if restored is None:
             raise UserError(f"{run_dir} has no checkpoint yet")
+        self._reward_code = restored.extra.get("reward_code", {})
+        if self.config.data.template_writes_date(self.tokenizer):
+            self.config = from_first_host(lambda: with_run_date(self.config, Path(run_dir)))
         return restored.step
 
     def _group(self, name: str, prompt_ids, texts, values):
@@ -418,8 +438,9 @@ class Trainer:
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         left_out = {"training_rows": prompts.skipped, **bad}
         left_out |= {"held_out_rows": held_out.skipped} if held_out else {}
+        signs = data_signs(prompts, held_out, config.train.batch_size - config.replay.groups)
         who = config, self.model.name, self.policy, self.engine
-        return Loop(*who, feed, judge, held_out, fingerprint, code, left_out, self.history)
+        return Loop(*who, feed, judge, held_out, fingerprint, code, left_out, signs, self.history)
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)
@@ -444,7 +465,8 @@ class Trainer:
     def _keep_date(self) -> None:
         """Where the chat template writes the date: the one that the run began with."""
         if self.config.data.template_writes_date(self.tokenizer):
-            self.config = from_first_host(lambda: with_run_date(self.config))
+            folder = Path(self.config.run.dir)
+            self.config = from_first_host(lambda: with_run_date(self.config, folder))
 
     def _encode(self, rows: Dataset) -> EncodedPrompts:
         return self.config.data.encode(rows, self.tokenizer, self.model.config.vocab_size)

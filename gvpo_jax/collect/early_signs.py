@@ -1,13 +1,39 @@
-"""What the first batches of a run show of a set-up in which little can be learnt."""
+"""What the data and the first batches show of a set-up in which little can be learnt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from gvpo_jax.data.prompts import EncodedPrompts
 
 FIRST = 3  # batches that are looked at
 CHAT_HINT = (
     "completions of chat prompts are lists of messages: "
     "gvpo_jax.rewards.completion_text(completion) gives the text"
 )
+
+
+def data_signs(prompts: EncodedPrompts, held_out: EncodedPrompts | None, batch: int) -> list[str]:
+    """A line for each thing about the rows that users would want to know.
+
+    Args:
+        prompts: of the training rows.
+        held_out: those of the held-out rows.
+        batch: how many of the former make a batch.
+    """
+    lines, n = [], len(prompts.rows)
+    if n < batch:
+        lines.append(
+            f"there are {n} prompts for batches of {batch}: a batch holds the same ones several "
+            "times; give more rows, or a smaller train.batch_size"
+        )
+    seen = set(map(tuple, prompts.token_ids))
+    known = sum(tuple(ids) in seen for ids in held_out.token_ids) if held_out else 0
+    if known and held_out:
+        lines.append(
+            f"{known} of {len(held_out.rows)} held-out prompts are also trained on: their score "
+            "says nothing of new ones"
+        )
+    return lines
 
 
 def early_signs(

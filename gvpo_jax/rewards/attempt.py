@@ -8,10 +8,13 @@ because the caller may be inside an event loop already, as notebooks are.
 import asyncio
 import functools
 import os
+import sysconfig
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from inspect import isawaitable
+from pathlib import Path
 from typing import Any
 
 _THREAD = "async rewards"
@@ -37,8 +40,20 @@ def failure(error: BaseException) -> Exception:
 
 
 def describe(error: BaseException) -> str:
-    """An exception's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """An exception's type and message on one line, and the line of the user's file, if any."""
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    lines = traceback.extract_tb(error.__traceback__)
+    theirs = [line for line in lines if not _is_not_theirs(line.filename)]
+    return f"{told} ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else told
+
+
+_PACKAGE = str(Path(__file__).parents[1])
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+def _is_not_theirs(file: str) -> bool:
+    """This package's, another library's, or no file."""
+    return file.startswith((_PACKAGE, *_LIBRARIES, "<"))
 
 
 def needs_loop(answer: Any) -> bool:

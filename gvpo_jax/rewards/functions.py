@@ -137,17 +137,39 @@ def code_fingerprint(func: RewardFunc) -> str:
     return hashlib.sha256(_code(func).encode()).hexdigest()[:16]
 
 
+def changed_code(reward_funcs: Sequence[RewardFunc], earlier: Mapping[str, str]) -> list[str]:
+    """Names, with their files, of the functions whose code is another than it was.
+
+    earlier: `code_fingerprint`s by name, which `function_names` gives.
+    """
+    changed = []
+    for name, func in zip(function_names(reward_funcs), reward_funcs, strict=True):
+        if earlier.get(name) != code_fingerprint(func):
+            file = _file(func)
+            changed.append(f"{name} ({Path(file).name})" if file else name)
+    return changed
+
+
+def _file(func: Any) -> str | None:
+    """In which the function is written."""
+    func = inspect.unwrap(func)
+    while isinstance(func, functools.partial):
+        func = inspect.unwrap(func.func)
+    named = func if hasattr(func, "__qualname__") else type(func)
+    own = getattr(func, "runs_file", None)  # see run_each
+    return own or getattr(sys.modules.get(named.__module__ or ""), "__file__", None)
+
+
 def _code(func: Any) -> str:
     func = inspect.unwrap(func)
     if isinstance(func, functools.partial):
         return stable_json([_code(func.func), func.args, func.keywords])
     named = func if hasattr(func, "__qualname__") else type(func)
     module = named.__module__ or ""  # some functions written in C have none
-    name = f"{module}.{named.__qualname__}"
-    file = getattr(func, "runs_file", None)  # see run_each
-    if file is None and module.partition(".")[0] == __name__.partition(".")[0]:
-        return name
-    file = file or getattr(sys.modules.get(module), "__file__", None)
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    if ours and not hasattr(func, "runs_file"):
+        return f"{module}.{named.__qualname__}"
+    file = _file(func)
     try:
         assert file
         assert module != "__main__"

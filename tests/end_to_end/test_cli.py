@@ -80,10 +80,12 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
     assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
     out = capfd.readouterr().out
     assert '"eval/accuracy_after"' in out
+    assert "left_out/" not in out  # nothing was
+    assert not re.search(r"\d\.\d{7}", out)
     assert f"report: {run / 'report.html'}" in out
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
     line = refused("train", DEBUG, f"run.dir={run}", *SHORT, "loss.beta=0.2")
-    assert f"{run} holds a run with other settings (loss.beta)" in line
+    assert f"{run} holds a run with other settings (loss.beta=0.1)" in line
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").is_file()

@@ -229,5 +229,5 @@ def test_the_names_that_are_answered_are_those_of_trl():
     theirs |= set(inspect.signature(GRPOTrainer).parameters)
     assert set(TRL_NAMES) - theirs == {
         "max_prompt_length", "max_seq_length", "max_length", "max_new_tokens", "torch_dtype",
-        "warmup_ratio", "logging_dir",
+        "warmup_ratio", "logging_dir", "overwrite_output_dir", "chat_template_path",
     }  # fmt: skip

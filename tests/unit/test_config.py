@@ -8,7 +8,7 @@ import pytest
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import difference, load_config, override, to_yaml
-from gvpo_jax.config_trl import TRL_NAMES
+from gvpo_jax.config_trl import OTHER_NAMES, TRL_NAMES
 from gvpo_jax.data.rows import load_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import all_settings
@@ -429,6 +429,8 @@ def test_every_name_that_trl_s_are_answered_with_exists():
         assert ours.startswith(named[0]), theirs
         assert set(named) <= keys, theirs
         assert theirs not in (field.name for field in dataclasses.fields(Config)), theirs
+    assert set(OTHER_NAMES.values()) <= keys
+    assert not OTHER_NAMES.keys() & TRL_NAMES.keys()
     values = {re.match(r"([a-z.]+=\w+)", ours) for ours in TRL_NAMES.values()} - {None}
     given = [found[0] for found in values]
     assert len(given) > 4
@@ -469,6 +471,18 @@ def test_a_setting_without_its_section_is_found(write):
         write("batch_size: 4")
     )
     assert "unknown setting funcs: write rewards.funcs; " in refused(write(""), "funcs=[a:b]")
+    assert "unknown setting train_steps: write train.steps; " in refused(write(""), "train_steps=4")
+    assert "optimizer.lr: write optimizer.learning_rate; " in refused(write("optimizer: {lr: 1}"))
+    assert "rollout.stop_strings: write rollout.stop; " in refused(write(""), "rollout.stop_strings=a")
+
+
+def test_a_mistake_behind_the_command_is_not_the_file_s(write):
+    file = write("train: {batch_size: 4}")
+    assert refused(file, "train.steps=x") == "train.steps must be a whole number, got 'x'"
+    assert refused(file, "train.micro_batches=3").startswith("train.batch_size=4 does not divide")
+    wrong = write("train: {steps: x}")
+    assert refused(wrong) == f"{wrong}: train.steps must be a whole number, got 'x'"
+    assert refused(wrong, "train.batch_size=2").startswith(f"{wrong}: train.steps must be")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_reward_whose_code_changed_is_noticed(tmp_path, steps):
     run = tmp_path / "run"
     trainer(run, train__stop_at=steps).train(ROWS, graded(tmp_path, 1))
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"code of reward graded has changed .*run.overwrite=true"):
+    with pytest.raises(UserError, match=r"code of reward graded .* has changed .*run.overwrite=true"):
         trainer(run).train(ROWS, graded(tmp_path, 2))
     assert (run / "metrics.jsonl").read_bytes() == before
     assert trainer(run).train(ROWS, graded(tmp_path, 1))["steps"] == 4
@@ -170,8 +170,31 @@ def test_runs_of_older_versions_which_know_names_only_go_on(tmp_path, monkeypatc
         trainer(tmp_path / "run", train__stop_at=2).train(ROWS, graded(tmp_path, 1))
     spec = graded(tmp_path, 2)
     assert trainer(tmp_path / "run", train__stop_at=3).train(ROWS, spec)["steps"] == 3
-    with pytest.raises(UserError, match="code of reward graded has changed"):
+    with pytest.raises(UserError, match=r"code of reward graded \(graded_rewards\.py\) has changed"):
         trainer(tmp_path / "run").train(ROWS, graded(tmp_path, 3))
+
+
+def test_an_evaluation_by_other_code_than_the_run_s_says_so(tmp_path, capfd):
+    t = trainer(tmp_path / "run", train__steps=1)
+    t.train(ROWS, graded(tmp_path, 1))
+    t.restore(tmp_path / "run")
+    t.evaluate(ROWS, graded(tmp_path, 1))
+    assert "warning" not in capfd.readouterr().err
+    t.evaluate(ROWS, graded(tmp_path, 2))
+    assert "the code of reward graded (graded_rewards.py) is not that of" in capfd.readouterr().err
+
+
+def test_a_failure_names_the_line_of_the_user_s_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import json\n\n\ndef broken(completions, **_):\n    return inner()\n\n\n"
+        "def inner():\n    return json.loads('{')\n\n\ndef one(prompt, completion):\n"
+        "    return int(completion[:0])\n"
+    )
+    told = "JSONDecodeError: .* \\(mine.py:9\\)$"
+    with pytest.raises(UserError, match=told):
+        trainer(tmp_path / "run").train(ROWS, f"{tmp_path / 'mine.py'}:broken")
+    with pytest.raises(UserError, match=r"ValueError: .* \(mine.py:13\)$"):
+        trainer(tmp_path / "run").train(ROWS, f"{tmp_path / 'mine.py'}:one")
 
 
 # What the first batches show
@@ -193,6 +216,14 @@ def test_the_first_batches_warn_once_of_a_set_up_that_teaches_nothing(tmp_path, 
     trainer(tmp_path / "a", **settings).train(rows, constant)  # goes on: it is known
     trainer(tmp_path / "b", train__steps=3).train(ROWS, length)  # texts of several lengths
     assert "warning:" not in capsys.readouterr().out
+
+
+def test_rows_that_are_few_or_held_out_and_trained_on_are_told_of(tmp_path, capsys):
+    t = trainer(tmp_path, train__steps=1, train__batch_size=8)
+    t.train(ROWS, length, eval_dataset=[ROWS[0], {"prompt": "Another"}])
+    shown = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
+    assert f"there are {len(ROWS)} prompts for batches of 8" in shown[0]
+    assert "1 of 2 held-out prompts are also trained on" in shown[1]
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

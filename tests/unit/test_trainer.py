@@ -610,11 +610,15 @@ def test_a_run_goes_on_tomorrow_with_the_date_it_began_with(tmp_path, monkeypatc
     resumed.save_pretrained(tmp_path / "out")
     told = json.loads((tmp_path / "out" / "gvpo_jax_export.json").read_text())
     assert told["template_date"] == "2026-07-31"
-    with pytest.raises(UserError, match=r"other settings \(data.template_date\)"):
+    with pytest.raises(UserError, match=r"other settings \(data.template_date='2026-07-31'\)"):
         train(tmp_path / "parts", data__template_date="2026-08-01", **settings)
+    restored = Trainer(config(tmp_path / "elsewhere", **settings), load_model("debug"))
+    restored.restore(tmp_path / "parts")
+    assert restored.config.data.template_date == "2026-07-31"
     other, _ = train(tmp_path / "other", train__steps=1, **settings)
     assert other.config.data.template_date == "2026-08-01"
-    over = with_run_date(config(tmp_path / "parts", run__overwrite=True, **settings))
+    over = config(tmp_path / "parts", run__overwrite=True, **settings)
+    over = with_run_date(over, tmp_path / "parts")
     assert over.data.template_date == "2026-08-01"  # a new run
 
 
@@ -741,7 +745,7 @@ def test_a_run_of_epochs_is_that_of_as_many_steps_and_grows_by_more(tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b", first, trainer)
     _, again = train(tmp_path / "a", **epochs)  # has done them all
     assert again == json.loads((tmp_path / "a" / "summary.json").read_text())
-    with pytest.raises(UserError, match=r"other settings \(train\.steps\)"):
+    with pytest.raises(UserError, match=r"other settings \(train\.steps=3\)"):
         train(tmp_path / "a", **epochs | {"train__epochs": 0.5})
     longer, summary = train(tmp_path / "a", **epochs | {"train__epochs": 2})
     assert summary["steps"] == 5
