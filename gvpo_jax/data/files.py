@@ -37,17 +37,22 @@ def _files(path: Path) -> list[Path]:
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
     if not (found := sorted(map(Path, glob.glob(str(path), recursive=True)))):
-        raise UserError(f"{path}: no file has a name of this pattern")
+        raise UserError(f"{path}: no file has a name of this pattern{_hint(path)}")
     return [file for file in found if not file.is_dir()]
+
+
+def _hint(path: Path) -> str:
+    several = "," in path.name
+    return "; several files are a folder, or a pattern such as data/*.jsonl" if several else ""
 
 
 def _read(path: Path) -> Iterable[tuple[str, Any]]:
     """What should be rows, each with its place."""
     name = path.name.lower()
     if not name.endswith(_SUFFIXES):
-        raise UserError(f"{path}: data files end in {', '.join(_SUFFIXES)}")
+        raise UserError(f"{path}: data files end in {', '.join(_SUFFIXES)}{_hint(path)}")
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: there is no such file{_hint(path)}")
     if name.endswith(".parquet"):
         return _read_parquet(path)
     try:

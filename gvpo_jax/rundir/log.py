@@ -128,6 +128,7 @@ class RunLog:
         self._session_start = self._step_start = time.perf_counter()
         self._wall_before = counters.wall_seconds
         self._told: set[str] = set()
+        self._to_show: dict[int, Sequence[Mapping[str, Any]]] = {}  # samples, below their step
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
@@ -159,14 +160,16 @@ class RunLog:
         self._pending, self._compiling = (c.step, on_device, told, compiled), 0.0
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]], *, last: int) -> None:
-        """Every so many updates, keep what was sampled for update `step` on disk, and show some.
+        """Every so many updates, keep what was sampled for update `step` on disk.
+
+        Some is shown below the line of that update.
 
         last: the update that the completions before these were sampled for.
         """
         if crossed(last - 1, step - 1, self._every) and (writer := self._writer):
             self.attempt(lambda: writer.completions(step, records))
             stride = max(len(records) // max(self._samples, 1), 1)
-            self._progress.samples(records[::stride][: self._samples])
+            self._to_show[step] = records[::stride][: self._samples]
 
     def evaluation(
         self, name: str, metrics: Mapping[str, float], records: list[dict[str, Any]]
@@ -212,6 +215,7 @@ class RunLog:
         metrics = as_numbers(on_device)
         self._log(step, metrics | here)
         self._progress.update(step, metrics | here, compiled=compiled)
+        self._progress.samples(self._to_show.pop(step, ()))
         check_finite(metrics, f"step {step}")
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:

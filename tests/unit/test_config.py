@@ -473,7 +473,8 @@ def test_a_setting_without_its_section_is_found(write):
     assert "unknown setting funcs: write rewards.funcs; " in refused(write(""), "funcs=[a:b]")
     assert "unknown setting train_steps: write train.steps; " in refused(write(""), "train_steps=4")
     assert "optimizer.lr: write optimizer.learning_rate; " in refused(write("optimizer: {lr: 1}"))
-    assert "rollout.stop_strings: write rollout.stop; " in refused(write(""), "rollout.stop_strings=a")
+    told = refused(write(""), "rollout.stop_strings=a")
+    assert "rollout.stop_strings: write rollout.stop; " in told
 
 
 def test_a_mistake_behind_the_command_is_not_the_file_s(write):

@@ -169,6 +169,8 @@ BROKEN = {
     "cut.jsonl.gz": (gzip.compress(b'{"prompt": "a"}')[:-9], "cut.jsonl.gz: can't be read: Comp"),
     "rows.jsonl.gz": (gzip.compress(b'{"prompt": "a"}\n[]'), "rows.jsonl.gz:2: a row is a JSON ob"),
     "*.csv": (b"", "*.csv: no file has a name of this pattern"),
+    "a,b.json": (b"", "a,b.json: there is no such file; several files are a folder, or a pattern"),
+    "[a, b]": (b"", "[a, b]: no file has a name of this pattern; several files are a folder"),
 }
 
 

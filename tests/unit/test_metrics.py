@@ -333,6 +333,19 @@ def test_steps_that_compile_are_noticed(tmp_path, capsys):
     assert re.search(r"0\.2\d* s/step  0\.2\d* s left$", second)
 
 
+def test_samples_are_shown_below_the_line_of_their_step(tmp_path, capsys):
+    log = RunLog(tmp_path, Counters(), LogConfig(samples=1), 12, 1, [], evaluated=False)
+    with log:
+        for step in range(1, 12):
+            record = {"prompt": "q", "completion": f"answer {step}", "reward": 1.0}
+            log.completions(step, [record], last=step - 1)
+            log.step({"loss": 1.0, "grad_norm": 1.0}, {"tokens": 1})
+    out = capsys.readouterr().out.splitlines()
+    shown = {place: line for place, line in enumerate(out) if "answer" in line}
+    assert [line.split()[-1] for line in shown.values()] == ["1", "11"]
+    assert [out[place - 1].split()[1] for place in shown] == ["1/12", "11/12"]
+
+
 def test_metrics_that_found_no_space_are_written_when_there_is_some(tmp_path):
     class FullAfterFiveBytes:
         def __init__(self, file):

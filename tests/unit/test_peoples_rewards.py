@@ -129,7 +129,7 @@ def test_a_reward_whose_code_changed_is_noticed(tmp_path, steps):
     run = tmp_path / "run"
     trainer(run, train__stop_at=steps).train(ROWS, graded(tmp_path, 1))
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"code of reward graded .* has changed .*run.overwrite=true"):
+    with pytest.raises(UserError, match=r"reward graded .* has changed .*run.overwrite=true"):
         trainer(run).train(ROWS, graded(tmp_path, 2))
     assert (run / "metrics.jsonl").read_bytes() == before
     assert trainer(run).train(ROWS, graded(tmp_path, 1))["steps"] == 4
@@ -170,7 +170,7 @@ def test_runs_of_older_versions_which_know_names_only_go_on(tmp_path, monkeypatc
         trainer(tmp_path / "run", train__stop_at=2).train(ROWS, graded(tmp_path, 1))
     spec = graded(tmp_path, 2)
     assert trainer(tmp_path / "run", train__stop_at=3).train(ROWS, spec)["steps"] == 3
-    with pytest.raises(UserError, match=r"code of reward graded \(graded_rewards\.py\) has changed"):
+    with pytest.raises(UserError, match=r"reward graded \(graded_rewards\.py\) has changed"):
         trainer(tmp_path / "run").train(ROWS, graded(tmp_path, 3))
 
 
