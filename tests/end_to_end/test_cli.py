@@ -85,7 +85,7 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
     assert f"report: {run / 'report.html'}" in out
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
     line = refused("train", DEBUG, f"run.dir={run}", *SHORT, "loss.beta=0.2")
-    assert f"{run} holds a run with other settings (loss.beta=0.1)" in line
+    assert f"{run} holds a run with other settings (loss.beta=0.05)" in line
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").is_file()
@@ -240,7 +240,7 @@ def test_a_run_of_another_config(refused, tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     settings = [f"run.dir={folder}", "loss.beta=0.2", "model.name=./gone"]
     line = refused("train", DEBUG, *settings)  # before any model is loaded
-    assert "(model.name, loss.beta); give those, or choose another run.dir" in line
+    assert "(model.name='debug', loss.beta=0.05); give those, or choose another run.dir" in line
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "report", "export"])
