@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"report: {report}")
             return 0
     except UserError as error:
-        print(f"gvpo-jax: error: {error}", file=sys.stderr)
+        from gvpo_jax.rundir.formats import one_line
+
+        print(f"gvpo-jax: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if not error.args:  # else the run has said what is saved

@@ -6,10 +6,11 @@ A setting's type decides what its text means. A text is what was typed: `007`, `
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ import yaml
 from gvpo_jax.config_trl import OTHER_NAMES, TRL_NAMES
 from gvpo_jax.errors import UserError
 
+_MOST_VALUES = 100_000  # of a YAML text, each alias written out
 _NULL = ("null", "~", "")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 _BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
@@ -34,19 +36,22 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is no YAML.
-        UserError: a tag, a key twice, or a value that contains itself.
+        UserError: a tag, a key twice, a value that contains itself, or aliases that make a short
+            text endless.
     """
     node = yaml.compose(text, Loader=yaml.SafeLoader)
-    return None if node is None else _plain(node, ())
+    return None if node is None else _plain(node, (), itertools.count())
 
 
-def _plain(node: yaml.Node, inside: tuple[yaml.Node, ...]) -> Any:
+def _plain(node: yaml.Node, inside: tuple[yaml.Node, ...], counter: Iterator[int]) -> Any:
+    if next(counter) >= _MOST_VALUES:
+        raise UserError(f"it holds more than {_MOST_VALUES} values; write it without aliases (*)")
     line = f"line {node.start_mark.line + 1}"
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
         raise UserError(f"{line}: could not read the tag {node.tag}; put a text with ! in quotes")
     if node in inside:
         raise UserError(f"{line}: a value contains itself")
-    below = partial(_plain, inside=(*inside, node))
+    below = partial(_plain, inside=(*inside, node), counter=counter)
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style else Bare(node.value) or None
     if isinstance(node, yaml.SequenceNode):

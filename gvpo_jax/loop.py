@@ -26,7 +26,7 @@ from gvpo_jax.report import write_report
 from gvpo_jax.rewards.functions import changed_code
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
-from gvpo_jax.rundir.files import METRICS, read_history, read_summary, write_text
+from gvpo_jax.rundir.files import METRICS, read_history, read_summary, sweep_temporary, write_text
 from gvpo_jax.rundir.formats import left_out_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
 from gvpo_jax.rundir.writers import Progress
@@ -56,6 +56,7 @@ class Loop:
     done: int = 0  # updates of it that are done
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
     replaces: bool = False  # another run, which was in the folder
+    lost: int = 0  # updates of an earlier start that had no checkpoint
     # Is closed by this session's first update: until then a signal may end the process.
     starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
@@ -71,34 +72,13 @@ class Loop:
         total = c.train.updates
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
-            self.starting.enter_context(nothing_to_save())
-            stack.enter_context(self.starting)
-            stack.enter_context(contextlib.closing(self.engine))
-            from_first_host(lambda: self._open(stack))
-            stack.enter_context(contextlib.closing(self.feed))
-            checkpoints = Checkpoints(run_dir / "checkpoints", keep=c.checkpoint.keep)
-            stack.enter_context(checkpoints)
-            counters = self._resume(checkpoints)
-            from_first_host(lambda: self._claim(counters))
-            summary, evaluated = from_first_host(
-                lambda: (read_summary(run_dir), self._is_evaluated(counters.step))
-            )
+            checkpoints, counters = self._take_up(stack)
+            summary = from_first_host(lambda: read_summary(run_dir))
             if counters.step >= total and summary.get("steps") == counters.step:
-                if is_first():
-                    done = f"{run_dir} has done its {counters.step} steps already: nothing to do"
-                    Progress(total, counters.step).note(done)
-                    self.history[:] = read_history(run_dir)
+                self._say_it_is_done()
                 return summary
-            log = stack.enter_context(raise_together(lambda: self._open_log(counters, evaluated)))
-            stack.enter_context(_saying_what_is_left(log, checkpoints, c.run.overwrite))
+            log = self._open_log(stack, checkpoints, counters)
             save = partial(self._save, log, checkpoints)
-            for note in self._opening(counters):
-                log.note(note)
-            if counters.step == 0:
-                self.early = []
-                self._evaluate(log, "before")
-            elif self._evaluation_is_due(counters.step) and not evaluated:
-                self._evaluate(log, _at(counters.step))
             end, told = min(total, c.train.stop_at or total), 0
             while counters.step < end and not (told := told_to_end()):
                 last = counters.step - self.done
@@ -114,37 +94,78 @@ class Loop:
                 save()
                 checkpoints.wait()  # nothing that fails below costs what was trained
             told = told or told_to_end()  # during the last update
-            if told:
-                log.note(_why_it_ended(told, counters.step, c.run.overwrite))
-            elif counters.step >= total:
-                self._evaluate(log, "after")
-            else:
-                log.note(
-                    f"train.stop_at={end} of {total} updates: saved; without it the run goes on"
-                )
-            summary = self._end(log)
+            summary = self._end(log, told)
         if told == signal.SIGINT:
             raise Interrupted(_why_it_ended(told, counters.step, c.run.overwrite))
         if told:
             raise Preempted
         return summary
 
-    def _open_log(self, counters: Counters, evaluated: bool) -> RunLog:
-        c = self.config
-        per_round = c.train.steps_per_generation * c.train.num_iterations
-        run_dir, steps = Path(c.run.dir), c.train.updates
-        log = c.log, steps, per_round, self.history
-        return RunLog(run_dir, counters, *log, evaluated=evaluated)
+    def _take_up(self, stack: contextlib.ExitStack) -> tuple[Checkpoints, Counters]:
+        """Hold the folder, and go on from its last checkpoint, if there is one."""
+        self.starting.enter_context(nothing_to_save())
+        stack.enter_context(self.starting)
+        stack.enter_context(contextlib.closing(self.engine))
+        from_first_host(lambda: self._open(stack))
+        stack.enter_context(contextlib.closing(self.feed))
+        folder = Path(self.config.run.dir) / "checkpoints"
+        checkpoints = Checkpoints(folder, keep=self.config.checkpoint.keep)
+        stack.enter_context(checkpoints)
+        counters = self._resume(checkpoints)
+        from_first_host(lambda: self._claim(counters))
+        return checkpoints, counters
 
-    def _end(self, log: RunLog) -> dict[str, Any]:
-        """Write the summary of a run that is done, and a report; returns the summary."""
+    def _open_log(
+        self, stack: contextlib.ExitStack, checkpoints: Checkpoints, counters: Counters
+    ) -> RunLog:
+        """The session's log, after what comes before its first update."""
+        c, step = self.config, counters.step
+        evaluated = from_first_host(lambda: self._is_evaluated(step))
+        options = c.log, c.train.updates, self._per_round, self.history
+        log = raise_together(
+            lambda: RunLog(Path(c.run.dir), counters, *options, evaluated=evaluated)
+        )
+        stack.enter_context(log)
+        stack.enter_context(_saying_what_is_left(log, checkpoints, c.run.overwrite))
+        for note in self._opening(counters):
+            log.note(note)
+        if step == 0:
+            self.early = []
+            self._evaluate(log, "before")
+        elif self._evaluation_is_due(step) and not evaluated:
+            self._evaluate(log, _at(step))
+        return log
+
+    def _say_it_is_done(self) -> None:
+        if is_first():
+            run_dir, steps = Path(self.config.run.dir), self.config.train.updates
+            note = f"{run_dir} has done its {steps} steps already: nothing to do"
+            Progress(steps, steps).note(note)
+            self.history[:] = read_history(run_dir)
+
+    def _end(self, log: RunLog, told: int) -> dict[str, Any]:
+        """Evaluate a run that is done, write its summary, and a report; returns the summary.
+
+        told: the signal that ends the session, or 0.
+        """
+        c, step, run_dir = self.config, log.counters.step, Path(self.config.run.dir)
+        total = c.train.updates
+        if told:
+            log.note(_why_it_ended(told, step, c.run.overwrite))
+        elif step >= total:
+            self._evaluate(log, "after")
+        else:
+            log.note(
+                f"train.stop_at={c.train.stop_at} of {total} updates: saved; without it the run "
+                "goes on"
+            )
         log.flush()
         if left_out := left_out_text(log.counters.left_out):
             log.note(f"left out: {left_out}")
-        run_dir, summary = Path(self.config.run.dir), log.counters.summary(self.model_name)
+        summary = log.counters.summary(self.model_name)
         if is_first():
             text = json.dumps(summary, indent=2) + "\n"
-            if log.counters.step >= self.config.train.updates:
+            if step >= total:
                 log.attempt(lambda: write_text(run_dir / "summary.json", text))
             log.attempt(lambda: write_report(run_dir))
         return summary
@@ -152,7 +173,7 @@ class Loop:
     def _evaluation_is_due(self, step: int) -> bool:
         """Whether held-out rows are answered after this update, beside before and after the run."""
         c = self.config
-        last = step - c.train.steps_per_generation * c.train.num_iterations
+        last = step - self._per_round
         between = self.round is None and 0 < step < c.train.updates
         return between and crossed(last, step, c.eval.every)
 
@@ -161,10 +182,17 @@ class Loop:
         file = Path(self.config.run.dir) / "eval" / f"{_at(step)}.jsonl"
         return self._evaluation_is_due(step) and file.is_file()
 
+    @property
+    def _per_round(self) -> int:
+        """Updates on one rollout."""
+        return self.config.train.steps_per_generation * self.config.train.num_iterations
+
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Hold the folder against other runs, for all processes of this one."""
         folder = check_claim(self.config)
         sweep(stack.enter_context(lock(folder)) / "checkpoints")
+        with usable(folder):
+            sweep_temporary(folder)
         if self.config.run.overwrite:
             with usable(folder):
                 self.replaces = (folder / METRICS).is_file()
@@ -172,7 +200,9 @@ class Loop:
 
     def _claim(self, counters: Counters) -> None:
         if counters.step == 0:
-            check_not_lost(Path(self.config.run.dir), self.config.checkpoint.every)
+            c, per_round = self.config, self._per_round
+            first_save = -(-c.checkpoint.every // per_round) * per_round
+            self.lost = check_not_lost(Path(c.run.dir), first_save)
         claim(self.config)
 
     def _round(self, log: RunLog, told_to_end: Callable[[], int], save: Callable[[], None]) -> None:
@@ -277,6 +307,8 @@ class Loop:
 
     def _opening(self, counters: Counters) -> list[str]:
         start = f"going on from step {counters.step}" if counters.step else "starting"
+        if self.lost:
+            start += f" over: {self.lost} updates were done before the first checkpoint was whole"
         lines = [f"{start}; what runs for the first time is compiled, which takes a while"]
         if self.config.rollout.params().cuts_support:
             lines.append(

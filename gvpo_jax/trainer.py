@@ -197,8 +197,9 @@ class Trainer:
         self.policy.refresh_reference_if_due()
         batch = self.policy.with_reference(self.policy.pad(batch))
         metrics = as_numbers(self.policy.update(batch))
-        check_finite(metrics, "the step")
-        return metrics | reward_metrics(batch)
+        told = metrics | reward_metrics(batch)
+        check_finite(told, "the step", told["reward"])
+        return told
 
     def train(
         self, dataset: Dataset, reward_funcs: RewardFuncs, *, eval_dataset: Dataset = ()

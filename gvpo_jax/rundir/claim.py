@@ -126,17 +126,25 @@ def lock(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def check_not_lost(folder: Path, every: int) -> None:
-    """Raise UserError where a run without checkpoints got so far that it must have had some.
+def check_not_lost(folder: Path, first_save: int) -> int:
+    """The last update that a run without checkpoints did, which starting anew does again.
 
-    every: updates between checkpoints. Starting anew would destroy the results.
+    Args:
+        folder: the run's.
+        first_save: the update behind which its first checkpoint was begun.
+
+    Raises:
+        UserError: the run got so far that it must have had a checkpoint. Starting anew would
+            destroy its results.
     """
     last = max((line["step"] for line in read_metrics(folder)), default=0)
-    if (folder / "summary.json").exists() or last >= 2 * every:
+    # It is written in the background. The second one, as many updates later, waits until it is.
+    if (folder / "summary.json").exists() or last > 2 * first_save:
         raise UserError(
             f"{folder} holds results up to step {last}, but its checkpoints are gone; "
             "choose another run.dir, or remove the folder to start anew"
         )
+    return last
 
 
 def write_evaluation(folder: Path, name: str, records: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from gvpo_jax.data.fingerprints import stable_text
 from gvpo_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as `write_text` names them
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 
 
@@ -65,6 +66,14 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
+
+
+def sweep_temporary(run_dir: Path) -> None:
+    """Remove what killed writers of `write_text` left; only for the one that writes there."""
+    for folder in (run_dir, run_dir / "completions", run_dir / "eval"):
+        for path in folder.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -126,8 +135,10 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError:
+        # A run writes no aliases: a few lines of them could stand for more than memory holds.
+        aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        settings = None if aliased else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         settings = None
     return settings if isinstance(settings, dict) else {"config.yaml": text}
 

@@ -216,7 +216,7 @@ class RunLog:
         self._log(step, metrics | here)
         self._progress.update(step, metrics | here, compiled=compiled)
         self._progress.samples(self._to_show.pop(step, ()))
-        check_finite(metrics, f"step {step}")
+        check_finite(metrics, f"step {step}", here.get("reward", 0))
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._history.append({"step": step, **metrics})
@@ -245,14 +245,23 @@ def _scores(evaluations: Sequence[Mapping[str, float]]) -> str:
     return f"{kind} {' -> '.join(one(metrics) for metrics in evaluations if name in metrics)}"
 
 
-def check_finite(metrics: Mapping[str, float], what: str) -> None:
-    """Raise NotFinite where an update made no sense."""
+def check_finite(metrics: Mapping[str, float], what: str, reward: float = 0) -> None:
+    """Raise NotFinite where an update made no sense.
+
+    reward: the mean of its rewards.
+    """
     if not (np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])):
+        cure = "lower optimizer.learning_rate, or look at the rewards"
+        if abs(reward) > _LARGE:
+            cure = f"the mean reward is {reward:.3g}: squares of it overflow, so give smaller ones"
         raise NotFinite(
             f"{what}: the loss is {metrics['loss']:.3g} and its gradient's norm "
-            f"{metrics['grad_norm']:.3g}, which is not finite; lower optimizer.learning_rate, or "
-            "look at the rewards. The last checkpoint is from before"
+            f"{metrics['grad_norm']:.3g}, which is not finite; {cure}. The last checkpoint is from "
+            "before"
         )
+
+
+_LARGE = 1e9  # no reward is meant to be so large
 
 
 def as_numbers(on_device: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """What a run tells while it runs: metrics.jsonl, completions, TensorBoard and the terminal."""
 
 import contextlib
-import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,10 @@ from rich.table import Column
 from gvpo_jax.errors import UserError
 from gvpo_jax.rundir.claim import usable
 from gvpo_jax.rundir.files import METRICS, read_jsonl, step_files, to_json, write_jsonl, write_text
-from gvpo_jax.rundir.formats import compact, duration, percent
+from gvpo_jax.rundir.formats import compact, duration, percent, visible
 
 _BAR, _WIDE = 20, 120  # columns of the bar, and of a terminal that has room for one
 _BESIDE = 8  # columns of the spinner, the word "step" and spaces
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
@@ -151,7 +149,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print one line of text above the bar."""
-        self._print(_visible(text))
+        self._print(visible(text))
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -270,9 +268,4 @@ def _text(value: Any) -> str:
     """A prompt or completion, plain or a list of chat messages, on one line."""
     if isinstance(value, list):
         value = " ".join(str(part.get("content", "")) for part in value if isinstance(part, dict))
-    return _visible(str(value if value is not None else ""))
-
-
-def _visible(text: str) -> str:
-    """Control characters as escapes: a model's text must not steer the terminal."""
-    return _CONTROL.sub(lambda m: "⏎" if m[0] == "\n" else f"\\x{ord(m[0]):02x}", text)
+    return visible(str(value if value is not None else ""))

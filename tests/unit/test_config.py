@@ -235,6 +235,10 @@ def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
     assert load_config(write(""), ["loss.name=dpo", other]).loss.name == "dpo"
 
 
+# 30 lines that stand for 2^30 values.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -248,6 +252,7 @@ def test_a_baseline_that_needs_the_samplers_probabilities_says_so(write, other):
         ("!!python/object/apply:os.getcwd []", "line 1: could not read the tag"),
         ("data: {path: !x y}", "line 1: could not read the tag !x; put a text with ! in quotes"),
         ("a: &a [*a]", "line 1: a value contains itself"),
+        (BOMB, "c.yaml: it holds more than 100000 values; write it without aliases"),
         ("[" * 5000, "c.yaml is not a readable YAML config: "),
         ("rollout: {engine: vllm}\nservers: 3", "servers"),
     ],

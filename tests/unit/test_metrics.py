@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.rundir.files import read_metrics
-from gvpo_jax.rundir.formats import compact, duration, percent, points
-from gvpo_jax.rundir.log import Counters, LogConfig, RunLog
+from gvpo_jax.rundir.formats import compact, duration, one_line, percent, points
+from gvpo_jax.rundir.log import Counters, LogConfig, RunLog, check_finite
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
 
 
@@ -331,6 +331,24 @@ def test_steps_that_compile_are_noticed(tmp_path, capsys):
     assert first.endswith("/step, compiled  ? left")
     assert "compiled" not in second
     assert re.search(r"0\.2\d* s/step  0\.2\d* s left$", second)
+
+
+def test_messages_are_one_line_that_steers_no_terminal():
+    assert one_line("a\x1b[31m b\nc") == "a\\x1b[31m b⏎c"
+    long = one_line("start" + "x" * 20_000 + "end")
+    assert len(long) <= 500
+    assert long.startswith("startxx")
+    assert long.endswith("xxend")
+    assert "xx...xx" in long
+
+
+def test_a_loss_that_overflows_names_its_cause():
+    finite = {"loss": 1.0, "grad_norm": 1.0}
+    check_finite(finite, "step 1", 1e30)
+    with pytest.raises(NotFinite, match=r"step 1: .*the mean reward is 1e\+30: squares of it over"):
+        check_finite(finite | {"loss": math.inf}, "step 1", 1e30)
+    with pytest.raises(NotFinite, match=r"lower optimizer\.learning_rate"):
+        check_finite(finite | {"grad_norm": math.nan}, "step 1", 0.5)
 
 
 def test_samples_are_shown_below_the_line_of_their_step(tmp_path, capsys):

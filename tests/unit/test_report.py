@@ -208,6 +208,13 @@ def test_failed_rewards_are_drawn_only_where_there_are_any(tmp_path):
         assert ("Failed rewards" in page_of(run).text) == (failed > 0)
 
 
+def test_settings_that_a_run_never_writes_are_not_blown_up(tmp_path):
+    """30 lines with aliases stand for 2^30 values."""
+    lines = [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31)]
+    (tmp_path / "config.yaml").write_text("a0: &a0 [x]\n" + "".join(lines))
+    assert "*a29, *a29" in write_report(tmp_path).read_text()
+
+
 def test_run_with_only_settings_has_a_report(tmp_path):
     (tmp_path / "config.yaml").write_text("model: debug\n")
     assert "debug" in page_of(tmp_path).text

@@ -206,7 +206,7 @@ def test_a_run_of_the_old_default_goes_on(tmp_path):
     folder = claim(old)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert check_claim(override(old, eval__success_reward=None)) == folder
-    with pytest.raises(UserError, match=r"\(eval.success_reward\)"):
+    with pytest.raises(UserError, match=r"\(eval.success_reward=1.0\)"):
         check_claim(override(old, eval__success_reward=0.5))
     saved = {"step": 2, "rollouts": 2, "accuracy_before": 0.25, "accuracy_after": None}
     counters = Counters.of_checkpoint(saved)

@@ -360,6 +360,38 @@ def test_results_whose_checkpoints_are_gone_are_not_overwritten(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_killed_in_its_first_save_starts_over_and_says_so(tmp_path, capsys):
+    """Saves are written in the background: the second one, here at 2, waits for the first."""
+    whole, _ = train(tmp_path / "whole", checkpoint__every=1)
+    parts = tmp_path / "parts"
+    train(parts, checkpoint__every=1)
+    shutil.rmtree(parts / "checkpoints")
+    (parts / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    (parts / "summary.json").unlink()
+    (parts / "completions" / ".step_000001.jsonl.77.tmp").write_text("torn")
+    metrics = (parts / "metrics.jsonl").read_text().splitlines(keepends=True)
+    steps = [json.loads(line)["step"] for line in metrics]
+    (parts / "metrics.jsonl").write_text("".join(metrics[: steps.index(3)]))  # up to update 2
+    capsys.readouterr()
+    again, _ = train(parts, checkpoint__every=1)
+    told = "starting over: 2 updates were done before the first checkpoint was whole"
+    assert told in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", parts, whole, again)
+    assert not list(parts.rglob("*.tmp"))
+
+
+def test_a_run_killed_before_its_summary_ends_as_one_that_was_not(tmp_path):
+    _, expected = train(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    (tmp_path / "summary.json").unlink()
+    _, summary = train(tmp_path)
+    timed = ("train_seconds", "wall_seconds", "peak_memory_gib")
+    assert {k: v for k, v in summary.items() if k not in timed} == {
+        k: v for k, v in expected.items() if k not in timed
+    }
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == files
+
+
 def test_other_held_out_rows_are_refused_and_the_run_stays_usable(tmp_path):
     train(tmp_path, train__stop_at=2)
     trainer = Trainer(config(tmp_path, train__steps=8), load_model("debug"))
