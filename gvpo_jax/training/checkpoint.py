@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import logging
 import shutil
 import struct
@@ -73,7 +74,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         blob = _to_bytes(samples or {})
-        extra = extra | {"checksums": _checksums(dict(trees))}
+        extra = _sealed(step, extra | {"checksums": _checksums(dict(trees))})
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
             extra=ocp.args.JsonSave(extra),
@@ -92,7 +93,8 @@ class Checkpoints:
         for step in self.steps():
             try:
                 args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-                found = self._manager.restore(step, args=args)["extra"]["start_fingerprint"]
+                found = _unsealed(step, self._manager.restore(step, args=args)["extra"])
+                found = found["start_fingerprint"]
             except Exception:  # `restore` says what is broken
                 continue
             if found != fingerprint:
@@ -156,7 +158,7 @@ class Checkpoints:
             as_numpy = {"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
             items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
-        extra = dict(read["extra"])
+        extra = _unsealed(step, read["extra"])
         trees = read["state"] if old else {name: read[name] for name in wanted}
         _verify(extra.pop("checksums"), trees)
         if old:
@@ -165,6 +167,27 @@ class Checkpoints:
         rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
         samples = [_from_bytes(row.tobytes()) for row in rows]
         return Restored(step, trees, extra, samples)
+
+
+def _sealed(step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with the step that they are of, and a checksum of it all."""
+    content = {**extra, "of_step": step}
+    return {**content, "checksum": _json_checksum(content)}
+
+
+def _unsealed(step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The values again; those of version 0.1 have no checksum. Raises ValueError if it differs."""
+    content = dict(extra)
+    checksum = content.pop("checksum", None)
+    if checksum is not None and checksum != _json_checksum(content):
+        raise ValueError("checksum of the counters differs")
+    if content.pop("of_step", step) != step:
+        raise ValueError("its folder has the number of another step")
+    return content
+
+
+def _json_checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _verify(expected: Mapping[str, int], trees: Any) -> None:

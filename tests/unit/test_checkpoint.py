@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -139,12 +140,26 @@ def forge_checksum(folder):
     file = folder / "extra" / "metadata"
     content = json.loads(file.read_text())
     content["checksums"]["state/count"] ^= 4
+    del content["checksum"]  # of these values: that of the array shall be found
     file.write_text(json.dumps(content))
+
+
+def flip_a_counter(folder):
+    file = folder / "extra" / "metadata"
+    content = json.loads(file.read_text())
+    content["of_step"] ^= 4
+    file.write_text(json.dumps(content))
+
+
+def call_it_another_step(folder):
+    other = folder.with_name("1")
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
 
 
 # Orbax leaves coroutines behind where a read fails, and Python 3.12 reports their end.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [truncate, empty, forge_checksum])
+@pytest.mark.parametrize("damage", [truncate, empty, forge_checksum, flip_a_counter])
 def test_a_broken_step_is_passed_over_and_can_be_written_again(tmp_path, damage, caplog):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
@@ -168,6 +183,16 @@ def test_a_broken_step_is_passed_over_and_can_be_written_again(tmp_path, damage,
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         restored = restore(checkpoints, tree(0))
     assert_equal(whole(restored), tree(3))
+
+
+def test_a_step_under_another_s_number_is_passed_over(tmp_path, caplog):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, tree(step))
+    call_it_another_step(tmp_path / "2")
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert restore(checkpoints, tree(0)).step == 1
+    assert "checkpoint 2 is broken (its folder has the number of another step)" in caplog.text
 
 
 def test_only_broken_steps_are_an_error(tmp_path):
