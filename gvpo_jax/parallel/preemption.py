@@ -6,6 +6,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -15,6 +16,7 @@ import jax
 from gvpo_jax.parallel.distributed import max_over_hosts
 
 _DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_AT_ONCE = 0.5  # seconds in which two signals are one, sent to a process and its group say
 _TOLD = b"\ninterrupted: the update under way is finished and saved; Ctrl-C again ends at once\n"
 
 
@@ -29,24 +31,20 @@ class Interrupted(KeyboardInterrupt):
     """A run was ended with Ctrl-C; its text says what is saved, and has been shown."""
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-_SECOND = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: _interrupt}
-
-
 class _Told:
-    """A handler that keeps what it was told; a second signal of the kind ends the process."""
+    """A handler that keeps what it was told; a second signal ends the process."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self._since = 0, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, _SECOND[signal.Signals(number)])
-        if number == signal.SIGINT:
-            os.write(2, _TOLD)  # print may be what was interrupted
+        if not self.signal:
+            self.signal, self._since = number, time.monotonic()
+            if number == signal.SIGINT:
+                os.write(2, _TOLD)  # print may be what was interrupted
+        elif time.monotonic() - self._since > _AT_ONCE:
+            signal.signal(number, _DEFAULTS[signal.Signals(number)])
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
@@ -55,8 +53,8 @@ def watch() -> Iterator[Callable[[], int]]:
 
     All processes ask it equally often, and all hear of the signal once one of them got it. JAX's
     own agreement on a step is not used: Orbax asks it too, with other numbers, and it misses a
-    signal that comes in between. After the first signal the default action is back, so that a
-    second one ends the process at once. Where the program has a handler of its own, or this is not
+    signal that comes in between. A second one, half a second later or more, ends the process at
+    once. Where the program has a handler of its own, or this is not
     its main thread, the signal is left alone.
     """
     told = _Told()
@@ -110,12 +108,14 @@ def end_when_stuck(message: str, *, seconds: float = 5) -> Iterator[None]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def look() -> None:
-        seen = Counter[int]()
+        seen, last = Counter[int](), dict[int, float]()
         while not left.is_set():
             if not select.select([reading], [], [], 0.5)[0]:
                 continue
             for number in os.read(reading, 100):
-                seen[number] += 1
+                now = time.monotonic()
+                seen[number] += now - last.get(number, 0) > _AT_ONCE
+                last[number] = now
                 unwatched = signal.getsignal(number) is signal.default_int_handler
                 at_once = number in _DEFAULTS and (unwatched or seen[number] > 1)
                 if at_once and not left.wait(seconds):

@@ -22,10 +22,14 @@ _THREAD = "async rewards"
 
 def attempt(func: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
     """What the function returns, or the exception it raised."""
+    process = os.getpid()
     try:
         return func(*args, **named)
     except BaseException as error:
         return failure(error)
+    finally:
+        if os.getpid() != process:  # it forked, and this is the child: it must not train on
+            os._exit(0)
 
 
 def failure(error: BaseException) -> Exception:

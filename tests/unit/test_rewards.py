@@ -423,6 +423,25 @@ def test_a_function_of_one_sample_may_have_more_to_it(func, expected):
     assert run([batched(func)], answer=["1", "1", "1"]).rewards.tolist() == expected
 
 
+def test_a_function_that_forks_leaves_no_second_program(tmp_path):
+    """In a program of its own: the child must not come back from the call."""
+    code = (
+        "import os\n"
+        "from gvpo_jax.rewards import compute_rewards\n"
+        "def forks(prompts, completions, **_):\n"
+        "    os.fork()\n"
+        "    return [1.0] * len(prompts)\n"
+        "lists = {'prompts': ['a'], 'completions': ['b'], 'completion_ids': [[1]]}\n"
+        "print(compute_rewards([forks], columns={}, **lists).rewards, flush=True)\n"
+        "try:\n"
+        "    os.wait()\n"
+        "except ChildProcessError:\n"
+        "    print('child')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1.]\n"
+
+
 def test_a_function_that_ends_the_program_fails_its_row():
     def leaves(prompt, completion):
         raise SystemExit("bye")
