@@ -46,11 +46,13 @@ class StubServer:
         samples: prompt -> completions as (tokens, log-probs, stopped), the last ones asked for.
         requests: (path, body) of everything that was asked.
         most_at_once: requests under way at the same time.
-        faults: what happens to the next requests, one each: a status, "garbage", "cut", "hang".
+        faults: what happens to the next requests, one each: a status, "garbage", "deep", "cut",
+            "hang".
         tamper: changes an answer, `(path, answer) -> answer`.
         load: folder -> logits of the weights in it.
         delay: seconds that an answer takes.
         drip: seconds that each byte of it takes.
+        drip_headers: seconds that each byte of its headers takes.
         processed: log-probs are those after temperature and truncation.
         on_tpu: as tpu-inference: no seeds, no log-probs of prompts.
         detokenize: tokens -> the text in which stop strings are looked for.
@@ -64,7 +66,7 @@ class StubServer:
         self.headers: list[dict[str, str]] = []
         self.faults: deque[Any] = deque()
         self.tamper: Callable[[str, Any], Any] = lambda path, answer: answer
-        self.delay, self.drip, self.most_at_once = 0.0, 0.0, 0
+        self.delay, self.drip, self.drip_headers, self.most_at_once = 0.0, 0.0, 0.0, 0
         self.processed = self.on_tpu = False
         self.dev_mode = True
         self.detokenize: Callable[[list[int]], str] = lambda tokens: ""
@@ -101,6 +103,8 @@ class StubServer:
                 self._closing.wait(30)
             if fault == "garbage":
                 return 200, b"<html>so sorry</html>", True
+            if fault == "deep":
+                return 200, b"[" * 200_000, True
             if isinstance(fault, int):
                 return (
                     fault,
@@ -245,6 +249,12 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
             status, content, whole = stub.receive(self.path, body, dict(self.headers))
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            for byte in b"X-Slow: " + b"x" * 200 if stub.drip_headers else b"":
+                self.flush_headers()
+                self.wfile.write(bytes([byte]))
+                time.sleep(stub.drip_headers)
+            if stub.drip_headers:
+                self.wfile.write(b"\r\n")
             self.end_headers()
             content = content if whole else content[: len(content) // 2]
             size = 1 if stub.drip else len(content)

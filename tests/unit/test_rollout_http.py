@@ -235,6 +235,7 @@ def complaint(work) -> str:
     [
         (500, "HTTP 500: as told"),
         ("garbage", "is not JSON"),
+        ("deep", "is not JSON"),
         ("cut", "RemoteProtocolError: peer closed"),
     ],
 )
@@ -280,6 +281,26 @@ def test_a_try_ends_in_time_though_the_answer_keeps_coming(stub):
     engine = engine_on(stub, timeout=0.3, retries=0)
     took = seconds(lambda: complaint(lambda: generate(engine, PROMPTS[:1])))
     assert 0.3 <= took < 3
+
+
+def test_headers_that_drip_are_not_waited_for_either(stub):
+    stub.drip_headers = 0.02
+    engine = engine_on(stub, timeout=0.3, retries=0)
+    took = seconds(lambda: complaint(lambda: generate(engine, PROMPTS[:1])))
+    assert 0.3 <= took < 3
+
+
+def test_an_endless_answer_is_not_read_to_its_end(stub, monkeypatch):
+    monkeypatch.setattr(client, "_LARGEST", 300)
+    said = complaint(lambda: generate(engine_on(stub), PROMPTS[:1]))
+    assert "the answer is larger than" in said
+    assert len(stub.requests) == 1  # it would be no smaller a second time
+
+
+def test_an_address_shows_no_key():
+    with pytest.raises(UserError, match="holds no name, key or query") as error:
+        Fleet(["http://host:8000/?api_key=secret"])
+    assert "secret" not in str(error.value)
 
 
 def test_closing_ends_what_another_thread_waits_for(stub):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import json
 import random
 import ssl
 import threading
@@ -18,6 +19,7 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _LONGEST_PAUSE = 30.0
 _SHOWN = 300  # characters of what a server said
+_LARGEST = 2**28  # bytes of an answer; 32 completions of 8,000 tokens with log-probs are 2**25
 _tls = functools.cache(ssl.create_default_context)  # reads all certificates of the system
 
 
@@ -87,13 +89,19 @@ class Client:
         tries = f"tried {self.retries + 1} times" if self.retries else "tried once"
         raise UserError(_one_line(f"{where}: {reason}") + f" ({tries})")
 
-    async def _exchange(self, path: str, body: Any) -> Any:
+    async def _exchange(self, path: str, body: Any) -> "_Answer":
         """The whole answer, in `timeout` seconds for everything together."""
         async with (
             asyncio.timeout(self.timeout),
             self._httpx.AsyncClient(**self._options) as client,
+            client.stream("POST", self.url + path, json=body) as response,
         ):
-            return await client.post(self.url + path, json=body)
+            content = bytearray()
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > _LARGEST:
+                    raise BadReply(f"the answer is larger than {_LARGEST >> 20} MiB")
+            return _Answer(response.status_code, bytes(content))
 
     def _describe(self, error: BaseException) -> str:
         if isinstance(error, TryAgain):
@@ -104,6 +112,16 @@ class Client:
             return f"no connection within {_CONNECT_SECONDS:g} s"
         error = _below(error)
         return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode(errors="replace")
 
 
 class Fleet:
@@ -182,8 +200,10 @@ def _httpx() -> Any:
 
 
 def _check(url: str, httpx: Any) -> None:
-    if "@" in url:  # not shown: it may hold a password
-        raise UserError("a server's address holds no name or key: use servers.api_key_env")
+    if set("@?#") & set(url):  # not shown: it may hold a password
+        raise UserError(
+            "a server's address holds no name, key or query (@, ?, #): use servers.api_key_env"
+        )
     try:
         parts, _ = urlsplit(url), httpx.URL(url)
         host, _ = (parts.hostname or "").encode("idna"), parts.port
@@ -207,32 +227,32 @@ def _below(error: BaseException) -> BaseException:
     return _below(below) if below else error
 
 
-def _read(response: Any, read: Callable[[Any], T] | None, if_missing: str) -> T | None:
-    status = response.status_code
+def _read(answer: _Answer, read: Callable[[Any], T] | None, if_missing: str) -> T | None:
+    status = answer.status
     if status == 429 or status >= 500:
-        raise TryAgain(_said(response))
-    if not response.is_success:
+        raise TryAgain(_said(answer))
+    if not 200 <= status < 300:
         remedy = f"; {if_missing}" if if_missing and status == 404 else ""
-        raise BadReply(_said(response) + remedy)
+        raise BadReply(_said(answer) + remedy)
     if read is None:
         return None
     try:
-        reply = response.json() if response.content else None
-    except ValueError:
-        raise TryAgain(f"the answer is not JSON: {response.text[:60]!r}") from None
+        reply = json.loads(answer.content) if answer.content else None
+    except (ValueError, RecursionError):
+        raise TryAgain(f"the answer is not JSON: {answer.text[:60]!r}") from None
     try:
         return read(reply)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BadReply(f"an answer of another form ({type(error).__name__}: {error})") from None
 
 
-def _said(response: Any) -> str:
-    said = response.text
-    with contextlib.suppress(ValueError, AttributeError):
-        reply = response.json()
+def _said(answer: _Answer) -> str:
+    said = answer.text
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        reply = json.loads(answer.content)
         error = reply.get("error", reply)
         said = error if isinstance(error, str) else error.get("message") or said
-    return f"HTTP {response.status_code}: {said}"
+    return f"HTTP {answer.status}: {said}"
 
 
 def _one_line(text: str) -> str:
