@@ -26,6 +26,7 @@ def token_logprobs(
     where: jax.Array | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     kept_bytes: int = 0,
+    cap: float | None = None,
 ) -> jax.Array:
     """Log softmax(hidden @ head.T)[target] for every position, exact, in float32.
 
@@ -44,6 +45,7 @@ def token_logprobs(
         chunk_bytes: what the float32 logits of a chunk may take, on all devices together; a chunk
             has one position of each row at least.
         kept_bytes: what they may take where one chunk is all, if that is more.
+        cap: of the logits, c * tanh(logits / c); None: as they are.
 
     Returns:
         `[..., T]` float32, in nats.
@@ -62,7 +64,7 @@ def token_logprobs(
     width = max(-(-t // max(-(-t // most), 1)), 1)  # chunks of about one length
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
     wanted = None if where is None else split(jnp.broadcast_to(where, targets.shape))
-    logps: Any = _in_chunks(split(hidden), head, split(targets), wanted)
+    logps: Any = _in_chunks(split(hidden), head, split(targets), wanted, cap)
     return jnp.moveaxis(logps, 0, -2).reshape(*targets.shape[:-1], -1)[..., :t]
 
 
@@ -86,17 +88,22 @@ def _split(x, axis, width):
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
-@jax.custom_vjp
-def _in_chunks(hidden, head, targets, where):
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Scores or logits kept within (-cap, cap): cap * tanh(x / cap); None: as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _in_chunks(hidden, head, targets, where, cap):
     """Log-probs of all chunks: `[n, ..., w, D]`, `[V, D]`, `[n, ..., w]`, the same -> that."""
-    return _forward(hidden, head, targets, where)[0]
+    return _forward(hidden, head, targets, where, cap)[0]
 
 
-def _forward(hidden, head, targets, where):
+def _forward(hidden, head, targets, where, cap):
     table, alone = head.astype(hidden.dtype), len(hidden) == 1
 
     def chunk(hidden, targets):
-        logits = einsum_f32("...d,vd->...v", hidden, table)
+        logits = soft_cap(einsum_f32("...d,vd->...v", hidden, table), cap)
         total = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return (picked - total, total, logits if alone else None), None
@@ -105,15 +112,17 @@ def _forward(hidden, head, targets, where):
     return logps, (hidden, head, targets, where, total, logits)
 
 
-def _backward(kept, cotangents):
+def _backward(cap, kept, cotangents):
     hidden, head, targets, where, total, logits = kept
     table = head.astype(hidden.dtype)
 
     def chunk(hidden, targets, total, cotangent, logits):
         if logits is None:
-            logits = einsum_f32("...d,vd->...v", hidden, table)
+            logits = soft_cap(einsum_f32("...d,vd->...v", hidden, table), cap)
         ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
         d = jnp.where(ids == targets[..., None], 1, 0) - jnp.exp(logits - total[..., None])
+        if cap is not None:  # the slope of the cap, from its value
+            d = d * (1 - (logits / cap) ** 2)
         d = (cotangent[..., None] * d).astype(hidden.dtype)
         d_hidden = einsum_f32("...v,vd->...d", d, table).astype(hidden.dtype)
         axes = "abcefg"[: targets.ndim]

@@ -33,7 +33,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "splash", "cudnn"] = setting(
         "auto",
         "Of prompts, scoring and training. auto: in bfloat16 splash on TPU and cuDNN on GPU, else "
-        "XLA.",
+        "XLA. Splash computes sliding windows and soft caps itself; cuDNN windows, XLA its caps.",
         free=True,
     )
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gvpo_jax.logprobs import soft_cap
 from gvpo_jax.parallel.layout import activation_axes
 from gvpo_jax.precision import einsum_f32
 
@@ -59,6 +60,9 @@ def attend(
     values_gknsd: Stored,
     mask_gkts: jax.Array,
     prefix: Prefix | None = None,
+    *,
+    shared_mask_gktp: jax.Array | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention over the shared prefix and the own suffix together, `[g, k, t, h, d]`.
 
@@ -70,6 +74,8 @@ def attend(
         values_gknsd: its values, alike.
         mask_gkts: booleans broadcastable to `[g, k, t, s]`: which suffix keys a query sees.
         prefix: the prompt, seen by every query of the group, or None.
+        shared_mask_gktp: booleans, which prefix keys a query sees; default: `prefix.mask`.
+        cap: of the scores, see `gvpo_jax.logprobs.soft_cap`.
     """
     g, k, t, h, d = queries_gkthd.shape
     n, s = jax.tree.leaves(keys_gknsd)[0].shape[2:4]
@@ -79,12 +85,17 @@ def attend(
     queries_gknqd = jnp.moveaxis(queries, 2, 4).reshape(g, k, n, r * t, d)
     some_g, some_k = mask_gkts.shape[:2]
     mask = jnp.broadcast_to(mask_gkts[:, :, None, None], (some_g, some_k, 1, r, t, s))
-    own = _scores(queries_gknqd, keys_gknsd)
+    own = soft_cap(_scores(queries_gknqd, keys_gknsd), cap)
     own = jnp.where(mask.reshape(some_g, some_k, 1, r * t, s), own, _MASKED)
     peak = jnp.max(own, axis=-1, keepdims=True)
     if prefix is not None:
-        shared = _scores(_join(queries_gknqd), prefix.keys)  # [g, n, k * q, p]
-        shared = jnp.where(prefix.mask[:, None, None], shared, _MASKED)
+        shared = soft_cap(_scores(_join(queries_gknqd), prefix.keys), cap)  # [g, n, k * q, p]
+        seen = prefix.mask[:, None, None]
+        if shared_mask_gktp is not None:
+            p = prefix.mask.shape[1]
+            mask = jnp.broadcast_to(shared_mask_gktp[:, :, None], (g, k, r, t, p))
+            seen = mask.reshape(g, 1, k * r * t, p)
+        shared = jnp.where(seen, shared, _MASKED)
         peak = jnp.maximum(peak, _split(jnp.max(shared, axis=-1, keepdims=True), k))
     peak = jax.lax.stop_gradient(peak)
     own = jnp.exp(own - peak)
@@ -103,21 +114,47 @@ def causal(
     keys_gknsd: jax.Array,
     values_gknsd: jax.Array,
     prefix: Prefix | None = None,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """`attend` where each query sees the prefix, the suffix up to its own place, and no further.
 
-    In blocks of queries, so that of the keys after a block none is computed.
+    In blocks of queries, so that of the keys that no query of a block sees none is computed.
+
+    window: the positions that a query sees, its own included; None: all.
+    cap: see `attend`.
     """
     t = queries_gkthd.shape[2]
     size = max(_SMALLEST_BLOCK, -(-t // _BLOCKS))
     out = []
     for start in range(0, t, size):
         end = min(start + size, t)
-        mask_ts = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        first, shared, shared_mask = 0, prefix, None
+        if window is not None:
+            first = max(0, start + 1 - window)
+            shared = prefix if start + 1 < window else None
+            if shared is not None:
+                shared_mask = seen_of_prefix(shared, jnp.arange(start, end)[None, None], window)
+        mask_ts = jnp.arange(first, end)[None] <= jnp.arange(start, end)[:, None]
+        if window is not None:
+            mask_ts &= jnp.arange(first, end)[None] > jnp.arange(start, end)[:, None] - window
         queries = queries_gkthd[:, :, start:end]
-        keys, values = keys_gknsd[:, :, :, :end], values_gknsd[:, :, :, :end]
-        out.append(attend(queries, keys, values, mask_ts[None, None], prefix))
+        keys, values = keys_gknsd[:, :, :, first:end], values_gknsd[:, :, :, first:end]
+        own_mask, limits = mask_ts[None, None], {"shared_mask_gktp": shared_mask, "cap": cap}
+        out.append(attend(queries, keys, values, own_mask, shared, **limits))
     return jnp.concatenate(out, axis=2)
+
+
+def seen_of_prefix(prefix: Prefix, places_gkt: jax.Array, window: int) -> jax.Array:
+    """Which of the prefix lies within the window of queries at these places behind it.
+
+    `[g, k, t] -> [g, k, t, p]` booleans; axes of length 1 stand for all of g and k.
+    """
+    counted_gp = prefix.mask
+    ages_gp = jnp.sum(counted_gp, axis=1, keepdims=True) - jnp.arange(counted_gp.shape[1])[None]
+    within = places_gkt[..., None] + ages_gp[:, None, None] < window
+    return counted_gp[:, None, None] & within
 
 
 def on_each_device(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -3,6 +3,7 @@
 The figures behind it are in experiments/bench/README.md.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -30,7 +31,9 @@ def chunk_bytes_on(mesh: Mesh) -> int:
 
 
 @on_each_device
-def on_cpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once: int = AT_ONCE):
+def on_cpu(
+    queries_gkthd, keys_gknsd, values_gknsd, prefix, *, window=None, cap=None, at_once=AT_ONCE
+):
     """See `attention.causal`: large inputs one key-value head of one group after the other.
 
     Such a part stays in a processor's cache. Its scores are computed again in the backward pass.
@@ -41,8 +44,9 @@ def on_cpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once: int = AT
     g, k, t, h, d = queries_gkthd.shape
     n, s = keys_gknsd.shape[2:4]
     whole = 4 * g * k * h * t * (s + (0 if prefix is None else prefix.keys.shape[2]))
+    limited = functools.partial(causal, window=window, cap=cap)
     if whole <= at_once:
-        return causal(queries_gkthd, keys_gknsd, values_gknsd, prefix)
+        return limited(queries_gkthd, keys_gknsd, values_gknsd, prefix)
 
     def each_head(x_gkn):
         return jnp.swapaxes(x_gkn, 1, 2).reshape(g * n, 1, k, 1, *x_gkn.shape[3:])
@@ -56,7 +60,7 @@ def on_cpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, at_once: int = AT
     if prefix is not None:
         keys, values = (x.reshape(g * n, 1, 1, -1, d) for x in prefix[:2])
         parts = *parts, Prefix(keys, values, jnp.repeat(prefix.mask, n, axis=0)[:, None])
-    out = jax.lax.map(jax.checkpoint(lambda part: causal(*part)), parts)
+    out = jax.lax.map(jax.checkpoint(lambda part: limited(*part)), parts)
     return jnp.moveaxis(out.reshape(g, n, k, t, h // n, d), 1, 3).reshape(g, k, t, h, d)
 
 

@@ -69,17 +69,24 @@ def on_gpu(
     values_gknsd,
     prefix,
     *,
+    window: int | None = None,
+    cap: float | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ):
-    """See `attention.causal`: cuDNN's attention.
+    """See `attention.causal`: cuDNN's attention; it knows no cap, so where one is, XLA's.
 
     implementation: "xla" computes the same without a GPU, to test it.
     """
+    if cap is not None:
+        return causal(queries_gkthd, keys_gknsd, values_gknsd, prefix, window=window, cap=cap)
     g, k, t, h, d = queries_gkthd.shape
-    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
+    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix, window)
     s = keys.shape[3]
     even_t, even_s = t + t % 2, s + s % 2  # as cuDNN's backward pass wants them
-    mask_ts = np.arange(s) <= np.arange(even_t)[:, None] + s - t
+    place_t = np.arange(even_t)[:, None] + s - t
+    mask_ts = np.arange(s) <= place_t
+    if window is not None:
+        mask_ts &= np.arange(s) > place_t - window
     mask = jnp.asarray(mask_ts)[None] & seen_gs[:, None]
     mask = jnp.repeat(_filled(mask, 2, even_s), k, axis=0)[:, None]
     queries = _filled(queries_gkthd.reshape(g * k, t, h, d), 1, even_t)
@@ -94,22 +101,35 @@ def on_gpu(
 
 
 @on_each_device
-def on_tpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, interpret: bool = False):
+def on_tpu(
+    queries_gkthd,
+    keys_gknsd,
+    values_gknsd,
+    prefix,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
+    interpret: bool = False,
+):
     """See `attention.causal`: splash attention.
 
     interpret: run it without a TPU, slowly, to test it.
     """
     *_, t, h, d = queries_gkthd.shape
-    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix)
+    keys, values, seen_gs = _whole(keys_gknsd, values_gknsd, prefix, window)
     s = keys.shape[3]
     (rows, q), (columns, kv) = _blocks(t), _blocks(s)
+    mask = splash.CausalMask((rows, columns), offset=s - t)
+    if window is not None:
+        mask = splash.LocalMask((rows, columns), (window - 1, 0), offset=s - t)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((rows, columns), offset=s - t)] * h),
+        splash.MultiHeadMask([mask] * h),
         block_sizes=splash.BlockSizes(
             block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
         ),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=cap,
         interpret=interpret,
     )
     queries = _filled(jnp.swapaxes(queries_gkthd * d**-0.5, 2, 3), 3, rows)  # [g, k, h, t, d]
@@ -123,12 +143,14 @@ def on_tpu(queries_gkthd, keys_gknsd, values_gknsd, prefix, *, interpret: bool =
     return jnp.swapaxes(out, 2, 3)[:, :, :t]
 
 
-def _whole(keys_gknsd, values_gknsd, prefix: Prefix | None):
+def _whole(keys_gknsd, values_gknsd, prefix: Prefix | None, window: int | None):
     """Keys and values with the prompt's in front of each completion's, and which ones count."""
     g, k, n, s, d = keys_gknsd.shape
     seen = jnp.ones((g, s), bool)
     if prefix is None:
         return keys_gknsd, values_gknsd, seen
+    if window is not None:  # distances are right where no padding lies between
+        prefix = _padded_in_front(prefix)
 
     def in_front(shared_gnpd, own):
         shared = jnp.broadcast_to(shared_gnpd[:, None], (g, k, n, shared_gnpd.shape[2], d))
@@ -136,6 +158,19 @@ def _whole(keys_gknsd, values_gknsd, prefix: Prefix | None):
 
     seen = jnp.concatenate([prefix.mask, seen], axis=1)
     return in_front(prefix.keys, keys_gknsd), in_front(prefix.values, values_gknsd), seen
+
+
+def _padded_in_front(prefix: Prefix) -> Prefix:
+    """The prompts moved to the end of their places."""
+    p = prefix.mask.shape[1]
+    padding_g1 = p - jnp.sum(prefix.mask, axis=1, keepdims=True)
+    source_gp = jnp.maximum(jnp.arange(p)[None] - padding_g1, 0)
+
+    def move(x_gnpd):
+        return jnp.take_along_axis(x_gnpd, source_gp[:, None, :, None], axis=2)
+
+    counted = jnp.arange(p)[None] >= padding_g1
+    return Prefix(move(prefix.keys), move(prefix.values), counted)
 
 
 def _blocks(length: int) -> tuple[int, int]:

@@ -1,7 +1,10 @@
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from gvpo_jax.ops.attention import Int8, Prefix, attend, stored
+from gvpo_jax.ops.attention import Int8, Prefix, attend, causal, stored
 
 RNG = np.random.default_rng(0)
 G, K, T, P, N, R, D = 2, 3, 4, 5, 2, 3, 6
@@ -11,9 +14,10 @@ def normal(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
-def plain_attention(queries, keys, values, mask):
+def plain_attention(queries, keys, values, mask, cap=None):
     """One query of one head against a list of keys, in float64."""
-    scores = np.where(mask, keys.astype(np.float64) @ queries / np.sqrt(D), -np.inf)
+    scores = keys.astype(np.float64) @ queries / np.sqrt(D)
+    scores = np.where(mask, cap * np.tanh(scores / cap) if cap else scores, -np.inf)
     weights = np.exp(scores - scores.max())
     return (weights / weights.sum()) @ values.astype(np.float64)
 
@@ -36,6 +40,27 @@ def test_prefix_and_suffix_share_one_softmax():
             np.concatenate([prefix_mask[g], causal[t]]),
         )
         np.testing.assert_allclose(out[g, k, t, h], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("t", "window", "cap"), [(9, 3, None), (9, 8, 2.0), (150, 70, None)])
+def test_windows_and_caps_are_those_of_a_plain_loop(t, window, cap):
+    """Windows that end in the completion and in the prompt, also where queries come in blocks."""
+    queries = normal(G, K, t, N * R, D) * 3
+    keys, values = normal(G, K, N, t, D) * 3, normal(G, K, N, t, D)
+    prefix_keys, prefix_values = normal(G, N, P, D) * 3, normal(G, N, P, D)
+    lengths = np.array([5, 2])
+    counted = jnp.asarray(np.arange(P) < lengths[:, None])
+    prefix = Prefix(jnp.asarray(prefix_keys), jnp.asarray(prefix_values), counted)
+    own = (jnp.asarray(x) for x in (queries, keys, values))
+    out = causal(*own, prefix, window=window, cap=cap)
+    for g, i, h in itertools.product(range(G), range(t), range(N * R)):
+        whole_keys, whole_values = (
+            np.concatenate([shared[g, h // R, : lengths[g]], own[g, 1, h // R, : i + 1]])
+            for shared, own in ((prefix_keys, keys), (prefix_values, values))
+        )
+        seen = np.arange(len(whole_keys)) >= len(whole_keys) - window
+        expected = plain_attention(queries[g, 1, i, h], whole_keys, whole_values, seen, cap)
+        np.testing.assert_allclose(out[g, 1, i, h], expected, atol=1e-5)
 
 
 def test_int8_is_within_half_a_step_of_every_entry():

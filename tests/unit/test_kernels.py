@@ -45,9 +45,9 @@ def value_and_gradients(attention, arrays):
     return out, grads
 
 
-def assert_same(attention, arrays, tolerance):
-    out, grads = value_and_gradients(attention, arrays)
-    expected_out, expected = value_and_gradients(causal, arrays)
+def assert_same(attention, arrays, tolerance, **limits):
+    out, grads = value_and_gradients(functools.partial(attention, **limits), arrays)
+    expected_out, expected = value_and_gradients(functools.partial(causal, **limits), arrays)
     assert out.dtype == expected_out.dtype
     for a, b in zip(
         jax.tree.leaves((out, grads)), jax.tree.leaves((expected_out, expected)), strict=True
@@ -71,6 +71,16 @@ def test_what_cudnn_is_given_means_the_same(p):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2).mesh()
     cudnn = functools.partial(on_gpu, mesh, implementation="xla")
     assert_same(cudnn, inputs(7, p, g=4), 1e-5)
+
+
+@pytest.mark.parametrize("limits", [{"window": 5}, {"window": 5, "cap": 3.0}, {"window": 400}])
+def test_all_of_them_know_windows_and_caps(limits):
+    mesh = MeshConfig(fsdp=2).mesh(jax.devices()[:2])
+    cudnn = functools.partial(on_gpu, mesh, implementation="xla")
+    parts = functools.partial(on_cpu, mesh, at_once=0)
+    splash = functools.partial(on_tpu, mesh, interpret=True)
+    for attention, t, p in ((cudnn, 7, 9), (parts, 7, 9), (splash, 7, 9), (splash, 300, 140)):
+        assert_same(attention, inputs(t, p), 1e-5, **limits)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")

@@ -32,21 +32,26 @@ def test_every_chunk_size_gives_the_exact_numbers(chunk_tokens):
     np.testing.assert_allclose(logps, numpy_logprobs(HIDDEN, HEAD, TARGETS), atol=2e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 2.5])
 @pytest.mark.parametrize("chunk_tokens", [1024, 12])
-def test_gradients_are_those_of_the_plain_formula(chunk_tokens):
+def test_values_and_gradients_are_those_of_the_plain_formula(chunk_tokens, cap):
     hidden, head = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(HEAD, jnp.float32)
     cotangent = jnp.asarray(RNG.normal(size=TARGETS.shape), jnp.float32)
 
     def chunked(hidden, head):
-        logps = token_logprobs(hidden, head, TARGETS, chunk_bytes=chunk_tokens * LOGITS)
+        logps = token_logprobs(hidden, head, TARGETS, chunk_bytes=chunk_tokens * LOGITS, cap=cap)
         return jnp.sum(cotangent * logps)
 
     def plain(hidden, head):
         logits = jnp.einsum("gktd,vd->gktv", hidden, head, precision="highest")
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         logps = jax.nn.log_softmax(logits)
         return jnp.sum(cotangent * jnp.take_along_axis(logps, TARGETS[..., None], -1)[..., 0])
 
-    ours, expected = (jax.grad(f, (0, 1))(hidden, head) for f in (chunked, plain))
+    (value, ours), (expected_value, expected) = (
+        jax.value_and_grad(f, (0, 1))(hidden, head) for f in (chunked, plain)
+    )
+    np.testing.assert_allclose(value, expected_value, atol=1e-5)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
