@@ -1,4 +1,4 @@
-"""The decoder of the Llama, Qwen2/2.5 and Qwen3 families: Flax NNX, used as plain functions.
+"""The decoder of all families: Flax NNX, used as plain functions.
 
 Parameters are a plain nested dict of arrays. `decoder_fns` gives the methods of `Decoder` as
 functions of them, for `jax.jit`. Each prompt is computed once, whatever k.
@@ -8,174 +8,18 @@ Axes as in `gvpo_jax.ops.attention`.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask
-from gvpo_jax.ops.attention import Int8, Prefix, Stored, attend, causal, stored
-from gvpo_jax.ops.packing import PackedTokens, attend_unpacked
-
-Params = dict[str, Any]
-Remat = Literal["none", "dots", "layer"]
-KeysValues = tuple[Stored, Stored]  # [g, k, n, s, d] each
-Linear = Callable[..., nnx.Linear]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3's stretching of the slow rotary frequencies, for contexts beyond the trained one."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and options of a decoder, under a transformers config's names where it has them."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    max_position_embeddings: int = 32_768
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """How a decoder is computed; by default in float32 on one device.
-
-    Attributes:
-        dtype: of the computation.
-        remat: what the backward pass computes again: nothing, all but products with weights, or
-            whole layers.
-        cache_dtype: of the keys and values that decoding keeps, `jnp.int8` too, see
-            `attention.stored`; None: as computed.
-        constrain: `(name, x) -> x` lays out "embedded" and "residual" `[g, k, t, d]`, "heads"
-            `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
-        params: `params -> params` keeps them, and so their gradients, as they lie.
-        attention: see `gvpo_jax.ops.attention.causal`.
-        product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
-            its own gives what it returns the `checkpoint_name` "product".
-        chunk_bytes, shards: see `DecoderFns`.
-    """
-
-    dtype: Any = jnp.float32
-    remat: Remat = "none"
-    cache_dtype: Any = None
-    constrain: Callable[[str, jax.Array], jax.Array] = lambda name, x: x
-    params: Callable[[Params], Params] = lambda params: params
-    attention: Callable[..., jax.Array] = causal
-    product: Callable[..., jax.Array] = jax.lax.dot_general
-    chunk_bytes: int = CHUNK_BYTES
-    shards: int = 1
-
-
-class RMSNorm(nnx.Module):
-    """Division by the root of the mean square, in float32, then a scale for each feature."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(size))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., d] -> [..., d]`."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * jnp.expand_dims(
-            self.scale[...].astype(x.dtype), range(x.ndim - 1)
-        )
-
-
-class Attention(nnx.Module):
-    """Attention with grouped heads and rotary positions, over prompt, cache or packed tokens."""
-
-    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
-        self.q = linear(c.hidden_size, c.num_heads * c.head_dim, use_bias=c.qkv_bias)
-        self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
-        self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias)
-        self.o = linear(c.num_heads * c.head_dim, c.hidden_size, use_bias=c.o_bias)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.config, self.options = c, options
-
-    def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
-        """`[g, k, t, d]` -> the same, and the keys and values of these tokens."""
-        g, k, t, _ = x.shape
-
-        def heads(linear):
-            y = linear(x).reshape(g, k, t, -1, self.config.head_dim)
-            return self.options.constrain("heads", y)
-
-        queries, keys, values = heads(self.q), heads(self.k), heads(self.v)
-        if self.config.qk_norm:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = _rotate(queries, rope), _rotate(keys, rope)
-        kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
-        if isinstance(at, PackedTokens):
-            out = attend_unpacked(
-                self.options.attention, self.options.constrain, at, queries, keys, values
-            )
-        elif cache is None:
-            out = self.options.attention(queries, *kv, prefix)
-        else:
-            before_gk, place = at
-            kv = _write(cache[0], kv[0], place), _write(cache[1], kv[1], place)
-            size = jax.tree.leaves(kv)[0].shape[3]
-            age = (place - jnp.arange(size)) % size
-            so_far = age[None, None, None] <= before_gk[..., None, None]
-            out = attend(queries, *kv, so_far, prefix)
-        out = self.options.constrain("heads", out)
-        return self.o(out.reshape(g, k, t, -1)), kv
-
-
-class MLP(nnx.Module):
-    """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
-        self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
-        self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
-        self.down = linear(c.intermediate_size, c.hidden_size, use_bias=c.mlp_bias)
-        self.options = options
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[g, k, t, d] -> [g, k, t, d]`."""
-        gate, up = (self.options.constrain("mlp", linear(x)) for linear in (self.gate, self.up))
-        return self.down(jax.nn.silu(gate) * up)
-
-
-class Block(nnx.Module):
-    """Attention and feed-forward layer, each behind a norm and added to the residual."""
-
-    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
-        self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, linear, options)
-        self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c, linear, options)
-        self.options = options
-
-    def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
-        """As `Attention`."""
-        attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at)
-        x = self.options.constrain("residual", x + attended)
-        return self.options.constrain("residual", x + self.mlp(self.post_norm(x))), kv
+from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, soft_cap
+from gvpo_jax.models.blocks import Block, KeysValues, RMSNorm
+from gvpo_jax.models.rope import rotations
+from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
+from gvpo_jax.ops.attention import Int8, Prefix, Stored, stored
+from gvpo_jax.ops.packing import PackedTokens
 
 
 class Decoder(nnx.Module):
@@ -185,8 +29,8 @@ class Decoder(nnx.Module):
         dtype = options.dtype
         linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(c, linear, options) for _ in range(c.num_layers)])
-        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.layers = nnx.List([Block(c, i, linear, options) for i in range(c.num_layers)])
+        self.final_norm = RMSNorm(c.hidden_size, c)
         if not c.tie_embeddings:
             self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)
         self.config, self.options = c, options
@@ -203,13 +47,18 @@ class Decoder(nnx.Module):
         # Looked up in float32, so that the gradients of a frequent token add up in it.
         x = jnp.take(self.embed.embedding[...], tokens_gkt, axis=0)
         x = self.options.constrain("embedded", x).astype(self.options.dtype)
+        if (multiplier := self.config.embedding_multiplier) is not None:
+            x = x * jnp.asarray(multiplier, x.dtype)
         x = self.options.constrain("residual", x)
-        rope = _rope(self.config, positions_gkt)
+        ropes = _ropes(self.config, positions_gkt)
         run, kvs = _with_remat(self.options.remat), []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, rope) in enumerate(zip(self.layers, ropes, strict=True)):
             x, kv = run(layer, x, rope, prefix and prefix[i], cache and cache[i], at)
             kvs.append(kv)
-        return self.final_norm(x), kvs
+        hidden = self.final_norm(x)
+        if (divisor := self.config.logits_scaling) is not None:
+            hidden = hidden / divisor
+        return hidden, kvs
 
     def prefill(self, prompts_gp, lengths_g):
         """See `DecoderFns`, as for the methods below."""
@@ -280,6 +129,7 @@ class DecoderFns:
         head: `params -> [V, D]`, the output embedding.
         shards: parts that the devices cut a batch into, group by group.
         chunk_bytes: of logits that a device holds at once, where they are more than it keeps.
+        logit_cap: of all logits, see `gvpo_jax.logprobs.soft_cap`.
     """
 
     prefill: Callable[..., Any]
@@ -290,9 +140,10 @@ class DecoderFns:
     shards: int = 1
     chunk_bytes: int = CHUNK_BYTES
     packed_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    logit_cap: float | None = None
 
 
-def decoder_fns(config: DecoderConfig, options: DecoderOptions = DecoderOptions()) -> DecoderFns:
+def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> DecoderFns:
     """The methods of a decoder as functions of its parameters."""
     graph = _graph(config, options)
 
@@ -308,6 +159,7 @@ def decoder_fns(config: DecoderConfig, options: DecoderOptions = DecoderOptions(
         shards=options.shards,
         chunk_bytes=options.chunk_bytes,
         packed_hidden=of_params(Decoder.packed_hidden),
+        logit_cap=config.final_logit_softcapping,
     )
 
 
@@ -326,7 +178,7 @@ def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> 
     """Float32 logits `[b, t, v]` of whole sequences: the plain route to test the others against."""
     model = nnx.merge(_graph(config, DecoderOptions()), params)
     hidden, _ = model(tokens_bt[:, None], _positions(tokens_bt[:, None]))
-    return hidden[:, 0] @ model.output_embedding().T
+    return soft_cap(hidden[:, 0] @ model.output_embedding().T, config.final_logit_softcapping)
 
 
 @functools.lru_cache
@@ -364,33 +216,17 @@ def _empty_cache(config, dtype, groups, k, length):
     return [(empty(), empty()) for _ in range(config.num_layers)]
 
 
-def _write(cache: Stored, new: jax.Array, place) -> Stored:
-    def write(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=3)
+def _ropes(c: DecoderConfig, positions_gkt) -> list[Any]:
+    """Each layer's rotary angles; None: it has no positions."""
+    dims = c.rotary_dims or c.head_dim
+    everywhere = rotations(positions_gkt, c.rope_theta, c.rope_scaling, dims)
+    local = everywhere
+    if c.local_rope_theta is not None:
+        local = rotations(positions_gkt, c.local_rope_theta, None, dims)
 
-    return jax.tree.map(write, cache, stored(new, jax.tree.leaves(cache)[0].dtype))
+    def of_layer(i: int):
+        if i in c.no_rope_layers:
+            return None
+        return everywhere if c.window(i) is None else local
 
-
-def _rope(config, positions_gkt):
-    """Cos and sin `[g, k, t, 1, hd/2]` of the rotary angles, in float32."""
-    half = config.head_dim // 2
-    freqs = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling is not None:
-        freqs = _stretch(freqs, config.rope_scaling)
-    angles = positions_gkt[..., None, None].astype(jnp.float32) * freqs[None, None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _stretch(freqs, scaling: RopeScaling):
-    """Llama-3 scaling: long waves slowed by `factor`, short ones kept, a linear blend between."""
-    wavelengths = 2 * jnp.pi / freqs
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position_embeddings / wavelengths
-    blend = jnp.clip((turns - low) / (high - low), 0, 1)
-    return freqs * (blend + (1 - blend) / scaling.factor)
-
-
-def _rotate(x_gkthd, rope):
-    cos, sin = (a.astype(x_gkthd.dtype) for a in rope)
-    a, b = jnp.split(x_gkthd, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return [of_layer(i) for i in range(c.num_layers)]

@@ -1,17 +1,16 @@
 """config.json <-> `DecoderConfig`; what the decoder does not compute is refused here."""
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import DecoderConfig, RopeScaling
+from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.family import FULL, SLIDING, Family, all_families, bad
+from gvpo_jax.models.hf_rope import rope_json, rope_options
+from gvpo_jax.models.rope import LongRopeScaling
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+Values = Mapping[str, Any]
 # The sizes: our names, and a config.json's.
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -23,143 +22,78 @@ _SIZES = {
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
 }
-# What transformers takes where config.json is silent.
-_DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a config.json describes.
+def decoder_config(hf_config: Values) -> DecoderConfig:
+    """The decoder that a config.json describes; of a multimodal model, its language model.
 
     Raises:
-        UserError: an unknown architecture, a missing or senseless size, or a setting that the
-            decoder does not compute: sliding windows in use, another activation, another rope type,
-            quantized weights.
+        UserError: an unknown family, a missing or senseless size, or a setting that the decoder
+            does not compute: another activation, another rope type, quantized weights.
     """
-    family = _family(hf_config)
-    _refuse_unsupported(hf_config)
-    hidden, heads = _size(hf_config, "hidden_size"), _size(hf_config, "num_attention_heads")
-    defaults = {
-        "num_kv_heads": heads if family == "llama" else None,
-        "head_dim": 128 if family == "qwen3" else hidden // heads,
-        "max_position_embeddings": _DEFAULT_MAX_POSITIONS[family],
+    values = text_values(hf_config)
+    family = _family(values)
+    values = {**family.silent, **values}
+    if values.get("quantization_config"):
+        raise bad(
+            "quantized weights are not supported; use the model's bfloat16 or float32 weights"
+        )
+    sizes = _sizes(values)
+    options: dict[str, Any] = {
+        "rms_norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "activation": _activation(values, family),
+        "windows": _windows(values, family),
+        **{ours: bool(values.get(key)) for ours, key in family.flags.items()},
+        **{ours: _number(values, key) for ours, key in family.numbers.items()},
+        **family.constants,
+        **rope_options(values, family, sizes["head_dim"]),
     }
-    sizes = {ours: _size(hf_config, key, defaults.get(ours)) for ours, key in _SIZES.items()}
-    kv_heads, head_dim = sizes["num_kv_heads"], sizes["head_dim"]
-    if heads % kv_heads:
-        raise UserError(
-            f"config.json: num_attention_heads {heads} is not a multiple of "
-            f"num_key_value_heads {kv_heads}"
+    return DecoderConfig(family.model_type, **sizes, **options | family.options(values))
+
+
+def text_values(hf_config: Values) -> dict[str, Any]:
+    """A config.json's own values or, of a multimodal model, those of its language model.
+
+    Raises:
+        UserError: the language model is of a family that is not supported.
+    """
+    text = hf_config.get("text_config")
+    if not isinstance(text, Mapping):
+        return dict(hf_config)
+    family = all_families().get(text.get("model_type", ""))
+    if family is None:
+        whole = (hf_config.get("architectures") or [hf_config.get("model_type")])[0]
+        raise bad(
+            f"{whole} is multimodal, and its language model, {text.get('model_type')!r}, is not "
+            f"supported; supported are {_supported()}"
         )
-    if head_dim % 2:
-        raise UserError(
-            f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one"
-        )
-    theta, scaling = _rope(hf_config, sizes["max_position_embeddings"])
-    attention_bias = bool(hf_config.get("attention_bias"))
-    return DecoderConfig(
-        **sizes,
-        family=family,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=family != "qwen2" and attention_bias,
-        mlp_bias=family == "llama" and bool(hf_config.get("mlp_bias")),
-        qk_norm=family == "qwen3",
-    )
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+    shared = {key: hf_config[key] for key in kept if hf_config.get(key) is not None}
+    return {**text, **shared, "architectures": [family.architecture]}
 
 
 def config_json(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a decoder that came without one; `decoder_config` undoes it exactly."""
-    architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
-    scaling = config.rope_scaling
+    family = all_families()[config.family]
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "swish"}
     values: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": config.family,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         **{key: getattr(config, ours) for ours, key in _SIZES.items()},
-        "hidden_act": "silu",
+        family.activation_key: names[config.activation],
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {"rope_type": "llama3", **asdict(scaling)},
+        **rope_json(config.rope_theta, config.rope_scaling, config.local_rope_theta),
         "tie_word_embeddings": config.tie_embeddings,
+        **{key: getattr(config, ours) for ours, key in {**family.flags, **family.numbers}.items()},
+        **family.back(config),
     }
-    if config.family != "qwen2":
-        values["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        values["mlp_bias"] = config.mlp_bias
+    if config.rotary_dims is not None:
+        values["partial_rotary_factor"] = config.rotary_dims / config.head_dim
+    if family.layer_types is not None:
+        values |= _windows_json(config, family, values)
     return values
-
-
-def _family(hf_config: Mapping[str, Any]) -> str:
-    architectures, model_type = hf_config.get("architectures"), hf_config.get("model_type")
-    if not architectures and model_type in ARCHITECTURES.values():
-        return str(model_type)
-    for architecture, family in ARCHITECTURES.items():
-        if architectures == [architecture]:
-            return family
-    found = architectures or model_type
-    raise UserError(
-        f"config.json: architecture {found} is not supported; use one of {', '.join(ARCHITECTURES)}"
-    )
-
-
-def _refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
-    activation = hf_config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UserError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-    if hf_config.get("quantization_config"):
-        raise UserError(
-            "config.json: quantized weights are not supported; "
-            "use the model's bfloat16 or float32 weights"
-        )
-    layer_types = set(hf_config.get("layer_types") or ()) - {"full_attention"}
-    if layer_types:
-        raise UserError(
-            f"config.json: layer_types {sorted(layer_types)} are not supported, "
-            "only 'full_attention'"
-        )
-    if hf_config.get("layer_types") is None and hf_config.get("use_sliding_window"):
-        layers = _size(hf_config, "num_hidden_layers")
-        unwindowed = hf_config.get("max_window_layers", 28)  # the first so many layers
-        if hf_config.get("sliding_window", 4096) and unwindowed < layers:
-            raise UserError("config.json: sliding window attention is in use and not supported")
-
-
-def _rope(hf_config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError("config.json: rope parameters per layer type are not supported")
-    # transformers looks in rope_parameters first, then at the older key beside it
-    theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
-    partial = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UserError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise UserError(
-            f"config.json: rope type {kind!r} is not supported, only 'default' and 'llama3'"
-        )
-    original = hf_config.get("original_max_position_embeddings") or rope.get(
-        "original_max_position_embeddings", max_positions
-    )
-    factors = ("factor", "low_freq_factor", "high_freq_factor")
-    if missing := [key for key in factors if key not in rope]:
-        raise UserError(f"config.json: rope type 'llama3' needs {', '.join(missing)}")
-    numbers = {key: float(rope[key]) for key in factors}
-    return float(theta), RopeScaling(**numbers, original_max_position_embeddings=int(original))
-
-
-def _size(hf_config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = hf_config.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise UserError(f"config.json lacks {key}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json: {key} is {value!r}; it must be a positive integer")
-    return value
 
 
 def check_length(shape: DecoderConfig, length: int, name: str) -> None:
@@ -169,3 +103,94 @@ def check_length(shape: DecoderConfig, length: int, name: str) -> None:
             f"data.max_prompt_length + rollout.max_completion_length = {length} tokens, but "
             f"{name} was made for {shape.max_position_embeddings}; lower one of them"
         )
+
+
+def for_length(shape: DecoderConfig, length: int) -> DecoderConfig:
+    """The decoder for sequences of so many tokens: LongRoPE has other factors for long ones."""
+    if not isinstance(shape.rope_scaling, LongRopeScaling):
+        return shape
+    return dataclasses.replace(shape, rope_scaling=shape.rope_scaling.of_length(length))
+
+
+def _supported() -> str:
+    return ", ".join(all_families())
+
+
+def _family(values: Values) -> Family:
+    architectures, model_type = values.get("architectures"), values.get("model_type")
+    if not architectures and model_type in all_families():
+        return all_families()[str(model_type)]
+    for family in all_families().values():
+        if architectures == [family.architecture]:
+            return family
+    found = " ".join(architectures) if architectures else model_type
+    raise bad(f"model type {found} is not supported; supported are {_supported()}")
+
+
+def _activation(values: Values, family: Family) -> str:
+    key = family.activation_key
+    name = values.get(key) or family.silent.get(key, "silu")
+    if name not in _ACTIVATIONS:
+        known = ", ".join(repr(activation) for activation in _ACTIVATIONS)
+        raise bad(f"{key} {name!r} is not supported, only {known}")
+    return _ACTIVATIONS[name]
+
+
+def _windows(values: Values, family: Family) -> tuple[int | None, ...]:
+    """Of each layer; empty where none has one."""
+    layers, listed = values["num_hidden_layers"], values.get("layer_types")
+    kinds = listed or (family.layer_types(values) if family.layer_types else [FULL] * layers)
+    allowed = {FULL} if family.layer_types is None else {FULL, SLIDING}
+    if unknown := sorted(set(kinds) - allowed):
+        raise bad(f"layer_types {unknown} are not supported, only {sorted(allowed)}")
+    if len(kinds) != layers:
+        raise bad(f"layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}")
+    if SLIDING not in kinds:
+        if values.get("use_sliding_window") and family.layer_types is None:
+            raise bad("sliding window attention is in use and not supported")
+        return ()
+    window = values.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise bad(f"sliding_window is {window!r}; layers that have one need a positive integer")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _windows_json(config: DecoderConfig, family: Family, values: Values) -> dict[str, Any]:
+    kinds = [SLIDING if config.window(i) else FULL for i in range(config.num_layers)]
+    window = next((window for window in config.windows if window), None)
+    new: dict[str, Any] = {}
+    if window or family.silent.get("sliding_window"):
+        new["sliding_window"] = window
+    assert family.layer_types is not None
+    if list(family.layer_types({**family.silent, **values, **new})) != kinds:
+        new["layer_types"] = kinds
+    return new
+
+
+def _sizes(values: Values) -> dict[str, int]:
+    hidden, heads = _size(values, "hidden_size"), _size(values, "num_attention_heads")
+    defaults = {"num_kv_heads": heads, "head_dim": hidden // heads}
+    sizes = {ours: _size(values, key, defaults.get(ours)) for ours, key in _SIZES.items()}
+    if heads % sizes["num_kv_heads"]:
+        raise bad(
+            f"num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {sizes['num_kv_heads']}"
+        )
+    if sizes["head_dim"] % 2:
+        raise bad(f"head_dim {sizes['head_dim']} is odd; rotary embeddings need an even one")
+    return sizes
+
+
+def _size(values: Values, key: str, default: int | None = None) -> int:
+    value = values.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"config.json lacks {key}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise bad(f"{key} is {value!r}; it must be a positive integer")
+    return value
+
+
+def _number(values: Values, key: str) -> float | None:
+    value = values.get(key)
+    return None if value is None else float(value)

@@ -1,10 +1,11 @@
-"""Hugging Face tensor names <-> parameters, strict both ways.
+"""Hugging Face tensor names <-> parameters, strict both ways, by the family's table of names.
 
-Llama, Qwen2 and Qwen3 are one decoder with different switches, so one table of names serves all.
 A parameter's path is spelled as `parallel.mesh.path_name` does: `layers/0/attn/q/kernel`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +14,41 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.models.family import all_families
 from gvpo_jax.parallel.layout import path_name
 
 Place = Callable[[str, np.ndarray], Any]
 
+_ENDINGS = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
+# A language model's tensors in a multimodal checkpoint, of transformers before 5 and since, and
+# what is not of the language model.
+_TEXT_HALF = re.compile(r"language_model\.(model\.|lm_head\.)|model\.language_model\.")
+_OTHER_HALF = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one Hugging Face tensor lives in the parameters, and its shape in the file."""
+    """Where one Hugging Face tensor lives in the parameters, and its shape in the file.
 
-    path: str
+    Attributes:
+        paths: of the parameters that share it, one below the other in the file.
+        rows: of the file's tensor that each of them has.
+        shape: of the file's tensor.
+        transposed: the file has `[out, in]`, the parameters `[in, out]`.
+        expert: which one along the parameter's first axis; None: there is no such axis.
+    """
+
+    paths: tuple[str, ...]
+    rows: tuple[int, ...]
     shape: tuple[int, ...]
-    transposed: bool = False  # the file has [out, in], the parameters [in, out]
+    transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def path(self) -> str:
+        """Of the parameter, or the first of several."""
+        return self.paths[0]
 
 
 @dataclass(frozen=True)
@@ -39,36 +62,41 @@ class TensorSource:
 
 def tensor_specs(config: DecoderConfig) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint of this decoder, by Hugging Face name."""
-    c, width, inner = config, config.hidden_size, config.intermediate_size
-    q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    specs = {"model.embed_tokens.weight": TensorSpec("embed/embedding", (c.vocab_size, width))}
-
-    def linear(name: str, path: str, n_in: int, n_out: int, bias: bool) -> None:
-        specs[f"{name}.weight"] = TensorSpec(f"{path}/kernel", (n_out, n_in), transposed=True)
-        if bias:
-            specs[f"{name}.bias"] = TensorSpec(f"{path}/bias", (n_out,))
-
-    def norm(name: str, path: str, size: int) -> None:
-        specs[f"{name}.weight"] = TensorSpec(f"{path}/scale", (size,))
-
-    for i in range(c.num_layers):
-        theirs, ours = f"model.layers.{i}", f"layers/{i}"
-        linear(f"{theirs}.self_attn.q_proj", f"{ours}/attn/q", width, q_width, c.qkv_bias)
-        linear(f"{theirs}.self_attn.k_proj", f"{ours}/attn/k", width, kv_width, c.qkv_bias)
-        linear(f"{theirs}.self_attn.v_proj", f"{ours}/attn/v", width, kv_width, c.qkv_bias)
-        linear(f"{theirs}.self_attn.o_proj", f"{ours}/attn/o", q_width, width, c.o_bias)
-        linear(f"{theirs}.mlp.gate_proj", f"{ours}/mlp/gate", width, inner, c.mlp_bias)
-        linear(f"{theirs}.mlp.up_proj", f"{ours}/mlp/up", width, inner, c.mlp_bias)
-        linear(f"{theirs}.mlp.down_proj", f"{ours}/mlp/down", inner, width, c.mlp_bias)
-        norm(f"{theirs}.input_layernorm", f"{ours}/input_norm", width)
-        norm(f"{theirs}.post_attention_layernorm", f"{ours}/post_norm", width)
-        if c.qk_norm:
-            norm(f"{theirs}.self_attn.q_norm", f"{ours}/attn/q_norm", c.head_dim)
-            norm(f"{theirs}.self_attn.k_norm", f"{ours}/attn/k_norm", c.head_dim)
-    norm("model.norm", "final_norm", width)
-    if not c.tie_embeddings:
-        linear("lm_head", "head", width, c.vocab_size, bias=False)
+    leaves = jax.tree.leaves_with_path(param_shapes(config))
+    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
+    specs: dict[str, TensorSpec] = {}
+    for path, name in _modules(config):
+        for kind, ending in _ENDINGS.items():
+            if (shape := shapes.pop(f"{path}/{kind}", None)) is not None:
+                _add_specs(specs, f"{name}.{ending}", f"{path}/{kind}", shape)
+    if shapes:
+        raise ValueError(f"the family {config.family} names no tensor for {_listed(shapes)}")
     return specs
+
+
+def _modules(config: DecoderConfig) -> Iterator[tuple[str, str]]:
+    """Paths and names of what parameters belong to, in a fixed order."""
+    yield "embed", "model.embed_tokens"
+    for i in range(config.num_layers):
+        for path, name in all_families()[config.family].names.items():
+            yield f"layers/{i}/{path}", f"model.layers.{i}.{name}"
+    yield "final_norm", "model.norm"
+    yield "head", "lm_head"
+
+
+def _add_specs(specs: dict[str, TensorSpec], name: str, path: str, shape: tuple[int, ...]) -> None:
+    transposed = path.endswith("/kernel")
+    experts = [None]
+    if "{expert}" in name:
+        experts, shape = range(shape[0]), shape[1:]
+    shape = shape[::-1] if transposed else shape
+    for expert in experts:
+        of_expert = name.format(expert=expert)
+        paths, rows, whole = (path,), (shape[0],), shape
+        if (above := specs.get(of_expert)) is not None:
+            paths, rows = above.paths + paths, above.rows + rows
+            whole = (sum(rows), *shape[1:])
+        specs[of_expert] = TensorSpec(paths, rows, whole, transposed, expert)
 
 
 def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) -> dict[str, Any]:
@@ -85,13 +113,22 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
     _check_tensors(config.family, specs, shapes, source.name)
     if tied_copy is not None:
         _check_tied_copy(source)
-
-    def read(name: str, spec: TensorSpec) -> Any:
+    flat: dict[str, Any] = {}
+    experts: dict[str, list[np.ndarray]] = {}
+    counts = Counter(path for spec in specs.values() for path in spec.paths)
+    for name, spec in specs.items():
         array = source.read(name)
         _check_finite(array, f"{source.name}: tensor {name}")
-        return place(spec.path, np.ascontiguousarray(array.T if spec.transposed else array))
-
-    params = unflatten_dict({spec.path: read(name, spec) for name, spec in specs.items()}, sep="/")
+        ends = np.cumsum(spec.rows)[:-1]
+        for path, part in zip(spec.paths, np.split(array, ends), strict=True):
+            part = np.ascontiguousarray(part.T if spec.transposed else part)
+            if spec.expert is None:
+                flat[path] = place(path, part)
+            else:
+                experts.setdefault(path, []).append(part)
+                if len(experts[path]) == counts[path]:
+                    flat[path] = place(path, np.stack(experts.pop(path)))
+    params = unflatten_dict(flat, sep="/")
     return params | {"layers": {int(i): layer for i, layer in params["layers"].items()}}
 
 
@@ -102,26 +139,49 @@ def named_tensors(config: DecoderConfig, params: Mapping[str, Any]) -> TensorSou
         UserError: a parameter is missing, unexpected or mis-shaped; names it.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    shapes = jax.tree.leaves_with_path(param_shapes(config))
+    expected = {path_name(path): tuple(leaf.shape) for path, leaf in shapes}
     specs = tensor_specs(config)
     for name, spec in specs.items():
-        if spec.path not in leaves:
-            raise UserError(f"the parameters lack {spec.path} (exported as {name})")
-        shape = tuple(leaves[spec.path].shape)
-        expected = spec.shape[::-1] if spec.transposed else spec.shape
-        if shape != expected:
-            raise UserError(
-                f"parameter {spec.path} has shape {shape}, the config asks for {expected}"
-            )
-    if extra := leaves.keys() - {spec.path for spec in specs.values()}:
+        for path in spec.paths:
+            if path not in leaves:
+                raise UserError(f"the parameters lack {path} (exported as {name})")
+            shape = tuple(leaves[path].shape)
+            if shape != expected[path]:
+                raise UserError(
+                    f"parameter {path} has shape {shape}, the config asks for {expected[path]}"
+                )
+    if extra := leaves.keys() - expected.keys():
         raise UserError(
             f"the parameters hold {_listed(sorted(extra))}, which the config does not know"
         )
 
     def read(name: str) -> np.ndarray:
-        array = np.asarray(leaves[specs[name].path])
-        return array.T if specs[name].transposed else array
+        spec = specs[name]
+        parts = [leaves[path] for path in spec.paths]
+        parts = [part if spec.expert is None else part[spec.expert] for part in parts]
+        arrays = [np.asarray(part).T if spec.transposed else np.asarray(part) for part in parts]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     return TensorSource("the parameters", {name: s.shape for name, s in specs.items()}, read)
+
+
+def text_tensors(source: TensorSource) -> TensorSource:
+    """Of a multimodal checkpoint the language model's tensors, under the names of one alone.
+
+    Raises:
+        UserError: two tensors come by one name.
+    """
+    names: dict[str, str] = {}
+    for name in source.shapes:
+        if _OTHER_HALF.match(name):
+            continue
+        alone = _TEXT_HALF.sub(lambda found: found[1] or "model.", name)
+        if alone in names:
+            raise UserError(f"{source.name} holds both {names[alone]} and {name}")
+        names[alone] = name
+    shapes = {alone: source.shapes[name] for alone, name in names.items()}
+    return TensorSource(source.name, shapes, lambda alone: source.read(names[alone]))
 
 
 def _check_tensors(family: str, specs: dict, shapes: dict, source: str) -> None:

@@ -13,10 +13,17 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.family import all_families
 from gvpo_jax.models.gguf import read_gguf
-from gvpo_jax.models.hf_config import check_length, config_json, decoder_config
+from gvpo_jax.models.hf_config import (
+    check_length,
+    config_json,
+    decoder_config,
+    for_length,
+    text_values,
+)
 from gvpo_jax.models.hf_files import ModelFiles, check_fetched, open_safetensors, read_json
-from gvpo_jax.models.hf_tensors import Place, read_params
+from gvpo_jax.models.hf_tensors import Place, read_params, text_tensors
 
 _PACKAGE = "package://"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -68,10 +75,11 @@ def load_model(
     else:
         files = _read_folder(path or _download(name))
     check_length(files.config, length, name)
-    check(files.config)
-    params = read_params(files.config, files.tensors, place=place)
+    config = for_length(files.config, length)
+    check(config)
+    params = read_params(config, files.tensors, place=place)
     return LoadedModel(
-        name, files.config, params, files.tokenizer, files.hf_config, files.generation_config
+        name, config, params, files.tokenizer, files.hf_config, files.generation_config
     )
 
 
@@ -91,6 +99,9 @@ def stop_token_ids(loaded: LoadedModel, more: Sequence[int] = ()) -> tuple[int, 
         loaded.tokenizer.eos_token_id,
     )
     ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+    if of_family := all_families()[loaded.config.family].stop_tokens:
+        vocabulary = loaded.tokenizer.get_vocab()
+        ids += [vocabulary.get(token) for token in of_family]
     ids = [*(i for i in ids if i is not None), *more]
     rows = loaded.config.vocab_size
     for i in ids:
@@ -135,6 +146,8 @@ def _read_folder(folder: Path) -> ModelFiles:
     except UserError as error:
         raise UserError(f"{folder}/{error}") from error
     source, tokenizer = open_safetensors(folder), _read_tokenizer(folder)
+    if "text_config" in values:
+        values, source = text_values(values), text_tensors(source)
     generation = read_json(folder / "generation_config.json") or {}
     return ModelFiles(config, values, source, tokenizer, generation)
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.data.groups import Groups, Source, check_logps, make_groups
+from gvpo_jax.logprobs import soft_cap
 from gvpo_jax.parallel.distributed import to_devices, to_host
 from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lanes, place_batch
 from gvpo_jax.parallel.mesh import MeshConfig
@@ -196,12 +197,16 @@ def decode(
     k = n * s // len(ids_g)
     head_vd, start = model.head(params), state.at
 
+    def logits_of(hidden_bd):
+        logits = einsum_f32("bd,vd->bv", hidden_bd, head_vd.astype(hidden_bd.dtype))
+        return soft_cap(logits, model.logit_cap)
+
     def unfinished(state: DecodeState):
         drawing = jnp.any(state.item_sr < n)
         return drawing if steps is None else drawing & (state.at < start + steps)
 
     def step(state: DecodeState) -> DecodeState:
-        tokens_sr, logps_sr = _draw_tokens(state, head_vd, key, ids_g, k, sampling)
+        tokens_sr, logps_sr = _draw_tokens(state, logits_of, key, ids_g, k, sampling)
         booked = _book(state, tokens_sr, logps_sr)
         full_sr = booked.drawn_sr + 1 == t
         ends_sr = functools.reduce(jnp.logical_or, [tokens_sr == x for x in stop_ids], full_sr)
@@ -247,11 +252,10 @@ def end(prompts, ends_sn, *, state, k, mesh):
     return constrain_batch(mesh, handed, len(ends_sn), r), jnp.any(handed.item_sr < n)
 
 
-def _draw_tokens(state: DecodeState, head_vd, key, ids_g, k, sampling):
+def _draw_tokens(state: DecodeState, logits_of, key, ids_g, k, sampling):
     """The rows' next tokens and their log-probs, `[s, r]`."""
     s, r, _ = state.hidden_srd.shape
-    hidden_bd = state.hidden_srd.reshape(s * r, -1)
-    logits = einsum_f32("bd,vd->bv", hidden_bd, head_vd.astype(hidden_bd.dtype))
+    logits = logits_of(state.hidden_srd.reshape(s * r, -1))
     ids_sr = jnp.broadcast_to(_of_lanes(ids_g, state.group_s)[:, None], (s, r))
 
     def uniform(prompt_id, place_in_group, position):

@@ -136,6 +136,7 @@ def token_logps(
     """
     head_vd, shards = model.head(params), model.shards
     limits = {"chunk_bytes": model.chunk_bytes * shards, "kept_bytes": CHUNK_BYTES * shards}
+    limits["cap"] = model.logit_cap
     if packed_size is None or model.packed_hidden is None:
         hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
         return token_logprobs(hidden_gktd, head_vd, completions, **limits)

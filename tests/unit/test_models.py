@@ -14,12 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_tokenizer
-from gvpo_jax.models.decoder import DecoderConfig, RopeScaling, full_logits, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig, full_logits, param_shapes
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_tensors import TensorSource, named_tensors, read_params, tensor_specs
 from gvpo_jax.models.known import model_shape
 from gvpo_jax.models.load import load_model, stop_token_ids
+from gvpo_jax.models.rope import RopeScaling
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -97,15 +98,21 @@ def test_sliding_window_that_no_layer_uses_is_fine():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
-        ({"architectures": None, "model_type": "gemma"}, "gemma"),
+        ({"architectures": ["BertForMaskedLM"]}, "model type BertForMaskedLM is not supported"),
+        ({"architectures": None, "model_type": "gemma"}, "gemma is not .* llama, .*qwen2, qwen3"),
         ({"architectures": None}, "not supported"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        (
+            {"hidden_act": "relu"},
+            "hidden_act 'relu' is not supported, only 'silu', 'swish', 'gelu'",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"use_sliding_window": True, "max_window_layers": 1}, "sliding window"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1]}},
+            "'longrope' needs long_factor",
+        ),
         ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -12,11 +12,11 @@ from gvpo_jax.logprobs import completion_mask, token_logprobs
 from gvpo_jax.models.decoder import (
     DecoderConfig,
     DecoderOptions,
-    RopeScaling,
     decoder_fns,
     full_logits,
     init_params,
 )
+from gvpo_jax.models.rope import RopeScaling
 from gvpo_jax.training.step import token_logps
 
 G, K, P, T = 3, 4, 7, 6

@@ -1,0 +1,123 @@
+"""Rotary positions: the angles of each layer, plain or stretched for longer contexts."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's stretching of the slow rotary frequencies, for contexts beyond the trained one."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All frequencies slower by one factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): slow frequencies stretched, fast ones kept, a ramp between them.
+
+    Attributes:
+        beta_fast, beta_slow: turns within the trained context where the ramp begins and ends.
+        attention_factor: what cos and sin are multiplied by.
+        truncate: whether the ramp begins and ends at whole dimensions.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, others beyond the trained context.
+
+    in_use: which of both; one for a whole run, because a sequence must not change them midway.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float
+    in_use: Literal["short", "long"] = "short"
+
+    def of_length(self, length: int) -> "LongRopeScaling":
+        """With the factors for sequences of up to so many tokens."""
+        long = length > self.original_max_position_embeddings
+        return replace(self, in_use="long" if long else "short")
+
+
+Scaling = RopeScaling | LinearScaling | YarnScaling | LongRopeScaling
+
+
+def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int):
+    """Cos and sin `[g, k, t, 1, dims/2]` of the rotary angles, in float32."""
+    half = dims // 2
+    freqs = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if isinstance(scaling, RopeScaling):
+        freqs = _stretch(freqs, scaling)
+    elif isinstance(scaling, LinearScaling):
+        freqs = freqs / scaling.factor
+    elif isinstance(scaling, YarnScaling):
+        freqs = freqs * _yarn(theta, scaling, dims)
+    elif isinstance(scaling, LongRopeScaling):
+        long = scaling.in_use == "long"
+        factors = scaling.long_factor if long else scaling.short_factor
+        freqs = freqs / np.asarray(factors, np.float32)
+    angles = positions_gkt[..., None, None].astype(jnp.float32) * freqs[None, None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if isinstance(scaling, YarnScaling | LongRopeScaling) and scaling.attention_factor != 1:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+    return cos, sin
+
+
+def rotate(x_gkthd, rope):
+    """The first `dims` of each head turned by the angles, the others as they are."""
+    cos, sin = (a.astype(x_gkthd.dtype) for a in rope)
+    dims = 2 * cos.shape[-1]
+    a, b = jnp.split(x_gkthd[..., :dims], 2, axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    if dims < x_gkthd.shape[-1]:
+        turned.append(x_gkthd[..., dims:])
+    return jnp.concatenate(turned, axis=-1)
+
+
+def _stretch(freqs, scaling: RopeScaling):
+    """Llama-3 scaling: long waves slowed by `factor`, short ones kept, a linear blend between."""
+    wavelengths = 2 * jnp.pi / freqs
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings / wavelengths
+    blend = jnp.clip((turns - low) / (high - low), 0, 1)
+    return freqs * (blend + (1 - blend) / scaling.factor)
+
+
+def _yarn(theta: float, scaling: YarnScaling, dims: int):
+    """What each frequency is multiplied by, `[dims/2]`."""
+
+    def dimension(turns: float) -> float:
+        """The one whose wave makes so many turns within the trained context."""
+        waves = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return dims * math.log(waves) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    width = high - low or 0.001
+    slow = np.clip((np.arange(dims // 2, dtype=np.float32) - low) / width, 0, 1)
+    return (slow / scaling.factor + 1 - slow).astype(np.float32)
