@@ -1,0 +1,15 @@
+"""Mistral: all layers may have a sliding window."""
+
+from gvpo_jax.models.family import Family, all_sliding
+
+FAMILY = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    models="Mistral 7B, Mistral Nemo, Mistral Small, Ministral 8B",
+    silent={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    layer_types=all_sliding,
+)

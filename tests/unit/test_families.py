@@ -1,0 +1,181 @@
+"""Every family against transformers: a tiny random model of its own, saved, loaded, exported.
+
+Odd sizes, windows shorter than prompts and completions, prompts of two lengths.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from gvpo_jax.models.decoder import decoder_fns, full_logits
+from gvpo_jax.models.export import export_model
+from gvpo_jax.models.family import all_families
+from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.hf_files import read_json
+from gvpo_jax.models.hf_tensors import named_tensors
+from gvpo_jax.models.load import load_model
+from gvpo_jax.rollout.engine import SamplingParams
+from gvpo_jax.rollout.inprocess import InProcessEngine, SamplingModel
+from gvpo_jax.training.step import token_logps
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+LOCAL_THEN_ALL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 5} | LOCAL_THEN_ALL
+# One line a family: what its model has beside SHAPE.
+FAMILIES = {
+    "llama": {"mlp_bias": True, "attention_bias": True},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5},
+    "qwen3": {"head_dim": 10, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 4, "head_dim": 10},
+    "ministral": LOCAL_THEN_ALL | {"head_dim": 6},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+}
+P, T, K = 9, 7, 2
+PROMPT_LENGTHS, LENGTHS = np.array([9, 6]), np.array([[7, 4], [5, 7]])
+RNG = np.random.default_rng(0)
+PROMPTS, COMPLETIONS = RNG.integers(3, 61, (2, P)), RNG.integers(3, 61, (2, K, T))
+WEIGHTS = RNG.normal(size=(2, K, T)).astype(np.float32)
+
+
+class Case:
+    """A family's model in PyTorch, its folder, and the same model loaded from there."""
+
+    def __init__(self, name, folder):
+        config = transformers.AutoConfig.for_model(name, **SHAPE | FAMILIES[name])
+        self.torch = random_model(config)
+        self.torch.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        self.folder, self.ours = folder, load_model(str(folder))
+        self.fns = decoder_fns(self.ours.config)
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():  # norms and biases too
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model.float().eval()
+
+
+def tokenizer():
+    vocabulary = {f"w{i}": i for i in range(SHAPE["vocab_size"])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="w0", eos_token="w1")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def sequence(g, k):
+    """A prompt and its completion, without padding."""
+    return [*PROMPTS[g, : PROMPT_LENGTHS[g]], *COMPLETIONS[g, k, : LENGTHS[g, k]]]
+
+
+def torch_logps(model, g, k):
+    """Of the completion's tokens."""
+    ids = torch.tensor([sequence(g, k)])
+    logps = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+    return logps[:-1].gather(1, ids[0, 1:, None])[PROMPT_LENGTHS[g] - 1 :, 0]
+
+
+def test_every_family_has_its_line():
+    assert FAMILIES.keys() == all_families().keys()
+
+
+def test_logits(case):
+    ids = np.array([sequence(0, 0)])
+    with torch.no_grad():
+        expected = case.torch(input_ids=torch.tensor(ids)).logits.numpy()
+    logits = jax.jit(functools.partial(full_logits, case.ours.config))(case.ours.params, ids)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_log_probs_and_gradients(case):
+    """Behind a shared prompt, padded and packed; gradients of every tensor by its name."""
+    arrays = PROMPTS, PROMPT_LENGTHS, COMPLETIONS, LENGTHS
+    kept = np.arange(T) < LENGTHS[..., None]
+    size = int(PROMPT_LENGTHS.sum() + (LENGTHS - 1).sum())
+
+    def loss(params):
+        logps = token_logps(case.fns, params, *arrays, packed_size=size)
+        return jnp.sum(jnp.where(kept, WEIGHTS * logps, 0)), logps
+
+    (_, packed), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.ours.params)
+    padded = jax.jit(functools.partial(token_logps, case.fns))(case.ours.params, *arrays)
+    case.torch.zero_grad()
+    for g, k in np.ndindex(2, K):
+        expected = torch_logps(case.torch, g, k)
+        (torch.tensor(WEIGHTS[g, k, : LENGTHS[g, k]]) * expected).sum().backward()
+        for found in (packed, padded):
+            np.testing.assert_allclose(
+                found[g, k, : LENGTHS[g, k]], expected.detach(), atol=1e-4, rtol=1e-5
+            )
+    ours = named_tensors(case.ours.config, grads)
+    theirs = {name: parameter.grad for name, parameter in case.torch.named_parameters()}
+    assert theirs.keys() == ours.shapes.keys()
+    for name, gradient in theirs.items():
+        atol = 1e-4 * max(1, float(gradient.abs().max()))
+        np.testing.assert_allclose(ours.read(name), gradient, atol=atol, err_msg=name)
+
+
+def test_greedy_text(case):
+    engine = InProcessEngine(SamplingModel(case.fns), stop_ids=())
+    prompts = [row[:n].tolist() for row, n in zip(PROMPTS, PROMPT_LENGTHS, strict=True)]
+    groups = engine.generate(
+        case.ours.params,
+        prompts,
+        [0, 1],
+        num_generations=K,
+        max_completion_length=T,
+        sampling=SamplingParams(temperature=0.0),
+        seed=0,
+    )
+    for g, prompt in enumerate(prompts):
+        whole = case.torch.generate(
+            torch.tensor([prompt]), max_new_tokens=T, do_sample=False, eos_token_id=None
+        )
+        for k in range(K):
+            assert groups.completions[g][k].tolist() == whole[0, len(prompt) :].tolist()
+
+
+def test_export_is_equal_to_the_bit(case, tmp_path):
+    export_model(tmp_path / "out", case.ours, case.ours.params)
+    before, after = (load_file(f / "model.safetensors") for f in (case.folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name])
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([sequence(1, 1)])
+    with torch.no_grad():
+        expected, logits = (m(input_ids=ids).logits.numpy() for m in (case.torch, again))
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_config_json_round_trip(case):
+    config = case.ours.config
+    assert decoder_config(read_json(case.folder / "config.json")) == config
+    assert decoder_config(config_json(config)) == config
