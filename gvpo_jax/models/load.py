@@ -194,6 +194,11 @@ def _download(name: str) -> Path:
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]
         )
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in "
+            "with hf auth login, or set HF_TOKEN"
+        ) from error
     except Exception as error:  # offline, no such repository, no permission, disk full
         reason = str(error).strip().partition("\n")[0]
         raise UserError(

@@ -3,24 +3,26 @@
 Odd sizes, windows shorter than prompts and completions, prompts of two lengths.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import decoder_fns, full_logits
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.family import all_families
 from gvpo_jax.models.hf_config import config_json, decoder_config
-from gvpo_jax.models.hf_files import read_json
+from gvpo_jax.models.hf_files import read_json, write_json
 from gvpo_jax.models.hf_tensors import named_tensors
-from gvpo_jax.models.load import load_model
+from gvpo_jax.models.load import load_model, stop_token_ids
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.inprocess import InProcessEngine, SamplingModel
 from gvpo_jax.training.step import token_logps
@@ -179,3 +181,88 @@ def test_config_json_round_trip(case):
     config = case.ours.config
     assert decoder_config(read_json(case.folder / "config.json")) == config
     assert decoder_config(config_json(config)) == config
+
+
+# the language model of a multimodal checkpoint
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory):
+    return Case("gemma3_text", tmp_path_factory.mktemp("gemma3"))
+
+
+def multimodal(text, folder, rename):
+    """A checkpoint of a whole Gemma 3 around this model, its text config as sparse as the hub's."""
+    tensors = load_file(text.folder / "model.safetensors")
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
+    extra = ("vision_tower.encoder.weight", "model.multi_modal_projector.weight")
+    save_file(
+        tensors | dict.fromkeys(extra, np.ones((2, 3), np.float32)), folder / "model.safetensors"
+    )
+    values = read_json(text.folder / "config.json")
+    silent = all_families()["gemma3_text"].silent
+    sparse = {k: v for k, v in values.items() if silent.get(k, 0) != v and k != "architectures"}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    write_json(folder / "config.json", whole | {"text_config": sparse, "eos_token_id": [1, 7]})
+    tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"language_model.{name}",
+        lambda name: name.replace("model.", "model.language_model.", 1),
+    ],
+)
+def test_the_language_model_of_a_multimodal_checkpoint(gemma3, tmp_path, rename):
+    multimodal(gemma3, tmp_path, rename)
+    half = load_model(str(tmp_path))
+    assert half.config == gemma3.ours.config
+    jax.tree.map(np.testing.assert_array_equal, half.params, gemma3.ours.params)
+    export_model(tmp_path / "out", half, half.params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([sequence(0, 1)])
+    with torch.no_grad():
+        expected, logits = (m(input_ids=ids).logits.numpy() for m in (gemma3.torch, again))
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_stranger_among_the_tensors_is_refused(gemma3, tmp_path):
+    multimodal(gemma3, tmp_path, lambda name: f"language_model.{name}")
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"audio_tower.weight": np.ones(3, np.float32)}, file)
+    with pytest.raises(UserError, match=r"holds tensor audio_tower\.weight, which a gemma3_text"):
+        load_model(str(tmp_path))
+
+
+def test_a_family_names_tokens_that_stop(gemma3):
+    vocabulary = tokenizer()
+    vocabulary.add_special_tokens({"additional_special_tokens": ["w9", "<end_of_turn>"]})
+    config = dataclasses.replace(gemma3.ours.config, vocab_size=62)
+    model = dataclasses.replace(gemma3.ours, tokenizer=vocabulary, config=config)
+    assert stop_token_ids(model) == (1, 61)
+    assert stop_token_ids(gemma3.ours) == (1,)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "gemma3n"}, "model type gemma3n is not supported; supported are gemma2, "),
+        (
+            {"architectures": ["VL"], "text_config": {"model_type": "qwen2_5_vl_text"}},
+            "VL is multimodal, and its language model, 'qwen2_5_vl_text', is not supported; ",
+        ),
+        ({"sliding_window": 0}, "sliding_window is 0; layers that have one need a positive"),
+        ({"sliding_window": "4"}, "sliding_window is '4'"),
+        ({"layer_types": ["sliding_attention"]}, "lists 1 layers, num_hidden_layers is 2"),
+        ({"layer_types": ["linear_attention"] * 2}, "'linear_attention'. are not supported, only"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_"),
+        ({"model_type": "gemma2", "hidden_activation": "relu"}, "hidden_activation 'relu' is not"),
+    ],
+)
+def test_configs_that_are_refused(values, words):
+    with pytest.raises(UserError, match=f"^config.json: .*{words}"):
+        decoder_config({"model_type": "mistral", **SHAPE, **values})

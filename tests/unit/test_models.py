@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.errors import UserError
@@ -531,6 +534,16 @@ def test_hub_name_is_downloaded(folder, monkeypatch):
     assert load_model("some-org/some.model").name == "some-org/some.model"
     assert asked["name"] == "some-org/some.model"
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch):
+    def download(name, **_):
+        response: Any = SimpleNamespace(headers={}, request=None)
+        raise GatedRepoError("403 Client Error", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match=r"^org/name is gated: accept .*co/org/name, .* HF_TOKEN$"):
+        load_model("org/name")
 
 
 def test_failing_download_is_one_line(monkeypatch):
