@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.hf_files import as_dtype, read_json, write_json, write_safetensors
+from gvpo_jax.models.hf_rope import older_rope
 from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import LoadedModel
 
@@ -89,9 +90,7 @@ def _put(new: Path, folder: Path, aside: Path) -> None:
 
 def _write_settings(folder: Path, loaded: LoadedModel, dtype: str) -> None:
     config = {k: v for k, v in loaded.hf_config.items() if k != "torch_dtype"}  # the older name
-    if rope := config.get("rope_parameters"):  # transformers before 5 reads these two instead
-        scaling = rope if rope.get("rope_type", "default") != "default" else None
-        config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaling}
+    config |= older_rope(config)  # which transformers before 5 reads
     write_json(folder / "config.json", config | {"dtype": dtype})
     kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {kind: config[kind] for kind in kinds if config.get(kind) is not None}

@@ -65,6 +65,30 @@ def rope_json(
     return {"rope_parameters": {FULL: everywhere, SLIDING: local}}
 
 
+def older_rope(values: Values) -> dict[str, Any]:
+    """Rotary positions in the keys of transformers before 5, where config.json has the newer one.
+
+    Those versions refuse a LongRoPE with more than three keys.
+    """
+    given = values.get("rope_parameters")
+    if not given:
+        return {}
+    everywhere, local = given, {}
+    if any(isinstance(value, dict) for value in given.values()):
+        everywhere, local = given.get(FULL) or {}, given.get(SLIDING) or {}
+    kind, theta = _kind(everywhere), everywhere.get("rope_theta", 10000.0)
+    scaling = everywhere if kind != "default" else None
+    if kind == "longrope" and not {"factor", "attention_factor"} & everywhere.keys():
+        factors = {key: everywhere[key] for key in ("short_factor", "long_factor")}
+        scaling = {"type": "longrope", **factors}
+    older = {"rope_theta": theta, "rope_scaling": scaling}
+    if (part := everywhere.get("partial_rotary_factor", 1)) != 1:
+        older["partial_rotary_factor"] = part
+    if "rope_theta" in local:
+        older["rope_local_base_freq"] = local["rope_theta"]
+    return older
+
+
 def _kind(rope: Values) -> str:
     kind = rope.get("rope_type", rope.get("type", "default"))
     return "longrope" if kind == "su" else str(kind)  # an early name in Phi-3's files

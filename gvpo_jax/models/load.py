@@ -62,7 +62,8 @@ def load_model(
             "debug" (a tiny random model); else a name on the Hugging Face hub.
         place: called as `place(path, array)` with each float32 tensor as it is read, say at
             `layers/0/attn/q/kernel`; what it returns becomes the parameter. Default: the array.
-        length: tokens that a sequence may have; checked before weights are read.
+        length: tokens that a sequence may have; checked before weights are read. LongRoPE takes
+            its factors by it.
         check: called with the decoder's shape before weights are read; may raise.
 
     Raises:

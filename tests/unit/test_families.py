@@ -19,7 +19,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import decoder_fns, full_logits
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.family import all_families
-from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.hf_config import config_json, decoder_config, for_length
 from gvpo_jax.models.hf_files import read_json, write_json
 from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import load_model, stop_token_ids
@@ -44,6 +44,8 @@ SHAPE = {
 }
 LOCAL_THEN_ALL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 5} | LOCAL_THEN_ALL
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.5, 2.0, 4.0]}
 # One line a family: what its model has beside SHAPE.
 FAMILIES = {
     "llama": {"mlp_bias": True, "attention_bias": True},
@@ -53,6 +55,13 @@ FAMILIES = {
     "ministral": LOCAL_THEN_ALL | {"head_dim": 6},
     "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "smollm3": {"no_rope_layers": [1, 0], "sliding_window": 4, "use_sliding_window": True},
+    "olmo2": {"num_key_value_heads": 3},
+    "olmo3": LOCAL_THEN_ALL | {"rope_scaling": YARN},
+    "phi3": {"sliding_window": 5, "rope_scaling": LONGROPE, "partial_rotary_factor": 0.75}
+    | {"hidden_size": 48, "original_max_position_embeddings": 5},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.6, "mlp_bias": True}
+    | {"embedding_multiplier": 5.0, "logits_scaling": 0.5},
 }
 P, T, K = 9, 7, 2
 PROMPT_LENGTHS, LENGTHS = np.array([9, 6]), np.array([[7, 4], [5, 7]])
@@ -69,7 +78,7 @@ class Case:
         self.torch = random_model(config)
         self.torch.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
-        self.folder, self.ours = folder, load_model(str(folder))
+        self.folder, self.ours = folder, load_model(str(folder), length=P + T)
         self.fns = decoder_fns(self.ours.config)
 
 
@@ -117,7 +126,7 @@ def test_logits(case):
 
 
 def test_log_probs_and_gradients(case):
-    """Behind a shared prompt, padded and packed; gradients of every tensor by its name."""
+    """Packed, behind a shared prompt; gradients of every tensor by its name."""
     arrays = PROMPTS, PROMPT_LENGTHS, COMPLETIONS, LENGTHS
     kept = np.arange(T) < LENGTHS[..., None]
     size = int(PROMPT_LENGTHS.sum() + (LENGTHS - 1).sum())
@@ -126,16 +135,13 @@ def test_log_probs_and_gradients(case):
         logps = token_logps(case.fns, params, *arrays, packed_size=size)
         return jnp.sum(jnp.where(kept, WEIGHTS * logps, 0)), logps
 
-    (_, packed), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.ours.params)
-    padded = jax.jit(functools.partial(token_logps, case.fns))(case.ours.params, *arrays)
+    (_, logps), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.ours.params)
     case.torch.zero_grad()
     for g, k in np.ndindex(2, K):
         expected = torch_logps(case.torch, g, k)
         (torch.tensor(WEIGHTS[g, k, : LENGTHS[g, k]]) * expected).sum().backward()
-        for found in (packed, padded):
-            np.testing.assert_allclose(
-                found[g, k, : LENGTHS[g, k]], expected.detach(), atol=1e-4, rtol=1e-5
-            )
+        found = logps[g, k, : LENGTHS[g, k]]
+        np.testing.assert_allclose(found, expected.detach(), atol=1e-4)
     ours = named_tensors(case.ours.config, grads)
     theirs = {name: parameter.grad for name, parameter in case.torch.named_parameters()}
     assert theirs.keys() == ours.shapes.keys()
@@ -164,6 +170,17 @@ def test_greedy_text(case):
             assert groups.completions[g][k].tolist() == whole[0, len(prompt) :].tolist()
 
 
+def test_longrope_has_other_factors_for_short_sequences(tmp_path):
+    case = Case("phi3", tmp_path)
+    short = load_model(str(tmp_path), length=5).config
+    ids = np.array([sequence(0, 0)[:5]])
+    with torch.no_grad():
+        expected = case.torch(input_ids=torch.tensor(ids)).logits.numpy()
+    logits, others = (full_logits(c, case.ours.params, ids) for c in (short, case.ours.config))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert np.abs(others - expected).max() > 1e-2
+
+
 def test_export_is_equal_to_the_bit(case, tmp_path):
     export_model(tmp_path / "out", case.ours, case.ours.params)
     before, after = (load_file(f / "model.safetensors") for f in (case.folder, tmp_path / "out"))
@@ -178,8 +195,10 @@ def test_export_is_equal_to_the_bit(case, tmp_path):
 
 
 def test_config_json_round_trip(case):
-    config = case.ours.config
-    assert decoder_config(read_json(case.folder / "config.json")) == config
+    values = read_json(case.folder / "config.json")
+    assert values is not None
+    config = decoder_config(values)
+    assert for_length(config, P + T) == case.ours.config
     assert decoder_config(config_json(config)) == config
 
 

@@ -20,6 +20,7 @@ from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig, full_logits, param_shapes
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import config_json, decoder_config
+from gvpo_jax.models.hf_rope import older_rope
 from gvpo_jax.models.hf_tensors import TensorSource, named_tensors, read_params, tensor_specs
 from gvpo_jax.models.known import model_shape
 from gvpo_jax.models.load import load_model, stop_token_ids
@@ -314,6 +315,24 @@ def test_an_export_says_what_transformers_before_5_reads(debug, tmp_path):
     assert "extra_special_tokens" not in settings  # a list there ends transformers 4
     special = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").all_special_tokens
     assert set(special) == {"<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+
+
+def test_older_keys_of_rotary_positions_by_layer_and_of_longrope():
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    everywhere = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    of_layers = {"full_attention": everywhere, "sliding_attention": local}
+    assert older_rope({"rope_parameters": of_layers}) == {
+        "rope_theta": 1e6,
+        "rope_scaling": everywhere,
+        "rope_local_base_freq": 1e4,
+    }
+    factors = {"short_factor": [1.0], "long_factor": [2.0]}
+    more = {"rope_theta": 5e3, "partial_rotary_factor": 0.75, "rope_type": "longrope"}
+    assert older_rope({"rope_parameters": factors | more}) == {
+        "rope_theta": 5e3,
+        "rope_scaling": {"type": "longrope", **factors},
+        "partial_rotary_factor": 0.75,
+    }
 
 
 @pytest.mark.parametrize("bad", [260, -1, "5", [2, 999]])

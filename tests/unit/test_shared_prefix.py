@@ -37,6 +37,20 @@ CONFIGS = {
     "qwen3": DecoderConfig(
         "qwen3", **SHAPE, num_heads=4, num_kv_heads=4, head_dim=10, qk_norm=True
     ),
+    # windows that end in the prompt and in the completion, caps, two rotary bases
+    "gemma3": DecoderConfig(
+        "gemma3_text",
+        **SHAPE,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        norm="one_plus",
+        norms="both",
+        windows=(3, None),
+        local_rope_theta=100.0,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
 }
 
 
@@ -71,7 +85,8 @@ def repeated_logprobs(config, params, prompts, prompt_lengths, completions, leng
 def shared_logprobs(config, params, prompts, prompt_lengths, completions, lengths, **options):
     apply = decoder_fns(config, DecoderOptions(**options))
     hidden = apply.completion_hidden(params, prompts, prompt_lengths, completions)
-    logps = token_logprobs(hidden, apply.head(params), completions, chunk_bytes=24 * 61 * 4)
+    limits = {"chunk_bytes": 24 * 61 * 4, "cap": config.final_logit_softcapping}
+    logps = token_logprobs(hidden, apply.head(params), completions, **limits)
     return jnp.where(completion_mask(lengths, T), logps, 0)
 
 
