@@ -74,7 +74,7 @@ def _read(text: str, overrides: Sequence[tuple[list[str], Any]]) -> Config:
     return as_record(Config, _with_new_names(values))
 
 
-def override(config: Config, **values: Any) -> Config:
+def override(config: Config, /, **values: Any) -> Config:
     """A copy with `section__key=value` changed, e.g. `override(config, loss__beta=0.2)`.
 
     Raises:
@@ -191,12 +191,15 @@ def check_claim(config: Config) -> Path:
         if train.epochs:  # how many steps, only the rows will say
             keys = [key for key in keys if key not in ("train.steps", "train.epochs")]
         longer = train.updates > old.train.updates and config.optimizer.schedule == "constant"
-        same = not keys or (keys == ["train.steps"] and longer)
-        if not same and has_begun(folder) and not config.run.overwrite:
+        if longer:
+            keys = [key for key in keys if key != "train.steps"]
+        if keys and has_begun(folder) and not config.run.overwrite:
             there = [f"{key}={shown(operator.attrgetter(key)(old))}" for key in keys]
+            grows = config.optimizer.schedule == "constant" and "train.steps" in keys
+            hint = " (train.steps may only grow; train.stop_at ends a session)" if grows else ""
             raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(there)}); "
-                "give those, or choose another run.dir, or start over with run.overwrite=true"
+                f"{folder} holds a run with other settings ({', '.join(there)}); give "
+                f"those{hint}, or choose another run.dir, or start over with run.overwrite=true"
             )
     return folder
 

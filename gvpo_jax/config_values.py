@@ -136,6 +136,8 @@ def as_record(kind: type, values: Any, key: str = "", base: Any = None) -> Any:
 
 def _hint(name: str, known: Sequence[str], sections: Mapping[str, Any]) -> str:
     """Where an unknown setting may be; sections: those that it could have been left out of."""
+    if name in ("grpo", "gvpo", "ppo", "trainer", "args", "training", "algorithm") and sections:
+        return "its settings are in the sections rollout, loss, optimizer and train; "
     if here := TRL_NAMES.get(name):
         return f"TRL's {name} is {here} here; "
     if here := OTHER_NAMES.get(name):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -289,16 +290,14 @@ class Loop:
         return counters
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
-        if saved["data_fingerprint"] != self.data_fingerprint:
-            raise UserError(
-                "training rows, held-out rows or reward functions are not those of this run; "
-                f"bring them back, or {_ELSE}"
-            )
+        if what := _what_differs(saved["data_fingerprint"], self.data_fingerprint):
+            raise UserError(f"{what} are not those of this run; bring them back, or {_ELSE}")
         code = saved.get("reward_code", self.reward_code)  # version 0.1 saved none
-        if changed := changed_code(self.judge.reward_funcs, code):
+        changed = changed_code(self.judge.reward_funcs, code)
+        if changed and not self.config.rewards.allow_changed_code:
             raise UserError(
                 f"the code of reward {', '.join(changed)} has changed since this run began; bring "
-                f"it back, or {_ELSE}"
+                f"it back, go on all the same with rewards.allow_changed_code=true, or {_ELSE}"
             )
 
     def _with_left_out(self, counters: Counters) -> Counters:
@@ -320,6 +319,19 @@ class Loop:
         lines += [f"warning: {line}" for line in self.data_signs]
         left_out = left_out_text(self.left_out)
         return [*lines, f"left out: {left_out}"] if left_out else lines
+
+
+def _what_differs(saved: str, now: str) -> str:
+    """What two fingerprints of data tell apart; empty where they are the same."""
+    there, here = map(_parts, (saved, now))
+    return " and ".join(what for what in there if there[what] != here[what])
+
+
+def _parts(data_fingerprint: str) -> dict[str, list[str]]:
+    rows, *rest = data_fingerprint.split(".")
+    held_out = rest[:1] if rest and re.fullmatch("[0-9a-f]{16}", rest[0]) else []
+    names = rest[len(held_out) :]
+    return {"training rows": [rows], "held-out rows": held_out, "reward functions": names}
 
 
 def _why_it_ended(told: int, step: int, overwrite: bool) -> str:
@@ -350,9 +362,12 @@ def _kept(save: Callable[[], None], counters: Counters) -> Iterator[None]:
         yield
     except NotFinite:
         raise
-    except Exception:
+    except Exception as error:
         if counters.step and jax.process_count() == 1:  # others may not know of the failure
             save()
+            if isinstance(error, UserError):
+                told = f"{error}; the {counters.step} updates before it are saved"
+                raise type(error)(told) from error
         raise
 
 

@@ -200,6 +200,8 @@ def _mask(x, where):
 
 def _check_shapes(logps, ref_logps, rewards, where, k, axis_name):
     arrays = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards, "where": where}
+    if none := [name for name, x in arrays.items() if x is None and name != "where"]:
+        raise ValueError(f"{none[0]} is None: give an array [..., k], one number per completion")
     shape = jnp.shape(logps)
     for name, array in arrays.items():
         if array is not None and jnp.shape(array) != shape:

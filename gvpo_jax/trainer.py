@@ -439,7 +439,8 @@ class Trainer:
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
         left_out = {"training_rows": prompts.skipped, **bad}
         left_out |= {"held_out_rows": held_out.skipped} if held_out else {}
-        signs = data_signs(prompts, held_out, config.train.batch_size - config.replay.groups)
+        batch, evaluates = config.train.batch_size - config.replay.groups, bool(config.eval.every)
+        signs = data_signs(prompts, held_out, batch=batch, evaluates=evaluates)
         who = config, self.model.name, self.policy, self.engine
         return Loop(*who, feed, judge, held_out, fingerprint, code, left_out, signs, self.history)
 

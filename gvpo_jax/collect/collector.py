@@ -196,7 +196,8 @@ class Collector:
 def _with_hint(problem: str, completions: Sequence[Any]) -> str:
     """What failed, and why where a function seems to have expected texts."""
     chats = any(isinstance(completion, list) for completion in completions)
-    return f"{problem}; {CHAT_HINT}" if chats and "'list'" in problem else problem
+    of_types = any(name in problem for name in ("'list'", "TypeError", "AttributeError"))
+    return f"{problem}; {CHAT_HINT}" if chats and of_types else problem
 
 
 def read_demonstrations(

@@ -12,15 +12,23 @@ CHAT_HINT = (
 )
 
 
-def data_signs(prompts: EncodedPrompts, held_out: EncodedPrompts | None, batch: int) -> list[str]:
+def data_signs(
+    prompts: EncodedPrompts, held_out: EncodedPrompts | None, *, batch: int, evaluates: bool
+) -> list[str]:
     """A line for each thing about the rows that users would want to know.
 
     Args:
         prompts: of the training rows.
         held_out: those of the held-out rows.
         batch: how many of the former make a batch.
+        evaluates: whether evaluations during the run are asked for.
     """
     lines, n = [], len(prompts.rows)
+    if evaluates and held_out is None:
+        lines.append(
+            "eval.every asks for evaluations, but there are no held-out rows: give data.eval_path, "
+            "or in Python eval_dataset"
+        )
     if n < batch:
         lines.append(
             f"there are {n} prompts for batches of {batch}: a batch holds the same ones several "

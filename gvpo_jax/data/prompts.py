@@ -167,8 +167,9 @@ class DataConfig:
                     undated.append(_encode(place, row, tokenizer, self, _ANY_DAY))
             elif self.too_long == "error":
                 raise UserError(
-                    f"{place}: the prompt is {len(ids)} tokens long, max_prompt_length is "
-                    f"{self.max_prompt_length}; raise it, or skip prompts that are too long"
+                    f"{place}: the prompt is {len(ids)} tokens long, the limit is "
+                    f"{self.max_prompt_length}: raise data.max_prompt_length, or leave such rows "
+                    "out with data.too_long=skip"
                 )
         if not kept:
             raise UserError(
@@ -294,10 +295,10 @@ def _messages(place: str, row: Row, options: DataConfig) -> list[dict] | None:
         if plain and getattr(options, name) not in (None, {}):
             raise UserError(
                 f"{place}: {name} needs the chat template, and this prompt is "
-                "plain text; set chat_template: always"
+                "plain text; set data.chat_template=always"
             )
     if not plain and options.chat_template == "never":
-        raise UserError(f"{place}: the prompt is a list of messages; set chat_template: auto")
+        raise UserError(f"{place}: the prompt is a list of messages; set data.chat_template=auto")
     if plain:
         return None
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -333,7 +334,7 @@ def _templated(
     if options.template is None and not tokenizer.chat_template:
         raise UserError(
             f"{place}: the tokenizer has no chat template; give one, or use plain text "
-            "prompts with chat_template: never"
+            "prompts with data.chat_template=never"
         )
     template = options.template
     try:

@@ -1,5 +1,6 @@
 """`load_model`: from any of the names a model goes by to config, parameters and tokenizer."""
 
+import difflib
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
@@ -141,6 +142,8 @@ def _read_folder(folder: Path) -> ModelFiles:
     if values is None:
         gguf = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; model.name may be a file in it, {gguf[0]}" if gguf else ""
+        if (folder / "checkpoints").is_dir():
+            hint = f": it is a run; gvpo-jax export {folder} writes one, {folder}/export"
         raise UserError(f"{folder} holds no config.json, so it is not a model folder{hint}")
     try:
         config = decoder_config(values)
@@ -202,8 +205,9 @@ def _download(name: str) -> Path:
         ) from error
     except Exception as error:  # offline, no such repository, no permission, disk full
         reason = str(error).strip().partition("\n")[0]
+        meant = "did you mean debug? " if difflib.get_close_matches(name, ["debug"]) else ""
         raise UserError(
-            f"{name} is no folder here and could not be downloaded from the Hugging Face hub: "
-            f"{reason}"
+            f"{meant}{name} is no folder here and could not be downloaded from the Hugging Face "
+            f"hub: {reason}"
         ) from error
     return Path(folder)

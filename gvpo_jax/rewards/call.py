@@ -78,8 +78,8 @@ def compute_rewards(
     names = function_names(reward_funcs)
     factors = check_weights(weights, reward_funcs)
     lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    n = _check_lists(lists, columns)
     check_columns(reward_funcs, columns)
+    n = _check_lists(lists, columns)
     places = [f"row {row}" for row in range(n)] if places is None else places
     answers = _call_all(reward_funcs, {**lists, **columns})
     by_func: dict[str, np.ndarray] = {}
@@ -130,9 +130,6 @@ def check_weights(
 
 
 def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Sequence[Any]]) -> int:
-    for name in lists:
-        if name in columns:
-            raise UserError(f"column {name!r} has the name of a reward argument; rename it")
     lengths = {name: len(values) for name, values in {**lists, **columns}.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"lists of unequal length given to compute_rewards: {lengths}")

@@ -27,7 +27,7 @@ def per_sample(func: Callable[..., Any], columns: Sequence[str] | None = ()) -> 
     Args:
         func: called for each completion.
         columns: that it is given too, by name, where there are such; None: all, and
-            `completion_ids`.
+            `completion_ids`. Where a row has none, or None, a parameter's default is kept.
 
     Returns:
         The reward function, async where `func` is.
@@ -36,10 +36,18 @@ def per_sample(func: Callable[..., Any], columns: Sequence[str] | None = ()) -> 
     def each(prompts: Sequence[Any], completions: Sequence[Any], **lists: Any) -> list[Any]:
         named = list(lists) if columns is None else [name for name in columns if name in lists]
         samples = zip(prompts, completions, *(lists[name] for name in named), strict=True)
+
+        def given(values: Sequence[Any]) -> dict[str, Any]:
+            pairs = zip(named, values, strict=True)
+            return {name: x for name, x in pairs if x is not None or name not in defaults}
+
         return [
-            attempt(func, prompt, completion, **dict(zip(named, values, strict=True)))
+            attempt(func, prompt, completion, **given(values))
             for prompt, completion, *values in samples
         ]
+
+    known = _known_parameters(func).values()
+    defaults = {p.name for p in known if p.default is not p.empty}
 
     async def each_async(prompts: Sequence[Any], completions: Sequence[Any], **lists: Any):
         return await finish_all(each(prompts, completions, **lists))
@@ -102,7 +110,14 @@ def check_columns(
     Raises:
         UserError: one does not; names it and the columns.
     """
+    if taken := [name for name in LISTS if name in columns]:
+        raise UserError(
+            f"{what} has a column {taken[0]!r}, which is the name of an argument of reward "
+            "functions: rename it"
+        )
     for name, func in zip(function_names(reward_funcs), reward_funcs, strict=True):
+        if inspect.isclass(func):
+            raise UserError(f"reward {name!r} is a class: give an object of it, {name}()")
         parameters = _parameters(func)
         given = [*LISTS, *columns]
         missing = [

@@ -27,7 +27,14 @@ class RewardConfig:
     funcs: list[str] = setting([], "module:function, or path/file.py:function.", path="functions")
     weights: list[float] = setting([], "One for each function; empty: all 1.")
     on_error: Literal["raise", "skip"] = setting(
-        "raise", "skip leaves out, and counts, the completions on which a function fails."
+        "raise",
+        "skip leaves out, and counts, the completions on which a function fails.",
+        free=True,
+    )
+    allow_changed_code: bool = setting(
+        False,
+        "Go on with a run though a function's code has changed; old and new rewards then mix.",
+        free=True,
     )
     skip_special_tokens: bool = setting(
         True,
@@ -57,6 +64,8 @@ def load_reward_func(spec: str) -> RewardFunc:
     where, _, name = spec.rpartition(":")
     if not (where and name):
         raise UserError(f"reward {spec!r}: write module:function or path/to/file.py:function")
+    if "," in where:
+        raise UserError(f"reward {spec!r}: put several in brackets: rewards.funcs=[a.py:f, b.py:g]")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     except UserError:
@@ -65,8 +74,12 @@ def load_reward_func(spec: str) -> RewardFunc:
         raise UserError(f"reward {spec!r}: importing it failed: {describe(error)}") from error
     func = getattr(module, name, None)
     if not callable(func):
-        functions = {key: f for key, f in vars(module).items() if inspect.isfunction(f)}
-        own = [key for key, f in functions.items() if f.__module__ == module.__name__]
+        found = [(key, f) for key, f in vars(module).items() if callable(f)]
+        own = [
+            key
+            for key, f in found
+            if not inspect.isclass(f) and getattr(f, "__module__", "") == module.__name__
+        ]
         known = ", ".join(own) or "none"
         raise UserError(f"reward {spec!r}: no function {name!r} there; functions: {known}")
     return func

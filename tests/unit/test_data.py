@@ -373,7 +373,7 @@ def test_system_prompt_yields_to_the_rows_own():
             {"chat_template": "never"},
             "row 1.*list of messages",
         ),
-        ("Q", Letters(TEMPLATE), {"system_prompt": "S"}, "row 1.*chat_template: always"),
+        ("Q", Letters(TEMPLATE), {"system_prompt": "S"}, "row 1.*chat_template=always"),
         (
             "Q",
             Letters("{% for %}"),

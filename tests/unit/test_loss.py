@@ -264,6 +264,8 @@ def test_wrong_shapes_small_groups_and_beta_are_refused(f):
         f(x, x, x.T)
     with pytest.raises(ValueError, match=r"ref_logps has shape \(3,\).*\(3, 4\)"):
         f(x, x[:, 0], x)
+    with pytest.raises(ValueError, match=r"^ref_logps is None: give an array"):
+        gvpo_loss(x, None, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"where has shape \(3,\)"):
         f(x, x, x, where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match=r"k >= 2.*\(3, 1\)"):

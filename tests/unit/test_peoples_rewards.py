@@ -174,6 +174,23 @@ def test_runs_of_older_versions_which_know_names_only_go_on(tmp_path, monkeypatc
         trainer(tmp_path / "run").train(ROWS, graded(tmp_path, 3))
 
 
+def test_a_run_that_a_fault_in_a_reward_ended_goes_on_when_it_is_mended(tmp_path):
+    """The updates before it are saved; the change has to be allowed."""
+    file, spec = tmp_path / "late.py", f"{tmp_path / 'late.py'}:late"
+    file.write_text(
+        "calls = []\n\ndef late(completions, **_):\n    calls.append(1)\n"
+        "    assert len(calls) < 3, 'too late'\n    return [float(len(c)) for c in completions]\n"
+    )
+    saved = r"AssertionError: too late \(late.py:5\); the 2 updates before it are saved$"
+    with pytest.raises(UserError, match=saved):
+        trainer(tmp_path / "run").train(ROWS, spec)
+    file.write_text(file.read_text().replace("assert", "assert True or"))
+    with pytest.raises(UserError, match=r"all the same with rewards\.allow_changed_code=true"):
+        trainer(tmp_path / "run").train(ROWS, spec)
+    allowed = trainer(tmp_path / "run", rewards__allow_changed_code=True, rewards__on_error="skip")
+    assert allowed.train(ROWS, spec)["steps"] == 4
+
+
 def test_an_evaluation_by_other_code_than_the_run_s_says_so(tmp_path, capfd):
     t = trainer(tmp_path / "run", train__steps=1)
     t.train(ROWS, graded(tmp_path, 1))
@@ -218,12 +235,28 @@ def test_the_first_batches_warn_once_of_a_set_up_that_teaches_nothing(tmp_path, 
     assert "warning:" not in capsys.readouterr().out
 
 
+def test_a_text_looked_for_in_messages_is_told_how_to_read_them(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "one"}]}]
+    told = r"TypeError: .* \(test_peoples_rewards.py:\d+\); completions of chat prompts are lists"
+    with pytest.raises(UserError, match=told):
+        trainer(tmp_path).train(rows, lambda prompt, completion: float("x" in "y" + completion))
+
+
+def test_a_column_with_the_name_of_an_argument_is_named_before_the_first_rollout(tmp_path):
+    rows = [{"prompt": "a", "completions": "b"}]
+    told = "the training data has a column 'completions', which is the name of an argument"
+    with pytest.raises(UserError, match=told):
+        trainer(tmp_path).train(rows, length)
+
+
 def test_rows_that_are_few_or_held_out_and_trained_on_are_told_of(tmp_path, capsys):
-    t = trainer(tmp_path, train__steps=1, train__batch_size=8)
+    t = trainer(tmp_path, train__steps=1, train__batch_size=8, eval__every=1)
     t.train(ROWS, length, eval_dataset=[ROWS[0], {"prompt": "Another"}])
     shown = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
     assert f"there are {len(ROWS)} prompts for batches of 8" in shown[0]
     assert "1 of 2 held-out prompts are also trained on" in shown[1]
+    trainer(tmp_path / "b", train__steps=1, eval__every=1).train(ROWS, length)
+    assert "warning: eval.every asks for evaluations, but there are no" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -423,6 +423,39 @@ def test_a_function_of_one_sample_may_have_more_to_it(func, expected):
     assert run([batched(func)], answer=["1", "1", "1"]).rewards.tolist() == expected
 
 
+def test_a_row_without_a_column_keeps_the_default():
+    def with_default(prompt, completion, answer="1"):
+        return float(completion == answer)
+
+    def required(prompt, completion, answer):
+        return float(completion == answer)
+
+    lists = {"answer": ["1", None, "x"]}
+    for func, expected in ((with_default, [1, 1, 0]), (required, [1, 0, 0])):
+        rewards = compute_rewards(
+            [batched(func)], prompts=["p"] * 3, completions=["1"] * 3, completion_ids=[[1]] * 3,
+            columns=lists,
+        ).rewards  # fmt: skip
+        assert rewards.tolist() == expected
+
+
+def test_a_class_and_several_names_in_one_text_are_told_from_a_function(tmp_path):
+    class Judge:
+        def __call__(self, prompts, completions, **_):
+            return [1.0] * len(prompts)
+
+    with pytest.raises(UserError, match=r"'Judge' is a class: give an object of it, Judge\(\)"):
+        run([Judge])
+    assert run([Judge()]).rewards.tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match=r"in brackets: rewards\.funcs=\[a\.py:f, b\.py:g\]"):
+        load_reward_func("a.py:f, b.py:g")
+    (tmp_path / "objects.py").write_text(
+        "class Judge:\n    def __call__(self): pass\n\njudge = Judge()\n\ndef f(): pass\n"
+    )
+    with pytest.raises(UserError, match=r"no function 'nope' there; functions: judge, f$"):
+        load_reward_func(f"{tmp_path / 'objects.py'}:nope")
+
+
 def test_a_function_that_forks_leaves_no_second_program(tmp_path):
     """In a program of its own: the child must not come back from the call."""
     code = (

@@ -103,8 +103,10 @@ def test_steps_may_grow_where_the_learning_rate_is_constant(config):
     claim(longer)
     assert load_config(folder / "config.yaml").train.steps == 6
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    refused(config, r"\(train.steps=6\)")  # 6 updates can't become 4
-    refused(override(longer, train__steps=8, loss__beta=0.2), r"\(loss.beta=0.1, train.steps=6\)")
+    refused(
+        config, r"\(train.steps=6\); give those \(train.steps may only grow; train.stop_at ends"
+    )  # 6 updates can't become 4
+    refused(override(longer, train__steps=8, loss__beta=0.2), r"\(loss.beta=0.1\); give those, or")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -258,7 +258,8 @@ def test_another_models_run_is_not_resumed(tmp_path):
 
 def test_a_run_on_other_rows_is_not_resumed(tmp_path):
     train(tmp_path, train__stop_at=2)
-    with pytest.raises(UserError, match="are not those"):
+    told = "^training rows and held-out rows are not those of this run"
+    with pytest.raises(UserError, match=told):
         Trainer(config(tmp_path), load_model("debug")).train(ROWS[1:], letter_share)
 
 
@@ -267,7 +268,7 @@ def test_a_run_with_another_reward_function_is_not_resumed(tmp_path):
         return [0.0] * len(prompts)
 
     train(tmp_path)
-    with pytest.raises(UserError, match="reward functions are not those"):
+    with pytest.raises(UserError, match=r"^reward functions are not those"):
         Trainer(config(tmp_path), load_model("debug")).train(ROWS, other, eval_dataset=ROWS[:2])
 
 
