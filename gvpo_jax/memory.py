@@ -145,10 +145,10 @@ def _activations(config: Config, model: DecoderConfig) -> int:
     sizes, train = batch_sizes(config)["score"], config.train
     tokens = sizes.groups * (sizes.p + sizes.k * sizes.t // train.completion_parts)
     d, heads = model.hidden_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    whole = 6 * d + 2 * heads + 4 * model.intermediate_size
+    whole = 6 * d + 2 * heads + 4 * model.inner_width
     per_layer = {
         "none": whole,
-        "dots": 3 * d + heads + 2 * model.intermediate_size,
+        "dots": 3 * d + heads + 2 * model.inner_width,
         "layer": d,
     }[config.model.remat]
     again = whole - per_layer

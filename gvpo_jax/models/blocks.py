@@ -125,10 +125,52 @@ class MLP(nnx.Module):
         return self.down(self.activation(gate) * up)
 
 
+class ExpertWeights(nnx.Module):
+    """One of the three matrices of all experts, `[e, in, out]`."""
+
+    def __init__(self, count: int, n_in: int, n_out: int, rngs: nnx.Rngs):
+        init = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+        self.kernel = nnx.Param(init(rngs.params(), (count, n_in, n_out)))
+
+
+class ExpertStack(nnx.Module):
+    """The experts of a layer: each an `MLP` without biases."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
+        assert c.experts is not None
+        e, d, f = c.experts.count, c.hidden_size, c.experts.intermediate_size
+        self.gate = ExpertWeights(e, d, f, rngs)
+        self.up = ExpertWeights(e, d, f, rngs)
+        self.down = ExpertWeights(e, f, d, rngs)
+
+
+class Mixture(nnx.Module):
+    """A router that sends each token through a few experts; see `gvpo_jax.ops.experts`."""
+
+    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions, rngs: nnx.Rngs):
+        assert c.experts is not None
+        self.router = linear(c.hidden_size, c.experts.count, use_bias=False)
+        self.experts = ExpertStack(c, rngs)
+        self.options, self.config, self.activation = options, c.experts, ACTIVATIONS[c.activation]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[g, k, t, d] -> [g, k, t, d]`."""
+        likely = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        shares, chosen = jax.lax.top_k(likely, self.config.per_token)
+        if self.config.normalised:
+            shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
+        every = (self.experts.gate, self.experts.up, self.experts.down)
+        weights = (w.kernel[...].astype(x.dtype) for w in every)
+        shares = shares.astype(x.dtype)
+        return self.options.experts(x, chosen, shares, *weights, activation=self.activation)
+
+
 class Block(nnx.Module):
     """Attention and feed-forward layer, with norms before or after, added to the residual."""
 
-    def __init__(self, c: DecoderConfig, layer: int, linear: Linear, options: DecoderOptions):
+    def __init__(
+        self, c: DecoderConfig, layer: int, linear: Linear, options: DecoderOptions, rngs: nnx.Rngs
+    ):
         def norm(place):
             return RMSNorm(c.hidden_size, c) if c.norms in (place, "both") else _unchanged
 
@@ -136,7 +178,8 @@ class Block(nnx.Module):
         self.attn = Attention(c, layer, linear, options)
         self.attn_out_norm = norm("after")
         self.post_norm = norm("before")  # after attention, before the feed-forward layer
-        self.mlp = MLP(c, linear, options)
+        dense = c.experts is None or layer in c.experts.dense_layers
+        self.mlp = MLP(c, linear, options) if dense else Mixture(c, linear, options, rngs)
         self.mlp_out_norm = norm("after")
         self.config, self.options = c, options
 

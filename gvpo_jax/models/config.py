@@ -47,6 +47,7 @@ class ModelConfig:
 
         from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
         from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
+        from gvpo_jax.ops.experts import experts_on
         from gvpo_jax.ops.kernels import attention_on
         from gvpo_jax.parallel.layout import constrain_activation, group_shards, shardings
 
@@ -58,6 +59,7 @@ class ModelConfig:
             constrain=functools.partial(constrain_activation, mesh),
             params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
             attention=attention_on(mesh, self.attention, dtype, shape.head_dim),
+            experts=experts_on(mesh),
             product=product_on(mesh),
             chunk_bytes=chunk_bytes_on(mesh),
             shards=group_shards(mesh),

@@ -29,7 +29,7 @@ class Decoder(nnx.Module):
         dtype = options.dtype
         linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(c, i, linear, options) for i in range(c.num_layers)])
+        self.layers = nnx.List([Block(c, i, linear, options, rngs) for i in range(c.num_layers)])
         self.final_norm = RMSNorm(c.hidden_size, c)
         if not c.tie_embeddings:
             self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)

@@ -31,6 +31,10 @@ NAMES = {
     "post_norm": "post_attention_layernorm",
     "attn/q_norm": "self_attn.q_norm",
     "attn/k_norm": "self_attn.k_norm",
+    "mlp/router": "mlp.gate",
+    "mlp/experts/gate": "mlp.experts.{expert}.gate_proj",
+    "mlp/experts/up": "mlp.experts.{expert}.up_proj",
+    "mlp/experts/down": "mlp.experts.{expert}.down_proj",
 }
 
 

@@ -10,9 +10,29 @@ import jax.numpy as jnp
 from gvpo_jax.logprobs import CHUNK_BYTES
 from gvpo_jax.models.rope import Scaling
 from gvpo_jax.ops.attention import causal
+from gvpo_jax.ops.experts import of_tokens
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "layer"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward layers.
+
+    Attributes:
+        count: of experts in a layer.
+        per_token: how many of them a token goes through, those that its router finds most likely.
+        intermediate_size: of one.
+        normalised: whether a token's shares add up to 1; else they are the router's probabilities.
+        dense_layers: numbers of the layers that have a feed-forward layer all the same.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalised: bool
+    dense_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class DecoderConfig:
         embedding_multiplier: of the embedding, rounded to the computation's dtype.
         residual_multiplier: of what a layer adds.
         logits_scaling: what logits are divided by.
+        experts: a mixture of them; None: feed-forward layers.
     """
 
     family: str
@@ -67,6 +88,13 @@ class DecoderConfig:
     embedding_multiplier: float | None = None
     residual_multiplier: float | None = None
     logits_scaling: float | None = None
+    experts: Experts | None = None
+
+    @property
+    def inner_width(self) -> int:
+        """Features inside a feed-forward layer, or inside all experts of a token."""
+        experts = self.experts
+        return experts.per_token * experts.intermediate_size if experts else self.intermediate_size
 
     def window(self, layer: int) -> int | None:
         """Of this layer; None: it sees everything before a token."""
@@ -87,6 +115,7 @@ class DecoderOptions:
             `[g, k, t, h, d]`, "mlp" `[g, k, t, f]` and "table" `[v, d]`, the head, while tracing.
         params: `params -> params` keeps them, and so their gradients, as they lie.
         attention: see `gvpo_jax.ops.attention.causal`.
+        experts: see `gvpo_jax.ops.experts.of_tokens`.
         product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
             its own gives what it returns the `checkpoint_name` "product".
         chunk_bytes, shards: see `decoder.DecoderFns`.
@@ -98,6 +127,7 @@ class DecoderOptions:
     constrain: Callable[[str, jax.Array], jax.Array] = lambda name, x: x
     params: Callable[[Params], Params] = lambda params: params
     attention: Callable[..., jax.Array] = causal
+    experts: Callable[..., jax.Array] = of_tokens
     product: Callable[..., jax.Array] = jax.lax.dot_general
     chunk_bytes: int = CHUNK_BYTES
     shards: int = 1

@@ -20,6 +20,9 @@ Axes = tuple[tuple[str, ...], tuple[str, ...]]
 LAYOUT: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
+    (r"experts/(gate|up)/kernel$", P("tensor", "fsdp", None)),  # [e, d, f]
+    (r"experts/down/kernel$", P("tensor", None, "fsdp")),
+    (r"router/kernel$", P("fsdp", None)),
     (r"(q|k|v|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(o|down)/kernel$", P("tensor", "fsdp")),
     (r"(q|k|v|gate|up)/bias$", P("tensor")),

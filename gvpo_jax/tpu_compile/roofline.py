@@ -64,7 +64,7 @@ def program_work(
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     shape = Shape(
         layers=model.num_layers,
-        matmul_params_per_layer=d * (2 * queries + 2 * keys + 3 * model.intermediate_size),
+        matmul_params_per_layer=d * (2 * queries + 2 * keys + 3 * model.inner_width),
         attention_width=queries,
         head_params=model.vocab_size * d,
     )
