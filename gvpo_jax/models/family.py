@@ -52,6 +52,7 @@ class Family:
         back: the keys of config.json that `options` read, from the decoder.
         layer_types: which layers have a window where config.json lists none; None: no layer can.
         names: see `NAMES`.
+        gguf: its architecture's name in GGUF files; None: it is not read from them.
         stop_tokens: end a completion where its vocabulary has them.
     """
 
@@ -66,6 +67,7 @@ class Family:
     back: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
     layer_types: Callable[[Values], Sequence[str]] | None = None
     names: Mapping[str, str] = field(default_factory=lambda: NAMES)
+    gguf: str | None = None
     stop_tokens: tuple[str, ...] = ()
 
     @property
@@ -80,6 +82,19 @@ def all_families() -> dict[str, Family]:
     modules = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
     every = (importlib.import_module(f"{families.__name__}.{name}").FAMILY for name in modules)
     return {family.model_type: family for family in every}
+
+
+def families_table() -> str:
+    """The README's table; families that name the same models share a row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, family in all_families().items():
+        files = "safetensors, GGUF" if family.gguf else "safetensors"
+        rows.setdefault((family.models, files), []).append(f"`{name}`")
+    lines = ["| models | `model_type` | read from |", "|---|---|---|"]
+    lines += [
+        f"| {models} | {', '.join(names)} | {files} |" for (models, files), names in rows.items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def alternating(every: int) -> Callable[[Values], Sequence[str]]:

@@ -13,12 +13,12 @@ import numpy as np
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.family import all_families
 from gvpo_jax.models.gguf_tokenizer import build_tokenizer, end_token_ids
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_files import ModelFiles, check_fetched
 from gvpo_jax.models.hf_tensors import TensorSource
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -96,8 +96,9 @@ def _open(path: Path) -> Any:
 
 def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> DecoderConfig:
     family = metadata.get("general.architecture")
-    if family not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
+    known = [family.gguf for family in all_families().values() if family.gguf]
+    if family not in known:
+        known = ", ".join(known)
         raise UserError(f"{path}: architecture {family!r} is not supported, only {known}")
 
     def get(key: str) -> Any:

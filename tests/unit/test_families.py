@@ -5,6 +5,7 @@ Odd sizes, windows shorter than prompts and completions, prompts of two lengths.
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import decoder_fns, full_logits
 from gvpo_jax.models.export import export_model
-from gvpo_jax.models.family import all_families
+from gvpo_jax.models.families import granite
+from gvpo_jax.models.family import all_families, families_table
 from gvpo_jax.models.hf_config import config_json, decoder_config, for_length
 from gvpo_jax.models.hf_files import read_json, write_json
 from gvpo_jax.models.hf_tensors import named_tensors
@@ -130,6 +132,15 @@ def torch_gradients(model):
 
 def test_every_family_has_its_line():
     assert FAMILIES.keys() == all_families().keys()
+
+
+def test_the_readme_lists_them():
+    assert f"\n{families_table()}\n" in (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_contributing_shows_a_real_one():
+    shown = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    assert f"```python\n{Path(granite.__file__).read_text()}```\n" in shown
 
 
 def test_logits(case):

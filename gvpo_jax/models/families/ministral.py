@@ -8,5 +8,4 @@ FAMILY = dataclasses.replace(
     mistral.FAMILY,
     model_type="ministral",
     architecture="MinistralForCausalLM",
-    models="Ministral",
 )

@@ -5,7 +5,7 @@ from gvpo_jax.models.family import Family, all_sliding
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    models="Mistral 7B, Mistral Nemo, Mistral Small, Ministral 8B",
+    models="Mistral 7B, Mistral Nemo, Mistral Small, Ministral",
     silent={
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,

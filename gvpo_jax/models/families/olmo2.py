@@ -5,7 +5,7 @@ from gvpo_jax.models.family import NAMES, Family
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
-    models="OLMo 2",
+    models="OLMo 2 and 3",
     constants={"norm": "float32", "norms": "after", "qk_norm": True, "qk_norm_over": "width"},
     silent={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},

@@ -18,7 +18,6 @@ FAMILY = dataclasses.replace(
     olmo2.FAMILY,
     model_type="olmo3",
     architecture="Olmo3ForCausalLM",
-    models="OLMo 3",
     silent={**olmo2.FAMILY.silent, "sliding_window": 4096, "rope_theta": 500000.0},
     options=_options,
     layer_types=alternating(4),

@@ -9,4 +9,5 @@ FAMILY = Family(
     constants={"qkv_bias": True},
     silent={"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     layer_types=above_max_window_layers,
+    gguf="qwen2",
 )

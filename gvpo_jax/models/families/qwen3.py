@@ -15,4 +15,5 @@ FAMILY = Family(
     },
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     layer_types=above_max_window_layers,
+    gguf="qwen3",
 )

@@ -63,4 +63,5 @@ FAMILY = dataclasses.replace(
     options=_options,
     back=_back,
     layer_types=_layer_types,
+    gguf=None,
 )
