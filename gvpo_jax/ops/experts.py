@@ -32,7 +32,9 @@ def mixture(
         x_nd: the tokens.
         experts_nc: numbers of the experts of each token; where one is not below e, it adds nothing.
         shares_nc: what each is multiplied by.
-        gate_edf, up_edf, down_efd: the experts' weights, in the dtype of the tokens.
+        gate_edf: the experts' weights, in the dtype of the tokens.
+        up_edf: the same.
+        down_efd: the same.
         activation: of the gate.
     """
     c = experts_nc.shape[1]
