@@ -82,7 +82,7 @@ def override(config: Config, /, **values: Any) -> Config:
     """
     changes: dict[str, Any] = {}
     for name, value in values.items():
-        put(changes, name.split("__", 1), value)
+        put(changes, name.split("__"), value)
     try:
         return _with_paths(as_record(Config, _with_new_names(changes), base=config), beside=None)
     except UserError as error:
@@ -267,14 +267,11 @@ _near = functools.partial(difflib.get_close_matches, n=1)
 
 def _with_paths(config: Config, beside: Path | None) -> Config:
     """Every setting that names a file: from here or beside the config, absolute if it is there."""
-    sections = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    changes: dict[str, Any] = {}
     for key, value, _, about in all_settings(config):
-        section, name = key.split(".")
         if about["path"] and value is not None:
-            found = _RESOLVE[about["path"]](value, key, beside)
-            if found != value:
-                sections[section] = dataclasses.replace(sections[section], **{name: found})
-    return dataclasses.replace(config, **sections)
+            put(changes, key.split("."), _RESOLVE[about["path"]](value, key, beside))
+    return as_record(Config, changes, base=config)
 
 
 def _input(path: str, key: str, beside: Path | None) -> str | None:

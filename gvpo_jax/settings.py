@@ -35,7 +35,10 @@ def setting(
 
 
 class Setting(NamedTuple):
-    """One setting of a config: `section.name`, its value and type, and what `setting` was told."""
+    """One setting of a config: `section.name`, its value and type, and what `setting` was told.
+
+    That of a section within a section is `section.inner.name`.
+    """
 
     key: str
     value: Any
@@ -46,9 +49,15 @@ class Setting(NamedTuple):
 def all_settings(config: Any) -> Iterator[Setting]:
     """Every setting of a config, whose fields are sections, in order."""
     for part in dataclasses.fields(config):
-        section = getattr(config, part.name)
-        for field in dataclasses.fields(section):
-            key, value = f"{part.name}.{field.name}", getattr(section, field.name)
+        yield from _settings_of(getattr(config, part.name), part.name)
+
+
+def _settings_of(section: Any, name: str) -> Iterator[Setting]:
+    for field in dataclasses.fields(section):
+        key, value = f"{name}.{field.name}", getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings_of(value, key)
+        else:
             yield Setting(key, value, field.type, field.metadata)
 
 
