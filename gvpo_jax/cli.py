@@ -158,11 +158,15 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "export",
         "write the trained model as a folder that transformers loads",
-        "Write the model of a run's last checkpoint: safetensors, config and tokenizer.",
+        "Write the model of a run's last checkpoint: safetensors, config and tokenizer. A run's\n"
+        "adapter (model.lora) is merged into the weights, or written alone with --adapter.",
         "gvpo-jax export runs/beta02 my-model",
     )
     export.add_argument("run_dir", help="a run folder")
     export.add_argument("folder", nargs="?", help="where to write; default: RUN/export")
+    export.add_argument(
+        "--adapter", action="store_true", help="write the adapter alone, as PEFT loads it"
+    )
     return parser
 
 
@@ -208,11 +212,11 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     folder = _run_folder(arguments)
-    from gvpo_jax.commands import export
+    from gvpo_jax.commands import export, export_adapter
     from gvpo_jax.config_file import open_run
 
-    config = open_run(folder)
-    print(export(config, Path(arguments.folder or folder / "export")))
+    config, write = open_run(folder), export_adapter if arguments.adapter else export
+    print(write(config, Path(arguments.folder or folder / "export")))
 
 
 def _compile(arguments: argparse.Namespace) -> int:

@@ -84,11 +84,26 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
 
 def export(config: Config, folder: Path) -> Path:
     """Write a run's last checkpoint as a model folder that transformers loads."""
+    _at_last_checkpoint(config).save_pretrained(folder)
+    return folder
+
+
+def export_adapter(config: Config, folder: Path) -> Path:
+    """Write the adapter of a run's last checkpoint as a folder that PEFT loads."""
+    if config.model.lora.rank is None:
+        raise UserError(
+            f"--adapter: the run in {config.run.dir} trains the whole model, without an adapter; "
+            "leave --adapter out"
+        )
+    _at_last_checkpoint(config).save_adapter(folder)
+    return folder
+
+
+def _at_last_checkpoint(config: Config) -> Trainer:
     unsampled = dataclasses.replace(config, servers=ServersConfig())
     trainer = Trainer(unsampled, trains=False)
     trainer.restore(config.run.dir)
-    trainer.save_pretrained(folder)
-    return folder
+    return trainer
 
 
 def _hold_servers(config: Config, stack: contextlib.ExitStack) -> None:

@@ -58,6 +58,7 @@ class Config:
     def __post_init__(self) -> None:
         check_limits(self)
         self.data.day()
+        self.model.check()
         _check_loss(self)
         _check_sources(self)
         _check_servers(self)
@@ -79,12 +80,15 @@ class Config:
             )
 
     def programs(self, model: "DecoderFns", shape: "DecoderConfig", mesh: "Mesh") -> "Programs":
-        """What a run compiles to train; for the arguments see `make_programs`."""
+        """What a run compiles to train; for the other arguments see `make_programs`.
+
+        shape: of the model.
+        """
         from gvpo_jax.training.programs import make_programs
 
         return make_programs(
             model,
-            shape,
+            self.model.param_shapes(shape)[1],
             mesh,
             dtype=self.model.dtype,
             optimizer=self.optimizer.create(self.train.updates),

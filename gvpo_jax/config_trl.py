@@ -13,6 +13,8 @@ OTHER_NAMES = {
     "system": "data.system_prompt",
     "dataset": "data.path",
     "output": "run.dir",
+    "lora": "model.lora.rank",
+    "lora_rank": "model.lora.rank",
 }
 # Each text begins with the key of a setting.
 TRL_NAMES = {
@@ -24,6 +26,12 @@ TRL_NAMES = {
     "torch_dtype": "model.dtype",
     "dtype": "model.dtype",
     "gradient_checkpointing": "model.remat=layer",
+    "peft_config": "model.lora.rank, alpha and targets",
+    "use_peft": "model.lora.rank",
+    "lora_r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_target_modules": "model.lora.targets",
+    "lora_dropout": "model.lora.rank; there is no dropout",
     "dataset_name": "data.path, files of JSON, JSONL or parquet",
     "train_dataset": "data.path, or the first argument of Trainer.train",
     "eval_dataset": "data.eval_path, or eval_dataset= of Trainer.train",

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import CHUNK_BYTES
-from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.parallel.layout import group_shards, shapes_on
-from gvpo_jax.tpu_compile.lowering import batch_sizes, device_bytes
+from gvpo_jax.tpu_compile.lowering import batch_sizes, device_bytes, merged_bytes
 
 _GIB = 2**30
 # What makes each item smaller.
@@ -28,6 +28,7 @@ _SMALLER = {
     "optimizer state": "optimizer.name=adafactor or sgd, or more devices along mesh.fsdp",
     "gradients": "a smaller model, or more devices along mesh.fsdp",
     "reference": "model.dtype=bfloat16, or more devices along mesh.fsdp",
+    "merged weights": "rollout.adapter=apart",
     "keys and values": "rollout.slots, or a shorter rollout.max_completion_length",
     "activations": "train.micro_batches, or model.remat=layer",
 }
@@ -74,9 +75,9 @@ def memory_needed(
     config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bool = True
 ) -> dict[str, int]:
     """Bytes on one device, by item: exact for what lies there, at least so many for the rest."""
-    params = param_shapes(model)
+    frozen, params = config.model.param_shapes(model)
     optimizer = config.optimizer.create(config.train.updates)
-    parameters = device_bytes(shapes_on(mesh, params))
+    base, trained = (device_bytes(shapes_on(mesh, tree)) for tree in (frozen, params))
     half = config.model.dtype == "bfloat16"
     copied = 2 if half and config.reference.name != "ema" else 1
     sampled, data = [0], config.data
@@ -86,16 +87,18 @@ def memory_needed(
         rollout = batch_sizes(config)["rollout"]
         sampled += [_cache(config, model, rollout.groups, rollout.k)]
     kept = {
-        "parameters": parameters,
-        "reference": parameters // copied,
+        "parameters": base + trained,
+        "reference": trained // copied,
         "keys and values": max(sampled) // group_shards(mesh),
     }
+    if max(sampled) and (merged := merged_bytes(config, mesh, frozen, params)):
+        kept["merged weights"] = merged
     if not trains:
         return kept
     return kept | {
-        "parameters": 2 * parameters if config.rollout.lookahead else parameters,
+        "parameters": base + (2 * trained if config.rollout.lookahead else trained),
         "optimizer state": device_bytes(shapes_on(mesh, jax.eval_shape(optimizer.init, params))),
-        "gradients": parameters * min(config.train.micro_batches, 2),  # a part's, and their sum
+        "gradients": trained * min(config.train.micro_batches, 2),  # a part's, and their sum
         "activations": _activations(config, model) // group_shards(mesh),
     }
 
@@ -105,7 +108,7 @@ def peak(items: Mapping[str, int], *, together: bool) -> int:
 
     together: a rollout is sampled while the policy trains; else one comes after the other.
     """
-    sampling = items["keys and values"]
+    sampling = items["keys and values"] + items.get("merged weights", 0)
     training = items.get("gradients", 0) + items.get("activations", 0)
     beside = sum(items.values()) - sampling - training
     return beside + (sampling + training if together else max(sampling, training))

@@ -7,6 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
 from gvpo_jax.collect.early_signs import data_signs
 from gvpo_jax.collect.evaluate import evaluate
@@ -27,6 +30,8 @@ from gvpo_jax.data.rows import as_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
 from gvpo_jax.memory import check_memory
+from gvpo_jax.models.adapters import check_start, export_adapter, start
+from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
@@ -91,15 +96,17 @@ class Trainer:
         if model is None:
             model = load_model(
                 c.model.name,
-                place=lambda path, x: place_params(mesh, {path: x})[path],
+                place=lambda path, x: place_params(mesh, {path: c.model.kept(x)})[path],
                 length=needed,
-                check=lambda shape: check_memory(c, shape, mesh, trains=trains),
+                check=lambda shape: self._check_shape(shape, mesh, trains),
             )
             params = model.params
         else:  # the caller keeps theirs
             check_length(model.config, needed, model.name)
-            check_memory(c, model.config, mesh, trains=trains)
-            params = copy(place_params(mesh, model.params))
+            self._check_shape(model.config, mesh, trains)
+            kept = jax.tree.map(c.model.kept, model.params)
+            params = copy(place_params(mesh, kept))
+        frozen, params = start(c.model, model.config, params, mesh, c.run.seed)
         self.history: list[dict[str, Any]] = []
         self._reward_code: Mapping[str, str] = {}  # of the run that was restored
         self.stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
@@ -112,15 +119,29 @@ class Trainer:
         functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
         self._programs_of = lambda config: config.programs(functions, model.config, mesh)
         programs = self._programs_of(c)
-        self.policy = Policy(params, programs, train=c.train, reference=c.reference)
+        self.policy = Policy(
+            params,
+            programs,
+            train=c.train,
+            reference=c.reference,
+            frozen=frozen,
+            lora=c.model.lora.form(),
+        )
         self.engine: Engine
         if fleet is None:
-            sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions)
+            sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions, frozen)
             self.engine = InProcessEngine(sampling, self.stop_ids, c.rollout.slots, stop)
         else:
             logps = sequence_logps(self.policy.logps_of_all, multiple=group_shards(mesh))
             self.engine = http_engine(
-                c.servers, fleet, self.model, self.stop_ids, logps, c.run.dir, stop
+                c.servers,
+                fleet,
+                self.model,
+                self.stop_ids,
+                logps,
+                c.run.dir,
+                stop,
+                whole=self.policy.whole,
             )
 
     @classmethod
@@ -349,18 +370,31 @@ class Trainer:
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads.
 
-        Its tokenizer has the chat template that trained; gvpo_jax_export.json says what the
-        template was given.
+        An adapter is merged into the weights. The tokenizer has the chat template that trained;
+        gvpo_jax_export.json says what the template was given.
 
         Of several processes all call it, and the first writes.
 
         Raises:
             UserError: the folder holds something else, or can't be written.
         """
-        params = to_first_host(self.policy.params)
-        names = ("template_arguments", "template_date", "system_prompt")
-        about = {name: getattr(self.config.data, name) for name in names}
+        params = self.policy.whole(self.policy.params)
+        about = self._about_template()
         from_first_host(lambda: export_model(folder, self.model, params, about=about))
+
+    def save_adapter(self, folder: Path | str) -> None:
+        """Write the current policy's adapter alone, as a folder that PEFT loads.
+
+        Of several processes all call it, and the first writes.
+
+        Raises:
+            UserError: there is no adapter, or as for `save_pretrained`.
+        """
+        lora = self.config.model.lora.form()
+        if lora is None:
+            raise UserError("there is no adapter: without model.lora.rank the model is trained")
+        adapter, about = to_first_host(self.policy.params), self._about_template()
+        from_first_host(lambda: export_adapter(folder, self.model, adapter, lora, about=about))
 
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
@@ -379,6 +413,16 @@ class Trainer:
         if self.config.data.template_writes_date(self.tokenizer):
             self.config = from_first_host(lambda: with_run_date(self.config, Path(run_dir)))
         return restored.step
+
+    def _check_shape(self, shape: DecoderConfig, mesh: Mesh, trains: bool) -> None:
+        """What can be told before weights are read."""
+        check_start(self.config.model, shape)
+        check_memory(self.config, shape, mesh, trains=trains)
+
+    def _about_template(self) -> dict[str, Any]:
+        """What an export says of the chat template that trained."""
+        names = ("template_arguments", "template_date", "system_prompt")
+        return {name: getattr(self.config.data, name) for name in names}
 
     def _group(self, name: str, prompt_ids, texts, values):
         """A group handed over as text, checked."""

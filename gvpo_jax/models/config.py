@@ -1,15 +1,67 @@
 """The config section `model`: what is loaded, and how it is computed."""
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
+from gvpo_jax.errors import UserError
 from gvpo_jax.settings import setting
 
 if TYPE_CHECKING:  # a misspelt config should not wait for Flax
     from jax.sharding import Mesh
 
     from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
+    from gvpo_jax.models.lora import Lora, Params
+
+# Layers that may have an adapter, and their names in the models of transformers.
+TARGETS = {
+    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
+    "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter that is trained in place of the model."""
+
+    rank: int | None = setting(
+        None,
+        "Of the adapter's matrices; null: the whole model is trained. With an adapter, "
+        "optimizer.learning_rate is about ten times that of training the whole model: 1e-5 to "
+        "1e-4.",
+        least=1,
+    )
+    alpha: float = setting(32.0, "The adapter's product is multiplied by alpha / rank.", above=0)
+    targets: list[str] = setting(
+        list(TARGETS),
+        "Layers that have one: q, k, v, o, gate, up, down, also as q_proj and so on.",
+    )
+
+    def names(self) -> tuple[str, ...]:
+        """The targets, each once, by our names.
+
+        Raises:
+            UserError: there is none, or one by an unknown name.
+        """
+        ours = {theirs: name for name, theirs in TARGETS.items()}
+        named = [ours.get(name, name) for name in self.targets]
+        if unknown := [name for name in named if name not in TARGETS]:
+            raise UserError(
+                f"model.lora.targets: {unknown[0]!r} is no layer that can have an adapter; those "
+                f"are {', '.join(TARGETS)}"
+            )
+        if not named:
+            raise UserError(
+                f"model.lora.targets is empty: name layers, of {', '.join(TARGETS)}; or train the "
+                "whole model, with model.lora.rank=null"
+            )
+        return tuple(name for name in TARGETS if name in named)
+
+    def form(self) -> "Lora | None":
+        """The adapter's form; None: there is none."""
+        from gvpo_jax.models.lora import Lora
+
+        return None if self.rank is None else Lora(self.rank, self.alpha, self.names())
 
 
 @dataclass(frozen=True)
@@ -36,6 +88,50 @@ class ModelConfig:
         "XLA. Splash computes sliding windows and soft caps itself; cuDNN windows, XLA its caps.",
         free=True,
     )
+    adapter: str | None = setting(
+        None,
+        "A folder or hub name of a PEFT adapter that training starts from; needs model.lora.",
+        path="model",
+    )
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def check(self) -> None:
+        """That the settings go together.
+
+        Raises:
+            UserError: they don't.
+        """
+        self.lora.names()
+        if self.lora.rank is None and self.adapter is not None:
+            raise UserError(
+                f"model.adapter={self.adapter} is trained on with LoRA: give model.lora.rank, that "
+                "of the adapter"
+            )
+
+    def param_shapes(self, shape: "DecoderConfig") -> "tuple[Params, Params]":
+        """What stays as it is and what is trained, each a tree of `jax.ShapeDtypeStruct`s.
+
+        Without an adapter everything is trained, in float32. With one, the model stays as it is,
+        in the dtype of the computation.
+
+        Raises:
+            UserError: the adapter does not fit the model.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from gvpo_jax.models.decoder import param_shapes
+        from gvpo_jax.models.lora import adapter_shapes
+
+        whole, lora = param_shapes(shape), self.lora.form()
+        if lora is None:
+            return {}, whole
+        dtype = jnp.dtype(self.dtype)
+        return jax.tree.map(lambda x: x.update(dtype=dtype), whole), adapter_shapes(whole, lora)
+
+    def kept(self, x: Any) -> Any:
+        """A loaded array in the dtype that it stays in."""
+        return x if self.lora.rank is None else x.astype(self.dtype)
 
     def functions(self, shape: "DecoderConfig", mesh: "Mesh", cache_dtype: str) -> "DecoderFns":
         """The decoder of this shape as functions for arrays on this mesh.
@@ -63,5 +159,6 @@ class ModelConfig:
             product=product_on(mesh),
             chunk_bytes=chunk_bytes_on(mesh),
             shards=group_shards(mesh),
+            lora=self.lora.form(),
         )
         return decoder_fns(shape, options)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, soft_cap
 from gvpo_jax.models.blocks import Block, KeysValues, RMSNorm
+from gvpo_jax.models.lora import adapt
 from gvpo_jax.models.rope import rotations
 from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
 from gvpo_jax.ops.attention import Int8, Prefix, Stored, stored
@@ -30,6 +31,8 @@ class Decoder(nnx.Module):
         linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(c, i, linear, options, rngs) for i in range(c.num_layers)])
+        if options.lora is not None:
+            adapt(self.layers, options.lora, rngs)
         self.final_norm = RMSNorm(c.hidden_size, c)
         if not c.tie_embeddings:
             self.head = linear(c.hidden_size, c.vocab_size, use_bias=False)

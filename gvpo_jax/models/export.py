@@ -1,8 +1,9 @@
 """Writing a model folder that transformers loads."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def export_model(
     folder = Path(folder)
     as_dtype(dtype)
     tensors = named_tensors(loaded.config, params)
+    with new_folder(folder) as new:
+        write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        _write_settings(new, loaded, dtype)
+        write_about(new, loaded, {"dtype": dtype} | dict(about or {}))
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write an export into, which takes the place of `folder` when all is written.
+
+    Raises:
+        UserError: there is something other than an export, or nothing can be written there.
+    """
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
     try:
@@ -57,12 +72,14 @@ def export_model(
     with place as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        _write_settings(new, loaded, dtype)
-        _write_tokenizer(new, loaded.tokenizer)
-        write_json(new / _MARKER, {"start_model": loaded.name, "dtype": dtype} | dict(about or {}))
+        yield new
         _put(new, folder, Path(scratch) / "old")
-    return folder
+
+
+def write_about(folder: Path, loaded: LoadedModel, about: Mapping[str, Any]) -> None:
+    """Write what every export has: the tokenizer, and what the export is of."""
+    _write_tokenizer(folder, loaded.tokenizer)
+    write_json(folder / _MARKER, {"start_model": loaded.name} | dict(about))
 
 
 def _replaceable(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from gvpo_jax.models.hf_tensors import TensorSource
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_READABLE = ("F32", "BF16", "F16")
+READABLE = ("F32", "BF16", "F16")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -44,7 +44,7 @@ def open_safetensors(folder: Path) -> TensorSource:
             with its files.
     """
     files, index = _weight_files(folder)
-    opened = {file.name: _open(file) for file in files}
+    opened = {file.name: open_file(file) for file in files}
     file_of: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, tensors in opened.items():
@@ -54,10 +54,10 @@ def open_safetensors(folder: Path) -> TensorSource:
                     f"{folder}: tensor {name} is in both {file_of[name]} and {file}; keep one"
                 )
             kind = tensors.get_slice(name).get_dtype()
-            if kind not in _READABLE:
+            if kind not in READABLE:
                 raise UserError(
                     f"{folder / file}: tensor {name} is of type {kind}; "
-                    f"only {', '.join(_READABLE)} can be read"
+                    f"only {', '.join(READABLE)} can be read"
                 )
             file_of[name], shapes[name] = file, tuple(tensors.get_slice(name).get_shape())
     if index is not None:
@@ -87,6 +87,17 @@ def write_safetensors(
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+
+
+def open_file(file: Path) -> Any:
+    """One safetensors file; a UserError where it is none."""
+    check_fetched(file)
+    try:
+        return safe_open(file, framework="np")
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing, though the index names it") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def as_dtype(name: str) -> np.dtype:
@@ -171,16 +182,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key} is listed twice")
         result[key] = value
     return result
-
-
-def _open(file: Path) -> Any:
-    check_fetched(file)
-    try:
-        return safe_open(file, framework="np")
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing, though the index names it") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def _check_index(folder: Path, index: Mapping[str, str], file_of: Mapping[str, str]) -> None:

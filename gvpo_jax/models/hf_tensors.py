@@ -118,7 +118,7 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
     counts = Counter(path for spec in specs.values() for path in spec.paths)
     for name, spec in specs.items():
         array = source.read(name)
-        _check_finite(array, f"{source.name}: tensor {name}")
+        check_finite(array, f"{source.name}: tensor {name}")
         ends = np.cumsum(spec.rows)[:-1]
         for path, part in zip(spec.paths, np.split(array, ends), strict=True):
             part = np.ascontiguousarray(part.T if spec.transposed else part)
@@ -184,6 +184,15 @@ def text_tensors(source: TensorSource) -> TensorSource:
     return TensorSource(source.name, shapes, lambda alone: source.read(names[alone]))
 
 
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises UserError where an array holds NaN or infinite numbers; `what` says which it is."""
+    with np.errstate(all="ignore"):
+        total = array.sum()  # quick, and NaN or infinite where any number is
+    if not np.isfinite(total) and not np.isfinite(array).all():
+        bad = "NaN" if np.isnan(array).any() else "infinite"
+        raise UserError(f"{what} holds {bad} numbers: these weights are broken, get others")
+
+
 def _check_tensors(family: str, specs: dict, shapes: dict, source: str) -> None:
     if missing := [name for name in specs if name not in shapes]:
         raise UserError(f"{source} lacks tensor {_listed(missing)}, which its config asks for")
@@ -197,14 +206,6 @@ def _check_tensors(family: str, specs: dict, shapes: dict, source: str) -> None:
                 f"{source}: tensor {name} has shape {tuple(shapes[name])}, "
                 f"its config asks for {spec.shape}"
             )
-
-
-def _check_finite(array: np.ndarray, what: str) -> None:
-    with np.errstate(all="ignore"):
-        total = array.sum()  # quick, and NaN or infinite where any number is
-    if not np.isfinite(total) and not np.isfinite(array).all():
-        bad = "NaN" if np.isnan(array).any() else "infinite"
-        raise UserError(f"{what} holds {bad} numbers: these weights are broken, get others")
 
 
 def _check_tied_copy(source: TensorSource) -> None:

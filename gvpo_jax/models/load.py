@@ -75,7 +75,7 @@ def load_model(
     elif (path := local_path(name)) is not None and path.suffix == ".gguf":
         files = read_gguf(path)
     else:
-        files = _read_folder(path or _download(name))
+        files = _read_folder(path or download(name))
     check_length(files.config, length, name)
     config = for_length(files.config, length)
     check(config)
@@ -130,6 +130,36 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+def download(name: str, patterns: Sequence[str] = _DOWNLOADED) -> Path:
+    """The folder with what the hub has under a name, of the files that the patterns name.
+
+    Raises:
+        UserError: there is no such thing, or it can't be had.
+    """
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name} is no folder, no .gguf file and no name on the Hugging Face hub")
+    try:
+        # weights live at the top of a repository; its subfolders hold other formats
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in "
+            "with hf auth login, or set HF_TOKEN"
+        ) from error
+    except Exception as error:  # offline, no such repository, no permission, disk full
+        reason = str(error).strip().partition("\n")[0]
+        meant = "did you mean debug? " if difflib.get_close_matches(name, ["debug"]) else ""
+        raise UserError(
+            f"{meant}{name} is no folder here and could not be downloaded from the Hugging Face "
+            f"hub: {reason}"
+        ) from error
+    return Path(folder)
+
+
 def _read_debug() -> ModelFiles:
     config, tokenizer = debug_config(), debug_tokenizer()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
@@ -144,6 +174,8 @@ def _read_folder(folder: Path) -> ModelFiles:
         hint = f"; model.name may be a file in it, {gguf[0]}" if gguf else ""
         if (folder / "checkpoints").is_dir():
             hint = f": it is a run; gvpo-jax export {folder} writes one, {folder}/export"
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it is an adapter: give it as model.adapter, and its base as model.name"
         raise UserError(f"{folder} holds no config.json, so it is not a model folder{hint}")
     try:
         config = decoder_config(values)
@@ -186,28 +218,3 @@ def _package_path(name: str) -> Path:
     if not path.exists():
         raise UserError(f"{name}: package {package} holds no {inside}")
     return path
-
-
-def _download(name: str) -> Path:
-    import huggingface_hub
-
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name} is no folder, no .gguf file and no name on the Hugging Face hub")
-    try:
-        # weights live at the top of a repository; its subfolders hold other formats
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]
-        )
-    except huggingface_hub.errors.GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in "
-            "with hf auth login, or set HF_TOKEN"
-        ) from error
-    except Exception as error:  # offline, no such repository, no permission, disk full
-        reason = str(error).strip().partition("\n")[0]
-        meant = "did you mean debug? " if difflib.get_close_matches(name, ["debug"]) else ""
-        raise UserError(
-            f"{meant}{name} is no folder here and could not be downloaded from the Hugging Face "
-            f"hub: {reason}"
-        ) from error
-    return Path(folder)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gvpo_jax.logprobs import CHUNK_BYTES
+from gvpo_jax.models.lora import Lora
 from gvpo_jax.models.rope import Scaling
 from gvpo_jax.ops.attention import causal
 from gvpo_jax.ops.experts import of_tokens
@@ -119,6 +120,7 @@ class DecoderOptions:
         product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
             its own gives what it returns the `checkpoint_name` "product".
         chunk_bytes, shards: see `decoder.DecoderFns`.
+        lora: the form of the adapter that the parameters hold beside the model's; None: they don't.
     """
 
     dtype: Any = jnp.float32
@@ -131,6 +133,7 @@ class DecoderOptions:
     product: Callable[..., jax.Array] = jax.lax.dot_general
     chunk_bytes: int = CHUNK_BYTES
     shards: int = 1
+    lora: Lora | None = None
 
 
 PLAIN = DecoderOptions()

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.data.groups import Groups, Source, check_logps, make_groups
 from gvpo_jax.logprobs import soft_cap
+from gvpo_jax.models.lora import join
 from gvpo_jax.parallel.distributed import to_devices, to_host
 from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lanes, place_batch
 from gvpo_jax.parallel.mesh import MeshConfig
@@ -61,8 +62,9 @@ class SamplingModel:
     functions: Any  # the decoder, not jitted, see `gvpo_jax.models.decoder.DecoderFns`
     # Where it runs; default: the first device.
     mesh: Mesh = field(default_factory=lambda: MeshConfig(fsdp=1).mesh(jax.local_devices()[:1]))
-    # The policy's parameters -> those to sample with; jitted.
-    prepare: Callable[[Any], Any] = lambda params: params
+    # The policy's parameters and `frozen`, those beside them -> those to sample with; jitted.
+    prepare: Callable[[Any, Any], Any] = lambda params, frozen: join(frozen, params)
+    frozen: Any = None
 
 
 @dataclass(eq=False, repr=False)
@@ -108,7 +110,7 @@ class InProcessEngine(Engine):
         prompts_gp, lengths_g = pad_prompts([*prompts, *[prompts[0]] * filling], longest_prompt)
         ids = np.asarray([*prompt_ids, *[prompt_ids[0]] * filling], np.uint32)
         batch = {"prompts": prompts_gp, "prompt_lengths": lengths_g, "prompt_ids": ids}
-        batch, params = place_batch(mesh, batch, k), self.model.prepare(params)
+        batch, params = place_batch(mesh, batch, k), self.model.prepare(params, self.model.frozen)
         lengths_g = batch["prompt_lengths"]
         state, computed = self._prefill(
             params, batch["prompts"], lengths_g, k=k, t=max_completion_length, size=size

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from gvpo_jax.config import Config
 from gvpo_jax.data.batch import Batch, Sizes
-from gvpo_jax.models.decoder import DecoderConfig, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.hf_config import check_length
+from gvpo_jax.models.lora import Params, merge
 from gvpo_jax.parallel.layout import (
     batch_shardings,
     check_batch,
@@ -76,29 +77,32 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     check_length(model, longest, "the model")
     functions = config.model.functions(model, mesh, config.rollout.cache_dtype)
     programs = config.programs(functions, model, mesh)
-    state = shapes_on(mesh, jax.eval_shape(programs.init, param_shapes(model)))
+    frozen, trained = (shapes_on(mesh, tree) for tree in config.model.param_shapes(model))
+    state = shapes_on(mesh, jax.eval_shape(programs.init, trained))
     reference = shapes_on(mesh, jax.eval_shape(programs.reference, state.params))
     params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))
     sampling = sampling_model(config.rollout, config.model, model, mesh, functions)
     ahead, in_process = config.rollout.lookahead, config.servers.kind == "none"
-    weights = shapes_on(sampling.mesh, jax.eval_shape(sampling.prepare, state.params))
-    copied = device_bytes(weights) if config.rollout.tensor else 0
+    prepared = jax.eval_shape(sampling.prepare, state.params, frozen)
+    weights = shapes_on(sampling.mesh, prepared)
+    sampled = device_bytes(weights)
+    merged = merged_bytes(config, mesh, frozen, trained)
+    copied = sampled if config.rollout.tensor else merged
     lower_prefill, lower_decode, kept, steps = _rollout(config, sampling, weights, sizes["rollout"])
     # A snapshot of the policy; what it samples with and keeps lies there while the policy trains.
     snapshot = params if ahead else 0
     beside = snapshot + (copied + device_bytes(kept) if ahead and in_process else 0)
     batch = Batch(**_arrays(mesh, sizes["train"], Batch._fields))
     scored = _arrays(mesh, sizes["score"], ("prompts", "prompt_lengths", "completions"))
-    lower_step = functools.partial(programs.step.lower, state, batch)
-    lower_score = functools.partial(programs.token_logps.lower, reference, scored)
+    lower_step = functools.partial(programs.step.lower, state, batch, frozen)
+    lower_score = functools.partial(programs.token_logps.lower, reference, scored, frozen=frozen)
     training = [
         Program("train step", lower_step, fixed + beside, config.train.micro_batches),
         Program("reference scoring", lower_score, all_state + beside, 1),
     ]
     if not in_process:
         return training
-    own = 0 if config.rollout.tensor else params  # sampled with; else a copy of them is
-    others = all_state - own + fixed + snapshot
+    others = all_state + device_bytes(frozen) - (sampled - copied) + fixed + snapshot
     reads = _read_each_step(weights, kept, jnp.dtype(config.model.dtype))
     return [
         *training,
@@ -111,6 +115,15 @@ def device_bytes(tree: Any) -> int:
     """Bytes of a tree of laid out arrays, or of their shapes, on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def merged_bytes(config: Config, mesh: Mesh, frozen: Params, params: Params) -> int:
+    """Of the kernels, on one device, that sampling merges an adapter into; 0: it does not."""
+    if not frozen or config.rollout.adapter == "apart":
+        return 0
+    dtype = config.model.dtype
+    kernels = jax.eval_shape(lambda w, adapter: merge(w, adapter, 1.0, dtype), frozen, params)
+    return device_bytes(shapes_on(mesh, kernels))
 
 
 def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:

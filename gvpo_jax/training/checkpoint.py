@@ -88,21 +88,15 @@ class Checkpoints:
                 f"could not write checkpoint {step} to {self._folder}: {_first_line(error)}"
             ) from None
 
-    def check_start(self, fingerprint: int) -> None:
-        """Raises UserError where the newest checkpoint's start weights had another fingerprint."""
+    def about(self) -> dict[str, Any]:
+        """The JSON values of the newest checkpoint that has some that can be read; else none."""
         for step in self.steps():
             try:
                 args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-                found = _unsealed(step, self._manager.restore(step, args=args)["extra"])
-                found = found["start_fingerprint"]
+                return _unsealed(step, self._manager.restore(step, args=args)["extra"])
             except Exception:  # `restore` says what is broken
                 continue
-            if found != fingerprint:
-                raise UserError(
-                    "model.name is not the model that this run started from; bring it back, or "
-                    "choose another run.dir"
-                )
-            return
+        return {}
 
     def restore(self, like: Mapping[str, Any], *, without: Sequence[str] = ()) -> Restored:
         """The newest whole checkpoint.

@@ -12,7 +12,15 @@ from gvpo_jax.data.batch import Batch, pad_groups
 from gvpo_jax.data.groups import UNKNOWN, check_logps
 from gvpo_jax.data.packing_plan import Plan, make_plan
 from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import gather, max_over_hosts, my_slice, to_host
+from gvpo_jax.models.lora import Lora, adds_nothing, join, merge
+from gvpo_jax.parallel.distributed import (
+    gather,
+    is_first,
+    max_over_hosts,
+    my_slice,
+    to_first_host,
+    to_host,
+)
 from gvpo_jax.parallel.layout import fill_up, group_shards, place_batch, shapes_on
 from gvpo_jax.training.checkpoint import Checkpoints, Restored, fingerprint
 from gvpo_jax.training.programs import Programs
@@ -23,27 +31,38 @@ class Policy:
     """State, update and reference of a model in training.
 
     Args:
-        params: the start weights, on the mesh; taken over.
+        params: the start weights that are trained, on the mesh; taken over.
         programs: what computes.
+        frozen: the weights beside them that stay as they are, see `gvpo_jax.models.lora`.
+        lora: the form of an adapter, which `params` then is.
         train: into how many parts an update is cut.
         reference: the policy that beta pulls towards.
 
     Attributes:
-        reference: the parameters that beta pulls towards.
+        reference: the parameters that beta pulls towards; `frozen` belongs to them too.
         updates: how many the policy has seen.
         refreshed_at: `updates` when the reference was last refreshed.
         start_fingerprint: a number that tells the start weights from others.
     """
 
     def __init__(
-        self, params: Any, programs: Programs, *, train: TrainConfig, reference: ReferenceConfig
+        self,
+        params: Any,
+        programs: Programs,
+        *,
+        train: TrainConfig,
+        reference: ReferenceConfig,
+        frozen: Any = None,
+        lora: Lora | None = None,
     ):
         self._programs, self._train, self._options = programs, train, reference
+        self.frozen, self._lora = frozen, lora
+        self._frozen_fingerprint = fingerprint(frozen) if lora else 0
         self._start: Any = params  # until the first update needs an optimizer state
         self._state: TrainState | None = None
         self.reference = programs.reference(params)
-        self.start_fingerprint = fingerprint(params)
-        self._reference_fingerprint = fingerprint(self.reference)
+        self.start_fingerprint = self._fingerprint(params)
+        self._reference_fingerprint = self._fingerprint(self.reference)
         self.updates = self.refreshed_at = 0
 
     @property
@@ -66,6 +85,17 @@ class Policy:
     def snapshot(self) -> Any:
         """The current parameters, in a copy that updates do not overwrite."""
         return copy(self.params)
+
+    def whole(self, params: Any) -> Any:
+        """The model's weights with these parameters, on the first process; an adapter is merged.
+
+        All processes call it. What the others get can't be read.
+        """
+        params, frozen = to_first_host((params, self.frozen))
+        if self._lora is None or not is_first():
+            return params
+        kernels, adapter = jax.device_get((frozen, params))
+        return join(frozen, merge(kernels, adapter, self._lora.scale, np.float32))
 
     def take_programs(self, programs: Programs) -> None:
         """Compute with other programs, of the same model and optimizer, from now on."""
@@ -111,7 +141,8 @@ class Policy:
         sent = []
         for rows in plan.rows:
             part = place_batch(mesh, {name: getattr(asked, name)[rows] for name in names}, k)
-            sent.append((rows, self._programs.token_logps(self.reference, part, packed_size)))
+            logps = self._programs.token_logps(self.reference, part, packed_size, self.frozen)
+            sent.append((rows, logps))
 
         def received() -> Batch:
             scored = np.empty_like(asked.ref_logps)
@@ -146,7 +177,9 @@ class Policy:
         order = plan.rows.T.ravel()  # which `train_step` deals out into these parts
         arrays = {name: x[order] for name, x in batch._asdict().items()}
         placed = Batch(**place_batch(self._programs.mesh, arrays, batch.rewards.shape[1]))
-        self._state, metrics = self._programs.step(self.state, placed, packed_size=plan.packed_size)
+        self._state, metrics = self._programs.step(
+            self.state, placed, frozen=self.frozen, packed_size=plan.packed_size
+        )
         self.updates += 1
         if self._options.name == "ema":
             share = 1 - self._options.decay
@@ -158,7 +191,7 @@ class Policy:
         due = self.updates - self.refreshed_at >= self._options.refresh_every
         if self._options.name == "previous" and due:
             self.reference = self._programs.reference(self.params)
-            self._reference_fingerprint = fingerprint(self.reference)
+            self._reference_fingerprint = self._fingerprint(self.reference)
             self.refreshed_at = self.updates
 
     def logps_of_all(self, params, prompts, lengths, completions) -> np.ndarray:
@@ -167,7 +200,7 @@ class Policy:
         arrays = {"prompts": prompts, "prompt_lengths": lengths, "completions": completions}
         part = {name: x[here] for name, x in arrays.items()}
         placed = place_batch(self._programs.mesh, part, k=1)
-        return gather(to_host(self._programs.token_logps(params, placed)))
+        return gather(to_host(self._programs.token_logps(params, placed, frozen=self.frozen)))
 
     def save(
         self,
@@ -182,6 +215,8 @@ class Policy:
         """
         kept = ("updates", "refreshed_at", "start_fingerprint")
         own = {name: getattr(self, name) for name in kept}
+        if self._lora:
+            own["lora"] = self._form()
         trees = {"params": self.params, "state": self.state.rest()}
         if self._options.name != "initial":
             trees["reference"] = self.reference
@@ -193,7 +228,8 @@ class Policy:
         params_only: what updates need beside the parameters is left on disk.
 
         Raises:
-            UserError: none of those there is whole, or it is of other start weights.
+            UserError: none of those there is whole, or it is of other start weights or of another
+                adapter.
         """
         if not checkpoints.steps():
             return None
@@ -202,7 +238,8 @@ class Policy:
         if self._options.name != "initial":
             trees["reference"] = self.reference
         shapes = {name: shapes_on(mesh, tree) for name, tree in trees.items()}
-        checkpoints.check_start(self.start_fingerprint)
+        if about := checkpoints.about():
+            self._check_start(about)
         del trees
         self._start = self._state = None  # not held beside what takes their place
         restored = checkpoints.restore(shapes, without=("state",) if params_only else ())
@@ -212,10 +249,42 @@ class Policy:
         else:
             self._state = TrainState(params, **restored.trees["state"])
         self.reference = restored.trees.get("reference", self.reference)
-        self._reference_fingerprint = fingerprint(self.reference)
+        self._reference_fingerprint = self._fingerprint(self.reference)
         self.updates = about.get("updates", restored.step)  # version 0.1 has no other number
         self.refreshed_at = about["refreshed_at"]
         return restored
+
+    def _check_start(self, about: dict[str, Any]) -> None:
+        """That a checkpoint, of which these are the values, began as this policy did."""
+        if (there := about.get("lora")) != self._form():
+            form = ", ".join(f"model.lora.{name}={value}" for name, value in (there or {}).items())
+            form = form or "model.lora.rank=null"
+            raise UserError(
+                f"the checkpoint is of a run with {form}: give that, or choose another run.dir"
+            )
+        if about["start_fingerprint"] != self.start_fingerprint:
+            which = "model.name, or model.adapter," if there else "model.name"
+            raise UserError(
+                f"{which} is not the model that this run started from; bring it back, or choose "
+                "another run.dir"
+            )
+
+    def _form(self) -> dict[str, Any] | None:
+        """The adapter's, as JSON gives it back."""
+        lora = self._lora
+        return lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+
+    def _fingerprint(self, params: Any) -> int:
+        """Tells parameters from others, those with an adapter that adds nothing from other bases.
+
+        Where they are kept in the same dtype, that of the base alone is the same.
+        """
+        if self._lora is None:
+            return fingerprint(params)
+        if adds_nothing(params):
+            return self._frozen_fingerprint
+        both = self._frozen_fingerprint, fingerprint(params), self._lora.scale
+        return zlib.crc32(str(both).encode())
 
     @property
     def _shards(self) -> int:

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from gvpo_jax.baselines import Objective
-from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, param_shapes
+from gvpo_jax.models.decoder import DecoderFns
+from gvpo_jax.models.lora import Params, join
 from gvpo_jax.parallel.layout import constrain_batch, replicated, shardings
 from gvpo_jax.rollout.make import copy_in
 from gvpo_jax.training.step import TrainConfig, TrainState, init_state, token_logps, train_step
@@ -25,10 +26,11 @@ class Programs:
         mesh: where they run.
         dtype: name of the dtype of the computation.
         init: `params -> TrainState`; takes the parameters over.
-        step: `(state, batch, packed_size=) -> (state, metrics)`, one update; takes the state over.
+        step: `(state, batch, frozen=, packed_size=) -> (state, metrics)`, one update; takes the
+            state over. `frozen` are the parameters beside those that are trained; default: none.
             It is compiled for each `packed_size`, see `step.token_logps`; default: None.
         token_logps: `(params, {"prompts", "prompt_lengths", "completions", "lengths"},
-            packed_size) -> [g, k, t]` log-probs; without a size it needs no lengths.
+            packed_size, frozen=) -> [g, k, t]` log-probs; without a size it needs no lengths.
         blend: `(params, average, share) -> average` with so much of the params; takes it over.
         reference: `params -> params`, a copy to score with. An average needs float32; any other is
             kept in the dtype of the computation, which gives the same numbers in less memory.
@@ -45,7 +47,7 @@ class Programs:
 
 def make_programs(
     model: DecoderFns,
-    shape: DecoderConfig,
+    params: Params,
     mesh: Mesh,
     *,
     dtype: str,
@@ -58,10 +60,11 @@ def make_programs(
 ) -> Programs:
     """The functions of a run; nothing is compiled before it is called or lowered.
 
-    dtype: of the computation; `averaged`: the reference is an average of policies. For the others
-    see `train_step`.
+    params: shapes of those that are trained; `dtype`: of the computation; `averaged`: the reference
+    is an average of policies. For the others see `train_step`.
     """
     init = functools.partial(init_state, optimizer=optimizer)
+
     step = functools.partial(
         train_step,
         model=model,
@@ -73,7 +76,7 @@ def make_programs(
         completion_parts=train.completion_parts,
     )
     step.__name__ = "train_step"  # pyright: ignore[reportAttributeAccessIssue]  # for profiles
-    layout = shardings(mesh, jax.eval_shape(init, param_shapes(shape)))
+    layout = shardings(mesh, jax.eval_shape(init, params))
     reference_dtype = jnp.dtype("float32" if averaged else dtype)
     return Programs(
         mesh=mesh,
@@ -91,6 +94,7 @@ def make_programs(
     )
 
 
-def _token_logps(model, mesh, params, batch, packed_size=None):
-    logps = token_logps(model, params, **batch, packed_size=packed_size)
+def _token_logps(model, mesh, params, batch, packed_size=None, frozen=None):
+    whole = join(frozen, params)
+    logps = token_logps(model, whole, **batch, packed_size=packed_size)
     return constrain_batch(mesh, {"logps": logps}, *logps.shape[:2])["logps"]

@@ -17,6 +17,7 @@ from gvpo_jax.data.batch import Batch, fill_up, join_completions, split_completi
 from gvpo_jax.data.groups import UNKNOWN, Source
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
+from gvpo_jax.models.lora import Params, join
 from gvpo_jax.ops.packing import pack_tokens
 from gvpo_jax.settings import setting
 
@@ -169,6 +170,7 @@ def token_logps(
 def train_step(
     state: TrainState,
     batch: Batch,
+    frozen: Params | None = None,
     *,
     model: Any,
     optimizer: optax.GradientTransformation,
@@ -189,6 +191,7 @@ def train_step(
     Args:
         state: parameters, optimizer state and step; donate it.
         batch: see `Batch`.
+        frozen: the model's parameters beside those of the state; default: there are none.
         model: see `gvpo_jax.models.decoder.DecoderFns`.
         optimizer: an Optax transformation.
         objective: what to minimise, e.g. `gvpo_jax.training.objectives.gvpo(beta=0.1)`.
@@ -224,12 +227,12 @@ def train_step(
     logps_of: Any = functools.partial(token_logps, model, packed_size=packed_size)
 
     def part_loss(params, batch: Batch, advantages_gk):
-        logps_gkt = logps_of(params, *batch[:4])  # from prompts to lengths
+        logps_gkt = logps_of(join(frozen, params), *batch[:4])  # from prompts to lengths
         return loss_of(logps_gkt, batch, advantages_gk), jax.lax.stop_gradient(logps_gkt)
 
     gradient = jax.grad(part_loss, has_aux=True)
     if completion_parts > 1:
-        gradient = functools.partial(_in_two_passes, logps_of, loss_of, completion_parts)
+        gradient = functools.partial(_in_two_passes, logps_of, loss_of, completion_parts, frozen)
     if micro_batches > 1:
         size = len(batch.prompts) // micro_batches
         add_up = optax.microbatching.AccumulationType
@@ -256,13 +259,13 @@ def _check_shapes(batch: Batch) -> None:
     chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
-def _in_two_passes(logps_of, loss_of, parts, params, batch: Batch, advantages_gk):
+def _in_two_passes(logps_of, loss_of, parts, frozen, params, batch: Batch, advantages_gk):
     """The gradient, over parts of groups: log-probs first, then backward with known weights."""
     cut: Any = functools.partial(split_completions, parts=parts)
     pieces = cut(batch.completions), cut(batch.lengths)
 
     def logps_of_part(params, part):
-        return logps_of(params, batch.prompts, batch.prompt_lengths, *part)
+        return logps_of(join(frozen, params), batch.prompts, batch.prompt_lengths, *part)
 
     logps_gkt = join_completions(jax.lax.map(lambda part: logps_of_part(params, part), pieces))
     weights = cut(jax.grad(loss_of)(logps_gkt, batch, advantages_gk))

@@ -26,6 +26,7 @@ from gvpo_jax.cli import main
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import load_config, settings_page
 from gvpo_jax.models.decoder import Decoder
+from gvpo_jax.settings import all_settings
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 GENERATED = "docs/settings.md"  # by `python -m gvpo_jax.config_file`
@@ -311,10 +312,9 @@ def test_versions_are_written_alike():
 def test_the_settings_page_is_that_of_this_config():
     text = read("docs/settings.md")
     assert text == settings_page(), "run: python -m gvpo_jax.config_file > docs/settings.md"
-    for section in dataclasses.fields(Config):
-        for setting in dataclasses.fields(SECTIONS[section.name]):
-            assert f"| `{section.name}.{setting.name}` |" in text
-            assert setting.metadata["description"].endswith(".") or "..." in text
+    for setting in all_settings(Config()):
+        assert f"| `{setting.key}` |" in text
+        assert setting.about["description"].endswith(".") or "..." in text
 
 
 def test_the_walk_is_the_way_that_a_run_takes(tmp_path, monkeypatch):

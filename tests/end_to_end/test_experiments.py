@@ -40,6 +40,13 @@ def test_decode_step(tmp_path):
     assert milliseconds["gvpo-jax"]["median"] < milliseconds["transformers"]["median"]
 
 
+def test_lora_decode(tmp_path):
+    run("lora_decode", "--ranks", 4, "--rounds", 1, "--out", tmp_path / "results.json")
+    times = json.loads((tmp_path / "results.json").read_text())["ms"]["4"]
+    assert times.keys() == {"merged", "apart", "merge"}
+    assert times["merge"]["median"] > 0
+
+
 def test_quickstart(tmp_path):
     run("quickstart", "--config", "debug", "--seeds", 0, 1, "--runs", tmp_path, "--out", tmp_path)
     seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]

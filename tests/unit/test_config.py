@@ -430,7 +430,7 @@ def test_older_names_are_read_wherever_settings_are_given(write):
 def test_every_name_that_trl_s_are_answered_with_exists():
     keys = {setting.key for setting in all_settings(Config())}
     for theirs, ours in TRL_NAMES.items():
-        named = re.findall(r"\b[a-z]+\.[a-z_0-9]+", ours.replace("metrics.jsonl", ""))
+        named = re.findall(r"\b[a-z]+(?:\.[a-z_0-9]+)+", ours.replace("metrics.jsonl", ""))
         assert ours.startswith(named[0]), theirs
         assert set(named) <= keys, theirs
         assert theirs not in (field.name for field in dataclasses.fields(Config)), theirs
@@ -450,6 +450,7 @@ def test_every_name_that_trl_s_are_answered_with_exists():
         ("max_prompt_length", "data.max_prompt_length here"),
         ("max_steps", "train.steps here"),
         ("output_dir", "run.dir here"),
+        ("lora_r", "model.lora.rank here"),
         ("vllm_mode", "servers.kind=vllm, whose servers run on their own here"),
     ],
 )

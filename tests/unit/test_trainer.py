@@ -83,6 +83,9 @@ VARIANTS = {
     },
     "demonstrations": {"rollout__demonstrations": 1, "reference__name": "previous"},
     "grpo": {"loss__name": "grpo", "train__num_iterations": 2},
+    "lora": {"model__lora__rank": 4, "rollout__lookahead": 1},
+    "lora_previous": {"model__lora__rank": 4, "reference__name": "previous"},
+    "lora_ema": {"model__lora__rank": 4, "reference__name": "ema"},
 }
 
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from gvpo_jax.data.groups import Groups, Source, make_groups
 from gvpo_jax.models.load import LoadedModel
-from gvpo_jax.parallel.distributed import raise_together
+from gvpo_jax.parallel.distributed import raise_together, to_first_host
 from gvpo_jax.rollout.engine import Engine, SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
 from gvpo_jax.rollout.servers.connect import ServersConfig
@@ -163,11 +163,13 @@ def http_engine(
     logps: SequenceLogps,
     run_dir: str,
     stop: StopStrings | None = None,
+    whole: Callable[[Any], Any] = to_first_host,
 ) -> HttpEngine:
     """Samples on these servers, of any kind but "none", which get new weights through a folder.
 
     It lies in `run_dir`, unless `config.weights_dir` names another; `model` gives it configuration
-    and tokenizer. `logps` are the trainer's, on every process those of all sequences.
+    and tokenizer. `logps` are the trainer's, on every process those of all sequences; for `whole`
+    see `WeightSync`.
     """
     assert config.kind != "none"
     weights = WeightSync(
@@ -176,6 +178,7 @@ def http_engine(
         model,
         Path(config.weights_dir or Path(run_dir) / "weights"),
         logps,
+        whole,
         dtype=config.weights_dtype,
         tolerance=config.logp_tolerance,
     )

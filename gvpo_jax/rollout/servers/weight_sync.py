@@ -70,6 +70,8 @@ class WeightSync:
     model: LoadedModel  # gives config and tokenizer of the folders
     folder: Path  # where they are written; every server sees it under the same path
     logps: SequenceLogps  # see `sequence_logps`
+    # The trainer's parameters -> the model's, on the first process; all call it.
+    whole: Callable[[Any], Any] = to_first_host
     dtype: str = "float32"  # of the files; or "bfloat16"
     # Mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
     tolerance: float = 0.05
@@ -111,7 +113,7 @@ class WeightSync:
         if not self._probes:
             raise ValueError("sync needs probes: sequences of tokens to compare log-probs of")
         self._on_servers = []
-        whole = to_first_host(params)
+        whole = self.whole(params)
         number, seconds, answers = from_first_host(lambda: self._deliver(whole, version))
         self._report = self._compare(params, number, seconds, answers)
         from_first_host(self._remove_old)
