@@ -7,7 +7,7 @@ import importlib.util
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
@@ -30,7 +30,7 @@ from gvpo_jax.training.step import ReferenceConfig, TrainConfig
 if TYPE_CHECKING:  # these bring in flax, which a misspelt config should not wait for
     from jax.sharding import Mesh
 
-    from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
+    from gvpo_jax.models.decoder import DecoderFns
     from gvpo_jax.training.programs import Programs
 
 
@@ -79,16 +79,13 @@ class Config:
                 f"{len(rewards.funcs)} functions"
             )
 
-    def programs(self, model: "DecoderFns", shape: "DecoderConfig", mesh: "Mesh") -> "Programs":
-        """What a run compiles to train; for the other arguments see `make_programs`.
-
-        shape: of the model.
-        """
+    def programs(self, model: "DecoderFns", params: Any, mesh: "Mesh") -> "Programs":
+        """What a run compiles to train; for the arguments see `make_programs`."""
         from gvpo_jax.training.programs import make_programs
 
         return make_programs(
             model,
-            self.model.param_shapes(shape)[1],
+            params,
             mesh,
             dtype=self.model.dtype,
             optimizer=self.optimizer.create(self.train.updates),

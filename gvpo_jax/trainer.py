@@ -3,12 +3,10 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
 from gvpo_jax.collect.early_signs import data_signs
@@ -29,12 +27,10 @@ from gvpo_jax.data.prompts import EncodedPrompts, completion_ids
 from gvpo_jax.data.rows import as_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
-from gvpo_jax.memory import check_memory
-from gvpo_jax.models.adapters import check_start, export_adapter, start
-from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.adapters import export_adapter
 from gvpo_jax.models.export import export_model
-from gvpo_jax.models.hf_config import check_length
-from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
+from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.models.own import OwnModel
 from gvpo_jax.parallel.distributed import (
     from_first_host,
     is_first,
@@ -42,17 +38,17 @@ from gvpo_jax.parallel.distributed import (
     raise_together,
     to_first_host,
 )
-from gvpo_jax.parallel.layout import check_batch, group_shards, place_params
+from gvpo_jax.parallel.layout import check_batch, group_shards
+from gvpo_jax.prepared import prepare
 from gvpo_jax.rewards import batched, load_reward_func
 from gvpo_jax.rewards.functions import changed_code, code_fingerprint, function_names
 from gvpo_jax.rollout import Engine, InProcessEngine
-from gvpo_jax.rollout.make import sampling_model
 from gvpo_jax.rollout.servers.engine import http_engine
 from gvpo_jax.rollout.servers.weight_sync import sequence_logps
 from gvpo_jax.rollout.stop import StopStrings
 from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
-from gvpo_jax.training.policy import Policy, copy
+from gvpo_jax.training.policy import Policy
 
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
@@ -65,7 +61,8 @@ class Trainer:
 
     Args:
         config: the settings.
-        model: a model already loaded; default: `config.model.name` is loaded.
+        model: a model already loaded, or an `OwnModel` from elsewhere; default: `config.model.name`
+            is loaded.
         trains: False where there will be no update: then no room for the optimizer is asked for.
 
     Attributes:
@@ -78,7 +75,9 @@ class Trainer:
             memory.
     """
 
-    def __init__(self, config: Config, model: LoadedModel | None = None, *, trains: bool = True):
+    def __init__(
+        self, config: Config, model: LoadedModel | OwnModel | None = None, *, trains: bool = True
+    ):
         if not isinstance(config, Config):
             raise UserError(
                 f"config is a {type(config).__name__}, not a gvpo_jax.config.Config; for the name "
@@ -92,57 +91,30 @@ class Trainer:
         check_batch(mesh, groups, c.rollout.num_generations, name)
         my_slice(c.train.batch_size - c.replay.groups)  # raises where new groups do not divide
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
-        needed = c.data.max_prompt_length + c.rollout.max_completion_length
-        if model is None:
-            model = load_model(
-                c.model.name,
-                place=lambda path, x: place_params(mesh, {path: c.model.kept(x)})[path],
-                length=needed,
-                check=lambda shape: self._check_shape(shape, mesh, trains),
-            )
-            params = model.params
-        else:  # the caller keeps theirs
-            check_length(model.config, needed, model.name)
-            self._check_shape(model.config, mesh, trains)
-            kept = jax.tree.map(c.model.kept, model.params)
-            params = copy(place_params(mesh, kept))
-        frozen, params = start(c.model, model.config, params, mesh, c.run.seed)
+        ready = prepare(c, mesh, model, trains=trains)
         self.history: list[dict[str, Any]] = []
         self._reward_code: Mapping[str, str] = {}  # of the run that was restored
-        self.stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
-        self.tokenizer = model.tokenizer
-        if c.data.template is not None:  # the one that trains is the one that is exported
-            self.tokenizer = deepcopy(model.tokenizer)
-            self.tokenizer.chat_template = c.data.template
-        self.model = dataclasses.replace(model, params={}, tokenizer=self.tokenizer)
-        stop = StopStrings(tuple(c.rollout.stop), self.tokenizer) if c.rollout.stop else None
-        functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
-        self._programs_of = lambda config: config.programs(functions, model.config, mesh)
-        programs = self._programs_of(c)
+        self.model, self.tokenizer = ready.model, ready.model.tokenizer
+        self.stop_ids, self._vocab_size = ready.stop_ids, ready.vocab_size
+        shapes = jax.eval_shape(lambda: ready.params)
+        self._programs_of = lambda config: config.programs(ready.functions, shapes, mesh)
         self.policy = Policy(
-            params,
-            programs,
+            ready.params,
+            self._programs_of(c),
             train=c.train,
             reference=c.reference,
-            frozen=frozen,
+            frozen=ready.frozen,
             lora=c.model.lora.form(),
         )
+        stop = StopStrings(tuple(c.rollout.stop), self.tokenizer) if c.rollout.stop else None
         self.engine: Engine
         if fleet is None:
-            sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions, frozen)
-            self.engine = InProcessEngine(sampling, self.stop_ids, c.rollout.slots, stop)
+            self.engine = InProcessEngine(ready.sampling, self.stop_ids, c.rollout.slots, stop)
         else:
+            assert isinstance(self.model, LoadedModel)
             logps = sequence_logps(self.policy.logps_of_all, multiple=group_shards(mesh))
-            self.engine = http_engine(
-                c.servers,
-                fleet,
-                self.model,
-                self.stop_ids,
-                logps,
-                c.run.dir,
-                stop,
-                whole=self.policy.whole,
-            )
+            where = c.run.dir, stop, self.policy.whole
+            self.engine = http_engine(c.servers, fleet, self.model, self.stop_ids, logps, *where)
 
     @classmethod
     def from_pretrained(
@@ -378,9 +350,9 @@ class Trainer:
         Raises:
             UserError: the folder holds something else, or can't be written.
         """
+        model, about = self._loaded(), self._about_template()
         params = self.policy.whole(self.policy.params)
-        about = self._about_template()
-        from_first_host(lambda: export_model(folder, self.model, params, about=about))
+        from_first_host(lambda: export_model(folder, model, params, about=about))
 
     def save_adapter(self, folder: Path | str) -> None:
         """Write the current policy's adapter alone, as a folder that PEFT loads.
@@ -393,8 +365,9 @@ class Trainer:
         lora = self.config.model.lora.form()
         if lora is None:
             raise UserError("there is no adapter: without model.lora.rank the model is trained")
-        adapter, about = to_first_host(self.policy.params), self._about_template()
-        from_first_host(lambda: export_adapter(folder, self.model, adapter, lora, about=about))
+        model, about = self._loaded(), self._about_template()
+        adapter = to_first_host(self.policy.params)
+        from_first_host(lambda: export_adapter(folder, model, adapter, lora, about=about))
 
     def restore(self, run_dir: Path | str) -> int:
         """Take over the policy of a run's last whole checkpoint; returns its step.
@@ -414,10 +387,13 @@ class Trainer:
             self.config = from_first_host(lambda: with_run_date(self.config, Path(run_dir)))
         return restored.step
 
-    def _check_shape(self, shape: DecoderConfig, mesh: Mesh, trains: bool) -> None:
-        """What can be told before weights are read."""
-        check_start(self.config.model, shape)
-        check_memory(self.config, shape, mesh, trains=trains)
+    def _loaded(self) -> LoadedModel:
+        if not isinstance(self.model, LoadedModel):
+            raise UserError(
+                f"{self.model.name} is a model of your own: save trainer.policy.params as you save "
+                "its parameters"
+            )
+        return self.model
 
     def _about_template(self) -> dict[str, Any]:
         """What an export says of the chat template that trained."""
@@ -503,7 +479,7 @@ class Trainer:
             prompts,
             self._completion_ids,
             reference=self.policy.reference_fingerprint,
-            vocab_size=self.model.config.vocab_size,
+            vocab_size=self._vocab_size,
             max_completion_length=self.config.rollout.max_completion_length,
             bad_samples=self.config.data.bad_samples,
         )
@@ -515,10 +491,10 @@ class Trainer:
             self.config = from_first_host(lambda: with_run_date(self.config, folder))
 
     def _encode(self, rows: Dataset) -> EncodedPrompts:
-        return self.config.data.encode(rows, self.tokenizer, self.model.config.vocab_size)
+        return self.config.data.encode(rows, self.tokenizer, self._vocab_size)
 
     def _completion_ids(self, text: str) -> list[int]:
-        rows = self.model.config.vocab_size
+        rows = self._vocab_size
         return completion_ids(text, self.tokenizer, self.stop_ids, rows)
 
     def _encode_all(self, prompts: Sequence[Any]) -> EncodedPrompts:

@@ -96,12 +96,12 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def check_length(shape: DecoderConfig, length: int, name: str) -> None:
-    """Raises UserError where a decoder was not made for sequences of so many tokens."""
-    if length > shape.max_position_embeddings:
+def check_length(longest: int, length: int, name: str) -> None:
+    """Raises UserError where a model was not made for sequences of so many tokens."""
+    if length > longest:
         raise UserError(
             f"data.max_prompt_length + rollout.max_completion_length = {length} tokens, but "
-            f"{name} was made for {shape.max_position_embeddings}; lower one of them"
+            f"{name} was made for {longest}; lower one of them"
         )
 
 

@@ -76,7 +76,7 @@ def load_model(
         files = read_gguf(path)
     else:
         files = _read_folder(path or download(name))
-    check_length(files.config, length, name)
+    check_length(files.config.max_position_embeddings, length, name)
     config = for_length(files.config, length)
     check(config)
     params = read_params(config, files.tensors, place=place)
@@ -105,11 +105,15 @@ def stop_token_ids(loaded: LoadedModel, more: Sequence[int] = ()) -> tuple[int, 
         vocabulary = loaded.tokenizer.get_vocab()
         ids += [vocabulary.get(token) for token in of_family]
     ids = [*(i for i in ids if i is not None), *more]
-    rows = loaded.config.vocab_size
+    return checked_stop_ids(ids, loaded.config.vocab_size, loaded.name)
+
+
+def checked_stop_ids(ids: Sequence[Any], rows: int, name: str) -> tuple[int, ...]:
+    """The ids without repeats; raises UserError where the embedding has no such row."""
     for i in ids:
         if not (isinstance(i, int) and 0 <= i < rows):
             raise UserError(
-                f"{loaded.name}: {i!r} can't be a stop token: the embedding has {rows} rows, so "
+                f"{name}: {i!r} can't be a stop token: the embedding has {rows} rows, so "
                 f"token ids are 0 to {rows - 1}; correct eos_token_id in its files, the "
                 "tokenizer's end token, or rollout.stop_token_ids"
             )

@@ -74,10 +74,10 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
     part, k = sizes["score"].groups, sizes["score"].k
     check_batch(mesh, part, k, f"train.batch_size / train.micro_batches = {part}")
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    check_length(model, longest, "the model")
+    check_length(model.max_position_embeddings, longest, "the model")
     functions = config.model.functions(model, mesh, config.rollout.cache_dtype)
-    programs = config.programs(functions, model, mesh)
     frozen, trained = (shapes_on(mesh, tree) for tree in config.model.param_shapes(model))
+    programs = config.programs(functions, trained, mesh)
     state = shapes_on(mesh, jax.eval_shape(programs.init, trained))
     reference = shapes_on(mesh, jax.eval_shape(programs.reference, state.params))
     params, all_state, fixed = (device_bytes(x) for x in (state.params, state, reference))

@@ -16,6 +16,7 @@ LEARNED = {
     "optax_only.py": lambda before, after: before < 0.1 < 0.9 < after,
     "linen_model.py": lambda before, after: before < 0.2 < 0.9 < after,
     "equinox_model.py": lambda before, after: before < -2 < -0.5 < after,
+    "own_transformer.py": lambda before, after: before < 0.3 < 0.45 < after,
 }
 
 
@@ -34,8 +35,9 @@ def test_it_runs_and_learns(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_it_is_short_and_on_the_page(script):
     code = script.read_text()
-    assert len(code.splitlines()) < 40
-    assert "from gvpo_jax import gvpo_loss" in code
+    whole_loop = script.name == "own_transformer.py"  # all others have the loss in a loop of theirs
+    assert len(code.splitlines()) < (70 if whole_loop else 40)
+    assert ("Trainer(" if whole_loop else "from gvpo_jax import gvpo_loss") in code
     assert f"[{script.name}]({script.name})" in PAGE
 
 

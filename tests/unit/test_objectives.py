@@ -35,6 +35,7 @@ BIGRAM = SimpleNamespace(
     head=lambda params: params["head"],
     shards=1,
     chunk_bytes=2**29,
+    logit_cap=None,
 )
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 

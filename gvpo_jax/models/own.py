@@ -1,23 +1,62 @@
-"""Any causal model as the functions that training and sampling call: simple, and slow to sample.
+"""A model from elsewhere: its functions, parameters and tokenizer, for `Trainer(config, model)`."""
 
-The model needs no cache and knows of no groups: a prompt is computed anew for each of its
-completions, and a completion for each of its tokens. A model that has a cache offers its own
-`DecoderFns`.
-"""
-
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
 
 from gvpo_jax.models.decoder import DecoderFns
+from gvpo_jax.models.load import checked_stop_ids
 
 Hidden = Callable[[Any, jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnModel:
+    """A model that this package did not load.
+
+    Attributes:
+        functions: what it computes: its own `DecoderFns`, or those of `plain_functions`.
+        params: its parameters, nested dicts and lists of float32 arrays. One whose path and shape
+            are as in the table of `gvpo_jax.parallel.layout`, such as `layers/0/q/kernel`, is cut
+            over the devices; the others are copied to each.
+        tokenizer: a tokenizer of transformers.
+        max_length: tokens that a text may have, prompt and completion together.
+        stop_token_ids: the tokens that end a completion, beside the tokenizer's end token.
+        name: for messages and reports.
+    """
+
+    functions: DecoderFns
+    params: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    stop_token_ids: tuple[int, ...] = ()
+    name: str = "own model"
+
+    def stop_ids(self, more: Sequence[int] = ()) -> tuple[int, ...]:
+        """Every token that ends a completion, and `more`.
+
+        Raises:
+            UserError: one is no token id that the embedding has a row for.
+        """
+        end: Any = self.tokenizer.eos_token_id
+        ids = [*([] if end is None else [end]), *self.stop_token_ids, *more]
+        return checked_stop_ids(ids, self.vocab_size, self.name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output embedding."""
+        return jax.eval_shape(self.functions.head, self.params).shape[0]
+
+
 def plain_functions(hidden: Hidden, head: Callable[[Any], jax.Array]) -> DecoderFns:
-    """What `Trainer` needs of a model, from two functions of its parameters.
+    """What `Trainer` needs of a model, from two functions of its parameters: simple, but slow.
+
+    The model needs no cache and knows of no groups: a prompt is computed anew for each of its
+    completions, and a completion for each of its tokens. For speed offer `DecoderFns` with a cache.
 
     Args:
         hidden: `(params, tokens [b, s]) -> [b, s, d]`, the hidden states before the head. Each may

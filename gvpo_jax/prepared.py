@@ -1,0 +1,118 @@
+"""A trainer's model, ready on its mesh: loaded here, handed over loaded, or from elsewhere."""
+
+import dataclasses
+from copy import deepcopy
+from operator import attrgetter
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gvpo_jax.config import Config
+from gvpo_jax.errors import UserError
+from gvpo_jax.memory import check_memory
+from gvpo_jax.models.adapters import check_start, start
+from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
+from gvpo_jax.models.hf_config import check_length
+from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
+from gvpo_jax.models.own import OwnModel
+from gvpo_jax.parallel.layout import group_shards, place_params
+from gvpo_jax.rollout.inprocess import SamplingModel
+from gvpo_jax.rollout.make import sampling_model
+from gvpo_jax.training.policy import copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model that can be trained."""
+
+    model: LoadedModel | OwnModel  # without its parameters
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    functions: DecoderFns  # what is trained computes
+    sampling: SamplingModel  # what samples in this process
+    params: Any  # that are trained
+    frozen: Any = None  # those beside them
+
+
+def prepare(
+    config: Config, mesh: Mesh, model: LoadedModel | OwnModel | None, *, trains: bool
+) -> Prepared:
+    """The model of a config, or the one that is given, on the mesh.
+
+    A model that is given keeps its own parameters; these are copies.
+
+    Args:
+        config: of the run.
+        mesh: the devices.
+        model: the model; None: `config.model.name` is loaded.
+        trains: whether there will be updates, which need memory.
+
+    Raises:
+        UserError: it can't be loaded, or does not fit the settings, the devices or their memory.
+    """
+    c = config
+    if isinstance(model, OwnModel):
+        return _prepare_own(c, mesh, model)
+    needed = c.data.max_prompt_length + c.rollout.max_completion_length
+
+    def check(shape: DecoderConfig) -> None:
+        """What can be told before weights are read."""
+        check_start(c.model, shape)
+        check_memory(c, shape, mesh, trains=trains)
+
+    if model is None:
+        model = load_model(
+            c.model.name,
+            place=lambda path, x: place_params(mesh, {path: c.model.kept(x)})[path],
+            length=needed,
+            check=check,
+        )
+        params = model.params
+    else:
+        check_length(model.config.max_position_embeddings, needed, model.name)
+        check(model.config)
+        params = copy(place_params(mesh, jax.tree.map(c.model.kept, model.params)))
+    frozen, params = start(c.model, model.config, params, mesh, c.run.seed)
+    functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
+    sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions, frozen)
+    stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
+    who = _without_params(model, c.data.template), model.config.vocab_size, stop_ids
+    return Prepared(*who, functions, sampling, params, frozen)
+
+
+def _prepare_own(c: Config, mesh: Mesh, model: OwnModel) -> Prepared:
+    defaults = Config()
+    ours = (
+        "model.dtype",
+        "model.remat",
+        "model.attention",
+        "model.adapter",
+        "model.lora",
+        "servers.kind",
+        "rollout.tensor",
+        "rollout.cache_dtype",
+    )
+    changed = [key for key in ours if attrgetter(key)(c) != attrgetter(key)(defaults)]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: that is for models which gvpo_jax loads, and {model.name} is "
+            "one of your own; leave it out"
+        )
+    needed = c.data.max_prompt_length + c.rollout.max_completion_length
+    check_length(model.max_length, needed, model.name)
+    size, stop_ids = model.vocab_size, model.stop_ids(c.rollout.stop_token_ids)
+    params = copy(place_params(mesh, model.params))
+    functions = dataclasses.replace(model.functions, shards=group_shards(mesh))
+    sampling = SamplingModel(functions, mesh)
+    who = _without_params(model, c.data.template), size, stop_ids
+    return Prepared(*who, functions, sampling, params)
+
+
+def _without_params(model: Any, template: str | None) -> Any:
+    """The model with the template that trains, which is then exported."""
+    tokenizer = model.tokenizer
+    if template is not None:
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    return dataclasses.replace(model, params={}, tokenizer=tokenizer)
