@@ -27,7 +27,7 @@ from gvpo_jax.data.prompts import EncodedPrompts, completion_ids
 from gvpo_jax.data.rows import as_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
-from gvpo_jax.models.adapters import export_adapter
+from gvpo_jax.models.adapters import as_peft, export_adapter
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.models.own import OwnModel
@@ -114,7 +114,10 @@ class Trainer:
             assert isinstance(self.model, LoadedModel)
             logps = sequence_logps(self.policy.logps_of_all, multiple=group_shards(mesh))
             where = c.run.dir, stop, self.policy.whole
-            self.engine = http_engine(c.servers, fleet, self.model, self.stop_ids, logps, *where)
+            lora = as_peft(self.model.config, c.model.lora.form())
+            self.engine = http_engine(
+                c.servers, fleet, self.model, self.stop_ids, logps, *where, lora=lora
+            )
 
     @classmethod
     def from_pretrained(

@@ -57,6 +57,8 @@ class StubServer:
         on_tpu: as tpu-inference: no seeds, no log-probs of prompts.
         detokenize: tokens -> the text in which stop strings are looked for.
         dev_mode: vLLM's, without which there is no way to load weights.
+        load_adapter: folder -> logits of the model with its adapter; None: LoRA is not enabled.
+        adapters: name -> those logits.
     """
 
     def __init__(self, logits: Logits, load: Callable[[str], Logits] | None = None):
@@ -69,6 +71,8 @@ class StubServer:
         self.delay, self.drip, self.drip_headers, self.most_at_once = 0.0, 0.0, 0.0, 0
         self.processed = self.on_tpu = False
         self.dev_mode = True
+        self.load_adapter: Callable[[str], Logits] | None = None
+        self.adapters: dict[str, Logits] = {}
         self.detokenize: Callable[[list[int]], str] = lambda tokens: ""
         self._at_once, self._unseeded, self._loaded = 0, 10_000, None
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -122,7 +126,19 @@ class StubServer:
 
     def _answer(self, path: str, body: Any) -> tuple[int, Any]:
         if path == "/v1/completions":
-            return self._completions(body)
+            whole = self.logits
+            self.logits = self.adapters[body["model"]] if "model" in body else whole
+            try:
+                return self._completions(body)
+            finally:
+                self.logits = whole
+        if path == "/v1/load_lora_adapter" and self.load_adapter is not None:
+            assert body["lora_name"] not in self.adapters
+            self.adapters[body["lora_name"]] = self.load_adapter(body["lora_path"])
+            return 200, b"Success"
+        if path == "/v1/unload_lora_adapter" and self.load_adapter is not None:
+            del self.adapters[body["lora_name"]]
+            return 200, b"Success"
         if path == "/generate":
             if isinstance(body["input_ids"][0], int):
                 return 200, self._generate(body["input_ids"], body["sampling_params"], body)

@@ -1,5 +1,6 @@
 """What training with an adapter starts from, and adapters as PEFT's files."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping
@@ -63,6 +64,13 @@ def start(
     shapes = adapter_shapes(loaded, lora)
     init = functools.partial(init_adapter, shapes, seed)
     return loaded, jax.jit(init, out_shardings=shardings(mesh, shapes))()
+
+
+def as_peft(shape: DecoderConfig, lora: Lora | None) -> Lora | None:
+    """The form of an adapter that can be written as PEFT's files; None: it can't, or is none."""
+    with contextlib.suppress(UserError):
+        return lora and (lora if _names(shape, lora) else None)
+    return None
 
 
 def read_adapter(name: str, shape: DecoderConfig, lora: Lora) -> Params:

@@ -53,6 +53,7 @@ CANNOT_RUN = {
     "git clone ": "needs the network",
     "pip install ": "installs",
     "VLLM_SERVER_DEV_MODE=1 vllm serve ": "vLLM is not installed with the tests",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve ": "vLLM is not installed with the tests",
     "python -m sglang.launch_server ": "SGLang is not installed with the tests",
     "gvpo-jax train configs/servers.yaml ": "needs a server",
     "gvpo-jax eval runs/servers ": "needs the run of the line above it",

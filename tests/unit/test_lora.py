@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from http_stub import StubServer, network_of
 from safetensors.numpy import load_file, save_file
 from small_run import config
 from test_mesh import five_updates, policy
@@ -19,6 +20,7 @@ from gvpo_jax.config_file import load_config, override, to_yaml
 from gvpo_jax.errors import UserError
 from gvpo_jax.memory import memory_needed
 from gvpo_jax.models import load_model
+from gvpo_jax.models.adapters import read_adapter
 from gvpo_jax.models.blocks import MLP
 from gvpo_jax.models.config import TARGETS
 from gvpo_jax.models.debug import debug_config
@@ -466,6 +468,49 @@ def test_an_adapter_that_is_none_is_a_line(adapter, tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert "is trained on with LoRA: give model.lora.rank" in told[0]
+
+
+# ---- servers
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_servers_get_the_adapter_alone_where_they_take_it(tmp_path, caplog, enabled):
+    """Else merged weights; the handshake compares either with what the trainer computes."""
+    model = load_model("debug")
+    network, lora = network_of(model.config), Lora(4, 8.0, tuple(TARGETS))
+
+    def with_adapter(folder):
+        kernels = merge(model.params, read_adapter(folder, model.config, lora), SCALE, np.float32)
+        return network(join(model.params, kernels))
+
+    with StubServer(
+        network(model.params), lambda folder: network(load_model(folder).params)
+    ) as stub:
+        stub.load_adapter = with_adapter if enabled else None
+        it = trainer(
+            tmp_path, servers__kind="vllm", servers__urls=[stub.url], servers__retries=0,
+            rollout__top_k=4, train__steps=3,
+        )  # fmt: skip
+        it.train(ROWS, letter_share)
+        names = [
+            body["lora_name"] for path, body in stub.requests if path.endswith("/load_lora_adapter")
+        ]
+        asked = [body.get("model") for path, body in stub.requests if path == "/v1/completions"]
+        paths = stub.paths()
+        if enabled:
+            assert len(names) == 3
+            assert set(names) == set(asked)
+            assert list(stub.adapters) == names[-1:]  # the others were forgotten
+            assert "/collective_rpc" not in paths
+        else:
+            assert paths.count("/v1/load_lora_adapter") == 1
+            assert set(asked) == {None}
+            assert paths.count("/collective_rpc") == 3
+    assert ("LoRA not enabled" in caplog.text) == (not enabled)
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert [row["sync/logp_difference/max"] < 1e-4 for row in rows] == [True] * 3
+    newest = max((tmp_path / "weights").iterdir())
+    assert (newest / "adapter_model.safetensors").is_file() == enabled
 
 
 # ---- settings

@@ -722,7 +722,7 @@ def test_processes_take_the_word_of_the_one_that_writes(net, tmp_path, monkeypat
 
     monkeypatch.setattr(weight_sync, "from_first_host", from_first_host)
     monkeypatch.setattr(weight_sync, "to_first_host", to_first_host)
-    sync = sync_on(net, folder=tmp_path, probes=())
+    sync = sync_on(net, folder=tmp_path, probes=(), whole=to_first_host)
     report = sync.bring(PARAMS, [[9] * 300, [3], *TEXTS, TEXTS[0]])
     assert report
     assert report.tokens == 29 + 0 + sum(len(text) - 1 for text in TEXTS) + 4 * 16

@@ -64,12 +64,13 @@ class Client:
         read: Callable[[Any], T] | None = None,
         *,
         about: str,
-        if_missing: str = "",
+        if_missing: str | Exception = "",
     ) -> T | None:
         """What `read` makes of the answer's JSON, None where it is empty; without it, None.
 
         `body` becomes JSON, and `read` may raise `TryAgain` and `BadReply`. For the messages:
-        `about` is what is asked for, `if_missing` what to do where the server lacks the path.
+        `about` is what is asked for, `if_missing` what to do where the server lacks the path; an
+        exception is raised then.
 
         Raises:
             UserError: no usable answer; names server, `about` and the last error.
@@ -227,8 +228,12 @@ def _below(error: BaseException) -> BaseException:
     return _below(below) if below else error
 
 
-def _read(answer: _Answer, read: Callable[[Any], T] | None, if_missing: str) -> T | None:
+def _read(
+    answer: _Answer, read: Callable[[Any], T] | None, if_missing: str | Exception
+) -> T | None:
     status = answer.status
+    if isinstance(if_missing, Exception) and status == 404 and "error" not in answer.text:
+        raise if_missing  # where there is the path, an error of its own says what is missing
     if status == 429 or status >= 500:
         raise TryAgain(_said(answer))
     if not 200 <= status < 300:

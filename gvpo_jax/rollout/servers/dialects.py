@@ -47,6 +47,10 @@ class NoPromptLogps(Exception):
     """The server does not give log-probs of given tokens."""
 
 
+class NoAdapters(Exception):
+    """The server takes no adapters, but whole weights alone."""
+
+
 class Dialect(NamedTuple):
     """What a kind of server understands."""
 
@@ -56,6 +60,9 @@ class Dialect(NamedTuple):
     token_logps: Callable[[Post, Sequence[int]], list[float]]
     # Take the weights in the folder, forget what was cached.
     load: Callable[[Post, str], None]
+    # Take the adapter in a folder under a name, and forget the one of another name; may raise
+    # NoAdapters. None: there is no such thing.
+    load_adapter: Callable[[Post, str, str, str | None], None] | None = None
 
 
 def check(samples: list[Sampled], ask: Ask) -> list[Sampled]:
@@ -191,6 +198,20 @@ def _vllm_load(post: Post, folder: str) -> None:
     post("/reset_prefix_cache", {}, _vllm_was_reset, if_missing=remedy)
 
 
+def _vllm_load_adapter(post: Post, folder: str, name: str, old: str | None) -> None:
+    body = {"lora_name": name, "lora_path": folder}
+    post("/v1/load_lora_adapter", body, if_missing=NoAdapters())
+    if old is not None:
+        post("/v1/unload_lora_adapter", {"lora_name": old})
+
+
+def of_adapter(post: Post, name: str | None) -> Post:
+    """Asks for what a model with the adapter of this name says; None: without one."""
+    if name is None:
+        return post
+    return lambda path, body, *rest, **options: post(path, body | {"model": name}, *rest, **options)
+
+
 def _vllm_was_reset(reply: Any) -> None:
     if isinstance(reply, dict) and reply.get("success") is False:  # older versions say nothing
         raise TryAgain("the prefix cache is in use")
@@ -263,7 +284,9 @@ def _stopped(reason: str | None) -> bool:
     return reason == "stop"
 
 
-_VLLM = Dialect(functools.partial(_vllm_sample, seeded=True), _vllm_token_logps, _vllm_load)
+_VLLM = Dialect(
+    functools.partial(_vllm_sample, seeded=True), _vllm_token_logps, _vllm_load, _vllm_load_adapter
+)
 DIALECTS: dict[str, Dialect] = {
     "vllm": _VLLM,
     # tpu-inference refuses requests with a seed.

@@ -12,11 +12,20 @@ import numpy as np
 
 from gvpo_jax.data.groups import Groups, Source, make_groups
 from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.models.lora import Lora
 from gvpo_jax.parallel.distributed import raise_together, to_first_host
 from gvpo_jax.rollout.engine import Engine, SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
 from gvpo_jax.rollout.servers.connect import ServersConfig
-from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, NoPromptLogps, Sampled, ServerKind
+from gvpo_jax.rollout.servers.dialects import (
+    DIALECTS,
+    Ask,
+    NoPromptLogps,
+    Post,
+    Sampled,
+    ServerKind,
+    of_adapter,
+)
 from gvpo_jax.rollout.servers.weight_sync import SequenceLogps, SyncReport, WeightSync
 from gvpo_jax.rollout.stop import StopStrings
 
@@ -117,8 +126,11 @@ class HttpEngine(Engine):
         self.fleet.close()
 
     def _sample(self, ask: Ask, client: Client) -> list[Sampled]:
-        about = f"prompt {ask.key[1]}"
-        return self._dialect.sample(functools.partial(client.post, about=about), ask)
+        return self._dialect.sample(self._asking(client, f"prompt {ask.key[1]}"), ask)
+
+    def _asking(self, client: Client, about: str) -> Post:
+        post = functools.partial(client.post, about=about)
+        return of_adapter(post, self.weights.adapter if self.weights else None)
 
     def _logps_known(self, home: int, ask: Ask, samples: list[Sampled]) -> bool:
         """Whether a server's log-probs are those that `Groups` hold."""
@@ -138,7 +150,7 @@ class HttpEngine(Engine):
 
     def _same_as_prompt(self, ask: Ask, samples: list[Sampled], client: Client) -> bool | None:
         """Whether the log-probs are those of the same tokens as a prompt; None: can't be told."""
-        post = functools.partial(client.post, about=f"log-probs of prompt {ask.key[1]}")
+        post = self._asking(client, f"log-probs of prompt {ask.key[1]}")
         said: list[float] = []
         scored: list[float] = []
         for tokens, logps, _ in samples[:_RESCORED]:
@@ -164,12 +176,13 @@ def http_engine(
     run_dir: str,
     stop: StopStrings | None = None,
     whole: Callable[[Any], Any] = to_first_host,
+    lora: Lora | None = None,
 ) -> HttpEngine:
     """Samples on these servers, of any kind but "none", which get new weights through a folder.
 
     It lies in `run_dir`, unless `config.weights_dir` names another; `model` gives it configuration
     and tokenizer. `logps` are the trainer's, on every process those of all sequences; for `whole`
-    see `WeightSync`.
+    and `lora` see `WeightSync`.
     """
     assert config.kind != "none"
     weights = WeightSync(
@@ -179,6 +192,7 @@ def http_engine(
         Path(config.weights_dir or Path(run_dir) / "weights"),
         logps,
         whole,
+        lora,
         dtype=config.weights_dtype,
         tolerance=config.logp_tolerance,
     )

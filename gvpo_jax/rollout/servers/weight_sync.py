@@ -5,6 +5,7 @@ import functools
 import logging
 import operator
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -19,12 +20,22 @@ import numpy as np
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.adapters import export_adapter
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.models.lora import Lora
 from gvpo_jax.parallel.distributed import from_first_host, to_first_host
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.servers.client import Client, Fleet
-from gvpo_jax.rollout.servers.dialects import DIALECTS, Ask, NoPromptLogps, ServerKind
+from gvpo_jax.rollout.servers.dialects import (
+    DIALECTS,
+    Ask,
+    NoAdapters,
+    NoPromptLogps,
+    Post,
+    ServerKind,
+    of_adapter,
+)
 
 _log = logging.getLogger(__name__)
 # (params, sequences) -> log-probs of each sequence's tokens[1:]
@@ -54,6 +65,19 @@ class _Answer(NamedTuple):
     fresh: list[list[int]]
     fresh_logps: list[list[float]]
     load_seconds: float
+    adapter: str | None  # by which it now goes; None: those are whole weights
+
+
+class _Delivered(NamedTuple):
+    """A version that all servers have loaded."""
+
+    version: int
+    write_seconds: float
+    answers: list[_Answer]
+
+
+# Has a server load what lies in a folder; gives the name of an adapter, None of whole weights.
+Load = Callable[[Post, Path], str | None]
 
 
 @dataclass(eq=False, repr=False)
@@ -72,6 +96,9 @@ class WeightSync:
     logps: SequenceLogps  # see `sequence_logps`
     # The trainer's parameters -> the model's, on the first process; all call it.
     whole: Callable[[Any], Any] = to_first_host
+    # The form of the adapter that those parameters are; None: they are the model's, or can only be
+    # sent merged. Servers that take adapters get it alone.
+    lora: Lora | None = None
     dtype: str = "float32"  # of the files; or "bfloat16"
     # Mean difference in nats that servers may show; bfloat16 ones come to some 0.02.
     tolerance: float = 0.05
@@ -79,6 +106,10 @@ class WeightSync:
 
     def __post_init__(self) -> None:
         self._dialect, self._folder = DIALECTS[self.kind], self.folder.absolute()
+        self._by_adapter = self.lora is not None and self._dialect.load_adapter is not None
+        # By which name the servers know the adapter that is there; None: they have whole weights.
+        self.adapter: str | None = None
+        self._session = secrets.token_hex(4)  # another run's names may be on a server
         self._on_servers: list[weakref.ref[Any]] = []
         self._report: SyncReport | None = None
         self._blind: set[str] = set()
@@ -113,34 +144,73 @@ class WeightSync:
         if not self._probes:
             raise ValueError("sync needs probes: sequences of tokens to compare log-probs of")
         self._on_servers = []
-        whole = self.whole(params)
-        number, seconds, answers = from_first_host(lambda: self._deliver(whole, version))
+        delivered = self._send_adapter(params, version) if self._by_adapter else None
+        if delivered is None:
+            self._by_adapter = False
+            delivered = self._send_whole(params, version)
+        number, seconds, answers = delivered
+        self.adapter = answers[0].adapter
         self._report = self._compare(params, number, seconds, answers)
         from_first_host(self._remove_old)
         self._on_servers = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
         return self._report
 
-    def _deliver(self, params: Any, version: int | None) -> tuple[int, float, list[_Answer]]:
+    def _send_whole(self, params: Any, version: int | None) -> _Delivered:
+        whole = self.whole(params)
+
+        def write(folder: Path) -> None:
+            export_model(folder, self.model, whole, dtype=self.dtype)
+
+        def load(post: Post, folder: Path) -> None:
+            self._dialect.load(post, str(folder))
+
+        return from_first_host(lambda: self._deliver(write, load, version))
+
+    def _send_adapter(self, params: Any, version: int | None) -> _Delivered | None:
+        """None: a server takes none."""
+        adapter, lora, load_adapter = to_first_host(params), self.lora, self._dialect.load_adapter
+        assert lora is not None
+        assert load_adapter is not None
+
+        def write(folder: Path) -> None:
+            export_adapter(folder, self.model, adapter, lora)
+
+        def load(post: Post, folder: Path) -> str:
+            name = f"{self._session}-{folder.name}"
+            load_adapter(post, str(folder), name, self.adapter)
+            return name
+
+        def deliver() -> _Delivered | None:
+            try:
+                return self._deliver(write, load, version)
+            except NoAdapters:
+                _log.warning("a server has LoRA not enabled: all get whole weights, merged")
+                return None
+
+        return from_first_host(deliver)
+
+    def _deliver(
+        self, write: Callable[[Path], None], load: Load, version: int | None
+    ) -> _Delivered:
         """Write a version and have the servers load it; what they then say."""
         start = time.perf_counter()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if version is None:
                 version = 1 + max(self._versions().values(), default=0)
-            folder = _write(self._folder, version, self.model, params, self.dtype)
+            folder = _write(self._folder, version, write)
         except OSError as error:
             raise UserError(f"could not write weights to {self._folder}: {error}") from None
         seconds = time.perf_counter() - start
-        return version, seconds, self.fleet.each(functools.partial(self._visit, folder))
+        answers = self.fleet.each(functools.partial(self._visit, folder, load))
+        return _Delivered(version, seconds, answers)
 
-    def _visit(self, folder: Path, client: Client) -> _Answer:
+    def _visit(self, folder: Path, load: Load, client: Client) -> _Answer:
         """Have one server load a version, and hear what it makes of it."""
         start = time.perf_counter()
-        self._dialect.load(
-            functools.partial(client.post, about=f"loading {folder.name}"), str(folder)
-        )
+        name = load(functools.partial(client.post, about=f"loading {folder.name}"), folder)
         seconds = time.perf_counter() - start
-        post = functools.partial(client.post, about=f"comparing {folder.name}")
+        post = of_adapter(functools.partial(client.post, about=f"comparing {folder.name}"), name)
         try:
             long = [probe for probe in self._probes if len(probe) > 1]
             scores = [self._dialect.token_logps(post, probe) for probe in long] or None
@@ -153,7 +223,7 @@ class WeightSync:
             (sample,) = self._dialect.sample(post, ask)
             fresh.append([*probe, *sample.tokens])
             logps.append(sample.logps)
-        return _Answer(scores, fresh, logps, seconds)
+        return _Answer(scores, fresh, logps, seconds, name)
 
     def _compare(
         self, params: Any, version: int, seconds: float, answers: Sequence[_Answer]
@@ -247,11 +317,12 @@ def sequence_logps(logps: Callable[..., Any], *, multiple: int = 1) -> SequenceL
     return of_sequences
 
 
-def _write(folder: Path, version: int, model: LoadedModel, params: Any, dtype: str) -> Path:
+def _write(folder: Path, version: int, write: Callable[[Path], None]) -> Path:
     """A whole version on disk, under its name only then."""
     name = f"version-{version:08d}"
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-        new = export_model(Path(scratch) / name, model, params, dtype=dtype)
+        new = Path(scratch) / name
+        write(new)
         for path in [*new.iterdir(), new]:
             _fsync(path)
         if (folder / name).exists():  # the caller's number comes again
