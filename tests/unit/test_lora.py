@@ -1,5 +1,6 @@
 """LoRA: against merged weights in PyTorch and float64, PEFT's file format, and full runs."""
 
+import dataclasses
 import json
 import re
 
@@ -20,17 +21,25 @@ from gvpo_jax.config_file import load_config, override, to_yaml
 from gvpo_jax.errors import UserError
 from gvpo_jax.memory import memory_needed
 from gvpo_jax.models import load_model
-from gvpo_jax.models.adapters import read_adapter
+from gvpo_jax.models.adapters import as_peft, export_adapter, read_adapter
 from gvpo_jax.models.blocks import MLP
 from gvpo_jax.models.config import TARGETS
 from gvpo_jax.models.debug import debug_config
-from gvpo_jax.models.decoder import DecoderOptions
+from gvpo_jax.models.decoder import (
+    DecoderConfig,
+    DecoderOptions,
+    decoder_fns,
+    init_params,
+    param_shapes,
+)
 from gvpo_jax.models.export import export_model
-from gvpo_jax.models.lora import Lora, adapt, join, merge
+from gvpo_jax.models.lora import Lora, adapt, adapter_shapes, init_adapter, join, merge
+from gvpo_jax.models.shape import Experts
 from gvpo_jax.parallel.layout import LAYOUT, path_name
 from gvpo_jax.rewards.debug import letter_share
 from gvpo_jax.rollout import SamplingParams
 from gvpo_jax.rundir.files import read_metrics
+from gvpo_jax.tpu_compile.lowering import run_programs
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
 
@@ -468,6 +477,68 @@ def test_an_adapter_that_is_none_is_a_line(adapter, tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert "is trained on with LoRA: give model.lora.rank" in told[0]
+
+
+# ---- families
+
+SIZES = (64, 16, 32, 2, 4, 2, 8)  # vocabulary, widths, layers, heads
+
+
+def test_a_mixture_has_adapters_beside_its_attention_alone():
+    experts = Experts(count=4, per_token=2, intermediate_size=8, normalised=True)
+    shape = DecoderConfig("qwen3_moe", *SIZES, qk_norm=True, experts=experts)
+    base = param_shapes(shape)
+    refusal = "no layer gate, up, down that can have an adapter; of those named it has q, k, v, o"
+    with pytest.raises(UserError, match=refusal):
+        adapter_shapes(base, Lora(2, 4.0, tuple(TARGETS)))
+    lora = Lora(2, 4.0, ("q", "k", "v", "o"))
+    adapter = adapter_shapes(base, lora)
+    both = init_params(shape, 0), init_adapter(adapter, 0)
+    arrays = (BATCH["prompts"], BATCH["prompt_lengths"], BATCH["completions"])
+    hidden = [
+        decoder_fns(shape, DecoderOptions(lora=form)).completion_hidden(params, *arrays)
+        for form, params in ((None, both[0]), (lora, join(*both)))
+    ]
+    np.testing.assert_array_equal(*hidden)
+    assert as_peft(shape, lora) == lora
+
+
+def test_adapters_of_fused_tensors_are_merged_but_not_written(tmp_path):
+    shape, lora = DecoderConfig("phi3", *SIZES), Lora(2, 4.0, tuple(TARGETS))
+    assert as_peft(shape, lora) is None
+    assert as_peft(shape, None) is None
+    model = dataclasses.replace(load_model("debug"), config=shape)
+    adapter = init_adapter(adapter_shapes(param_shapes(shape), lora), 0)
+    with pytest.raises(UserError, match=r"of the family phi3 can't be read or written: .*qkv_proj"):
+        export_adapter(tmp_path / "out", model, adapter, lora)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is compiled for a TPU
+
+
+@pytest.mark.parametrize("sampled", ["merged", "apart"])
+def test_programs_are_lowered_with_what_lies_beside_them(tmp_path, sampled):
+    """To the byte, from trees that are really made."""
+    it = trainer(tmp_path, rollout__adapter=sampled)
+    shape, mesh = it.model.config, it.config.mesh.mesh()
+    programs = {program.name: program for program in run_programs(it.config, shape, mesh)}
+
+    def size(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    state, reference, base = (
+        size(x) for x in (it.policy.state, it.policy.reference, it.policy.frozen)
+    )
+    weights = it.engine.model.prepare(it.policy.params, it.policy.frozen)
+    held = {id(x) for x in jax.tree.leaves((it.policy.params, it.policy.frozen))}
+    shared = size([x for x in jax.tree.leaves(weights) if id(x) in held])
+    assert (shared < base) == (sampled == "merged")
+    assert programs["train step"].beside == reference
+    assert programs["reference scoring"].beside == state
+    assert programs["rollout: decode"].beside == state + reference + base - shared
+    for program in programs.values():
+        program.lower()
 
 
 # ---- servers
