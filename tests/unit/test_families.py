@@ -110,11 +110,11 @@ def sequence(g, k):
     return [*PROMPTS[g, : PROMPT_LENGTHS[g]], *COMPLETIONS[g, k, : LENGTHS[g, k]]]
 
 
-def torch_logps(model, g, k):
+def torch_logps(model, tokens, prompt_length):
     """Of the completion's tokens."""
-    ids = torch.tensor([sequence(g, k)])
+    ids = torch.tensor([tokens])
     logps = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
-    return logps[:-1].gather(1, ids[0, 1:, None])[PROMPT_LENGTHS[g] - 1 :, 0]
+    return logps[:-1].gather(1, ids[0, 1:, None])[prompt_length - 1 :, 0]
 
 
 def torch_gradients(model):
@@ -164,7 +164,7 @@ def test_log_probs_and_gradients(case):
     (_, logps), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.ours.params)
     case.torch.zero_grad()
     for g, k in np.ndindex(2, K):
-        expected = torch_logps(case.torch, g, k)
+        expected = torch_logps(case.torch, sequence(g, k), PROMPT_LENGTHS[g])
         (torch.tensor(WEIGHTS[g, k, : LENGTHS[g, k]]) * expected).sum().backward()
         found = logps[g, k, : LENGTHS[g, k]]
         np.testing.assert_allclose(found, expected.detach(), atol=1e-4)
@@ -194,6 +194,9 @@ def test_greedy_text(case):
         )
         for k in range(K):
             assert groups.completions[g][k].tolist() == whole[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            expected = torch_logps(case.torch, whole[0].tolist(), len(prompt))
+        np.testing.assert_allclose(groups.old_logps[g], [expected] * K, atol=1e-4)
 
 
 def test_longrope_has_other_factors_for_short_sequences(tmp_path):
