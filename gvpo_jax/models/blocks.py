@@ -25,6 +25,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def normed(x: jax.Array, eps: float) -> jax.Array:
+    """`[..., d]` over the root of its mean square, in float32."""
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """Division by the root of the mean square, in float32, then a scale for each feature."""
 
@@ -34,8 +40,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., d] -> [..., d]`."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        y = normed(x, self.config.rms_norm_eps)
         if self.config.norm == "rounded":
             return y.astype(x.dtype) * jnp.expand_dims(
                 self.scale[...].astype(x.dtype), range(x.ndim - 1)
@@ -49,31 +54,43 @@ class Attention(nnx.Module):
     """Attention with grouped heads and rotary positions, over prompt, cache or packed tokens."""
 
     def __init__(self, c: DecoderConfig, layer: int, linear: Linear, options: DecoderOptions):
-        queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        kv_heads, self.head_dim = c.heads(layer)
+        queries, keys = c.num_heads * self.head_dim, kv_heads * self.head_dim
+        of_head, self.own_keys = c.qk_norm_over == "head", c.source(layer) is None
+        self.own_values = not (c.keys_as_values and c.window(layer) is None)
+        norm = RMSNorm if c.qk_norm else lambda size, c: _unchanged
         self.q = linear(c.hidden_size, queries, use_bias=c.qkv_bias)
-        self.k = linear(c.hidden_size, keys, use_bias=c.qkv_bias)
-        self.v = linear(c.hidden_size, keys, use_bias=c.qkv_bias)
+        if self.own_keys:
+            self.k = linear(c.hidden_size, keys, use_bias=c.qkv_bias)
+            if self.own_values:
+                self.v = linear(c.hidden_size, keys, use_bias=c.qkv_bias)
+            self.k_norm = norm(self.head_dim if of_head else keys, c)
+        self.q_norm = norm(self.head_dim if of_head else queries, c)
         self.o = linear(queries, c.hidden_size, use_bias=c.o_bias)
-        if c.qk_norm:
-            of_head = c.qk_norm_over == "head"
-            self.q_norm = RMSNorm(c.head_dim if of_head else queries, c)
-            self.k_norm = RMSNorm(c.head_dim if of_head else keys, c)
         self.config, self.options = c, options
         limits = ("window", c.window(layer)), ("cap", c.attn_logit_softcapping)
         self.limits = tuple((name, limit) for name, limit in limits if limit is not None)
 
-    def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
-        """`[g, k, t, d]` -> the same, and the keys and values of these tokens."""
+    def __call__(self, x, rope, prefix, cache, at, given=None) -> tuple[jax.Array, KeysValues]:
+        """`[g, k, t, d]` -> the same, and the keys and values of these tokens.
+
+        given: keys and values as another layer returned them, for one without its own.
+        """
         g, k, t, _ = x.shape
-        queries, keys, values = self._heads(x, rope)
-        kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
+        if given is None:
+            queries, keys, values = self._heads(x, rope)
+            kv = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)  # [g, k, n, t, d]
+        else:
+            queries, kv = self._queries(x, rope), given
+            keys, values = (jnp.swapaxes(x, 2, 3) for x in given)
         attention = functools.partial(self.options.attention, **dict(self.limits))
         if isinstance(at, PackedTokens):
             out = attend_unpacked(attention, self.options.constrain, at, queries, keys, values)
         elif cache is None:
             out = attention(queries, *kv, prefix)
         else:
-            kv = _write(cache[0], kv[0], at[1]), _write(cache[1], kv[1], at[1])
+            if given is None:
+                kv = _write(cache[0], kv[0], at[1]), _write(cache[1], kv[1], at[1])
             out = self._decoded(queries, kv, prefix, *at)
         out = self.options.constrain("heads", out)
         return self.o(out.reshape(g, k, t, -1)), kv
@@ -81,22 +98,32 @@ class Attention(nnx.Module):
     def _heads(self, x, rope):
         """Queries, keys and values `[g, k, t, h, d]`, normed and rotated."""
         c = self.config
+        queries = self._split(self.q(x), self.q_norm)
+        keys = self._split(raw := self.k(x), self.k_norm)
+        values = self._split(self.v(x) if self.own_values else raw, _unchanged)
+        if c.qk_norm_over == "head":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if c.value_norm:
+            values = normed(values, c.rms_norm_eps).astype(values.dtype)
+        return self._turned(queries, rope), keys if rope is None else rotate(keys, rope), values
 
-        def heads(y):
-            return self.options.constrain("heads", y.reshape(*x.shape[:3], -1, c.head_dim))
+    def _queries(self, x, rope):
+        """The first of them alone."""
+        queries = self._split(self.q(x), self.q_norm)
+        if self.config.qk_norm_over == "head":
+            queries = self.q_norm(queries)
+        return self._turned(queries, rope)
 
-        if c.qk_norm and c.qk_norm_over == "width":
-            queries, keys = heads(self.q_norm(self.q(x))), heads(self.k_norm(self.k(x)))
-            values = heads(self.v(x))
-        else:
-            queries, keys, values = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-            if c.qk_norm:
-                queries, keys = self.q_norm(queries), self.k_norm(keys)
-        if rope is not None:
-            queries, keys = rotate(queries, rope), rotate(keys, rope)
-        if c.attention_multiplier is not None:  # attention itself divides by sqrt(head_dim)
-            queries = queries * (c.attention_multiplier * c.head_dim**0.5)
-        return queries, keys, values
+    def _split(self, y, norm):
+        """`[g, k, t, h * d] -> [g, k, t, h, d]`, normed before where a norm sees all heads."""
+        y = norm(y) if self.config.qk_norm_over == "width" else y
+        return self.options.constrain("heads", y.reshape(*y.shape[:3], -1, self.head_dim))
+
+    def _turned(self, queries, rope):
+        queries = queries if rope is None else rotate(queries, rope)
+        if (multiplier := self.config.attention_multiplier) is not None:
+            queries = queries * (multiplier * self.head_dim**0.5)  # attention divides by the root
+        return queries
 
     def _decoded(self, queries, kv: KeysValues, prefix, before_gk, place):
         """Attention of one token each to the prompt and to the cache, a ring."""
@@ -113,10 +140,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The gated feed-forward layer: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, c: DecoderConfig, linear: Linear, options: DecoderOptions):
-        self.gate = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
-        self.up = linear(c.hidden_size, c.intermediate_size, use_bias=c.mlp_bias)
-        self.down = linear(c.intermediate_size, c.hidden_size, use_bias=c.mlp_bias)
+    def __init__(self, c: DecoderConfig, layer: int, linear: Linear, options: DecoderOptions):
+        width = c.intermediate_size * (1 if c.source(layer) is None else c.shared_width)
+        self.gate = linear(c.hidden_size, width, use_bias=c.mlp_bias)
+        self.up = linear(c.hidden_size, width, use_bias=c.mlp_bias)
+        self.down = linear(width, c.hidden_size, use_bias=c.mlp_bias)
         self.options, self.activation = options, ACTIVATIONS[c.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -165,6 +193,52 @@ class Mixture(nnx.Module):
         return self.options.experts(x, chosen, shares, *weights, activation=self.activation)
 
 
+class PerLayer(nnx.Module):
+    """What a layer makes of what it is told about each token, and of its own state."""
+
+    def __init__(self, c: DecoderConfig, width: int, linear: Linear):
+        self.gate = linear(c.hidden_size, width, use_bias=False)
+        self.down = linear(width, c.hidden_size, use_bias=False)
+        self.norm, self.activation = RMSNorm(c.hidden_size, c), ACTIVATIONS[c.activation]
+
+    def __call__(self, x: jax.Array, told: jax.Array) -> jax.Array:
+        """`[g, k, t, d]`, `[g, k, t, w] -> [g, k, t, d]`."""
+        return self.norm(self.down(self.activation(self.gate(x)) * told))
+
+
+class PerLayerTable(nnx.Module):
+    """What all layers are told about a token: by a table of their own, and by its embedding."""
+
+    def __init__(
+        self, c: DecoderConfig, width: int, linear: Linear, options: DecoderOptions, rngs: nnx.Rngs
+    ):
+        every = c.num_layers * width
+        self.embed = nnx.Embed(c.vocab_size, every, dtype=options.dtype, rngs=rngs)
+        self.up = linear(c.hidden_size, every, use_bias=False)
+        self.norm = RMSNorm(width, c)
+        self.config, self.options, self.width = c, options, width
+
+    def __call__(self, tokens_gkt: jax.Array, x: jax.Array) -> jax.Array:
+        """Tokens and their embeddings `[g, k, t, d] -> [g, k, t, layers, w]`."""
+        split = (*tokens_gkt.shape, self.config.num_layers, self.width)
+        looked_up = jnp.take(self.embed.embedding[...], tokens_gkt, axis=0)
+        looked_up = self.options.constrain("embedded", looked_up).astype(x.dtype).reshape(split)
+        of_token = looked_up * jnp.asarray(self.width**0.5, x.dtype)
+        of_embedding = self.norm((self.up(x) * self.config.hidden_size**-0.5).reshape(split))
+        return (of_embedding + of_token) * 2**-0.5
+
+
+class LayerScalar(nnx.Module):
+    """A number from the file that a layer's result is multiplied by; it is not trained."""
+
+    def __init__(self):
+        self.scalar = nnx.Param(jnp.ones(1))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[g, k, t, d] -> [g, k, t, d]`."""
+        return x * jax.lax.stop_gradient(self.scalar[...]).astype(x.dtype)[None, None, None]
+
+
 class Block(nnx.Module):
     """Attention and feed-forward layer, with norms before or after, added to the residual."""
 
@@ -179,15 +253,23 @@ class Block(nnx.Module):
         self.attn_out_norm = norm("after")
         self.post_norm = norm("before")  # after attention, before the feed-forward layer
         dense = c.experts is None or layer in c.experts.dense_layers
-        self.mlp = MLP(c, linear, options) if dense else Mixture(c, linear, options, rngs)
+        self.mlp = MLP(c, layer, linear, options) if dense else Mixture(c, linear, options, rngs)
         self.mlp_out_norm = norm("after")
+        if c.per_layer_width is not None:
+            self.per_layer = PerLayer(c, c.per_layer_width, linear)
+        self.out = LayerScalar() if c.layer_scalar else _unchanged
         self.config, self.options = c, options
 
-    def __call__(self, x, rope, prefix, cache, at) -> tuple[jax.Array, KeysValues]:
-        """As `Attention`."""
-        attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at)
+    def __call__(
+        self, x, rope, prefix, cache, at, given=None, told=None
+    ) -> tuple[jax.Array, KeysValues]:
+        """As `Attention`; told: `[g, k, t, w]`, see `DecoderConfig.per_layer_width`."""
+        attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at, given)
         x = self._add(x, self.attn_out_norm(attended))
-        return self._add(x, self.mlp_out_norm(self.mlp(self.post_norm(x)))), kv
+        x = self._add(x, self.mlp_out_norm(self.mlp(self.post_norm(x))))
+        if told is not None:
+            x = self._add(x, self.per_layer(x, told))
+        return self.out(x), kv
 
     def _add(self, x, y):
         if self.config.residual_multiplier is not None:

@@ -154,7 +154,9 @@ class ModelConfig:
             cache_dtype=None if cache_dtype == "model" else jnp.dtype(cache_dtype),
             constrain=functools.partial(constrain_activation, mesh),
             params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
-            attention=attention_on(mesh, self.attention, dtype, shape.head_dim),
+            attention=attention_on(
+                mesh, self.attention, dtype, max(shape.head_dim, shape.full_head_dim or 0)
+            ),
             experts=experts_on(mesh),
             product=product_on(mesh),
             chunk_bytes=chunk_bytes_on(mesh),

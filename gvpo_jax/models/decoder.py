@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, soft_cap
-from gvpo_jax.models.blocks import Block, KeysValues, RMSNorm
+from gvpo_jax.models.blocks import Block, KeysValues, PerLayerTable, RMSNorm
 from gvpo_jax.models.lora import adapt
 from gvpo_jax.models.rope import rotations
 from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
@@ -30,6 +30,8 @@ class Decoder(nnx.Module):
         dtype = options.dtype
         linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        if c.per_layer_width is not None:
+            self.per_layer = PerLayerTable(c, c.per_layer_width, linear, options, rngs)
         self.layers = nnx.List([Block(c, i, linear, options, rngs) for i in range(c.num_layers)])
         if options.lora is not None:
             adapt(self.layers, options.lora, rngs)
@@ -54,10 +56,15 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(multiplier, x.dtype)
         x = self.options.constrain("residual", x)
         ropes = _ropes(self.config, positions_gkt)
+        told = None if self.config.per_layer_width is None else self.per_layer(tokens_gkt, x)
         run, kvs = _with_remat(self.options.remat), []
         for i, (layer, rope) in enumerate(zip(self.layers, ropes, strict=True)):
-            x, kv = run(layer, x, rope, prefix and prefix[i], cache and cache[i], at)
-            kvs.append(kv)
+            source = self.config.source(i)
+            kept = i if source is None else source
+            args = x, rope, prefix and prefix[kept], cache and cache[kept], at
+            given = None if source is None else kvs[source]
+            x, kv = run(layer, *args, given, None if told is None else told[..., i, :])
+            kvs.append(kv if source is None else None)
         hidden = self.final_norm(x)
         if (divisor := self.config.logits_scaling) is not None:
             hidden = hidden / divisor
@@ -67,7 +74,7 @@ class Decoder(nnx.Module):
         """See `DecoderFns`, as for the methods below."""
         last_gd, prefix = self._prompts(prompts_gp, lengths_g)
         keep: Any = functools.partial(stored, dtype=_cache_dtype(self.options))
-        return last_gd, [Prefix(keep(keys), keep(values), mask) for keys, values, mask in prefix]
+        return last_gd, [x and Prefix(keep(x.keys), keep(x.values), x.mask) for x in prefix]
 
     def decode(self, tokens_gk, lengths_g, prefix, cache, before_gk, place):
         """See `DecoderFns`."""
@@ -107,7 +114,7 @@ class Decoder(nnx.Module):
         hidden, kvs = self(prompts, _positions(prompts))
         last = jnp.take_along_axis(hidden[:, 0], (lengths_g - 1)[:, None, None], axis=1)[:, 0]
         mask = completion_mask(lengths_g, prompts_gp.shape[1])
-        return last, [Prefix(keys[:, 0], values[:, 0], mask) for keys, values in kvs]
+        return last, [kv and Prefix(kv[0][:, 0], kv[1][:, 0], mask) for kv in kvs]
 
 
 @dataclass(frozen=True)
@@ -210,22 +217,23 @@ def _cache_dtype(options: DecoderOptions):
 
 
 def _empty_cache(config, dtype, groups, k, length):
-    shape = (groups, k, config.num_kv_heads, length, config.head_dim)
-
-    def empty() -> Stored:
+    def empty(layer) -> Stored:
+        heads, width = config.heads(layer)
+        shape = (groups, k, heads, length, width)
         zeros = jnp.zeros(shape, dtype)
         return Int8(zeros, jnp.zeros(shape[:-1])) if zeros.dtype == jnp.int8 else zeros
 
-    return [(empty(), empty()) for _ in range(config.num_layers)]
+    own = [config.source(i) is None for i in range(config.num_layers)]
+    return [(empty(i), empty(i)) if own else None for i, own in enumerate(own)]
 
 
 def _ropes(c: DecoderConfig, positions_gkt) -> list[Any]:
     """Each layer's rotary angles; None: it has no positions."""
-    dims = c.rotary_dims or c.head_dim
+    dims = c.rotary_dims or c.full_head_dim or c.head_dim
     everywhere = rotations(positions_gkt, c.rope_theta, c.rope_scaling, dims)
     local = everywhere
     if c.local_rope_theta is not None:
-        local = rotations(positions_gkt, c.local_rope_theta, None, dims)
+        local = rotations(positions_gkt, c.local_rope_theta, None, c.rotary_dims or c.head_dim)
 
     def of_layer(i: int):
         if i in c.no_rope_layers:

@@ -52,6 +52,8 @@ class Family:
         back: the keys of config.json that `options` read, from the decoder.
         layer_types: which layers have a window where config.json lists none; None: no layer can.
         names: see `NAMES`.
+        outer_names: the same for what is in no layer, beside embedding, last norm and head.
+        unread: names of tensors that its files may hold and that mean nothing.
         gguf: its architecture's name in GGUF files; None: it is not read from them.
         stop_tokens: end a completion where its vocabulary has them.
     """
@@ -67,6 +69,8 @@ class Family:
     back: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
     layer_types: Callable[[Values], Sequence[str]] | None = None
     names: Mapping[str, str] = field(default_factory=lambda: NAMES)
+    outer_names: Mapping[str, str] = field(default_factory=dict)
+    unread: Callable[[DecoderConfig], Sequence[str]] = lambda config: ()
     gguf: str | None = None
     stop_tokens: tuple[str, ...] = ()
 

@@ -9,6 +9,7 @@ from gvpo_jax.models.family import FULL, SLIDING, Family, bad
 from gvpo_jax.models.rope import (
     LinearScaling,
     LongRopeScaling,
+    ProportionalScaling,
     RopeScaling,
     Scaling,
     YarnScaling,
@@ -18,6 +19,7 @@ Values = Mapping[str, Any]
 _KINDS = {
     RopeScaling: "llama3",
     LinearScaling: "linear",
+    ProportionalScaling: "proportional",
     YarnScaling: "yarn",
     LongRopeScaling: "longrope",
 }
@@ -77,6 +79,8 @@ def older_rope(values: Values) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in given.values()):
         everywhere, local = given.get(FULL) or {}, given.get(SLIDING) or {}
     kind, theta = _kind(everywhere), everywhere.get("rope_theta", 10000.0)
+    if kind == "proportional":  # no such version has models with it
+        return {}
     scaling = everywhere if kind != "default" else None
     if kind == "longrope" and not {"factor", "attention_factor"} & everywhere.keys():
         factors = {key: everywhere[key] for key in ("short_factor", "long_factor")}
@@ -96,7 +100,7 @@ def _kind(rope: Values) -> str:
 
 def _rotary_dims(rope: Values, values: Values, family: Family, head_dim: int) -> int:
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if part in (None, 1, 1.0):
+    if part in (None, 1, 1.0) or _kind(rope) == "proportional":
         return head_dim
     if "partial_rotary_factor" not in family.silent:
         raise bad(f"partial_rotary_factor {part} is not supported, only 1")
@@ -129,6 +133,12 @@ def _llama3(rope: Values, original: int, longest: int) -> Scaling:
 
 def _linear(rope: Values, original: int, longest: int) -> Scaling:
     return LinearScaling(float(rope["factor"]))
+
+
+def _proportional(rope: Values, original: int, longest: int) -> Scaling:
+    return ProportionalScaling(
+        float(rope.get("factor") or 1), float(rope.get("partial_rotary_factor", 1))
+    )
 
 
 def _yarn(rope: Values, original: int, longest: int) -> Scaling:
@@ -164,6 +174,7 @@ def _longrope(rope: Values, original: int, longest: int) -> Scaling:
 _READERS: dict[str, tuple[tuple[str, ...], Callable[[Values, int, int], Scaling]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
     "linear": (("factor",), _linear),
+    "proportional": ((), _proportional),
     "yarn": ((), _yarn),
     "longrope": (("short_factor", "long_factor"), _longrope),
 }

@@ -20,11 +20,19 @@ from gvpo_jax.parallel.layout import path_name
 
 Place = Callable[[str, np.ndarray], Any]
 
-_ENDINGS = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
+_ENDINGS = {
+    "kernel": ".weight",
+    "bias": ".bias",
+    "scale": ".weight",
+    "embedding": ".weight",
+    "scalar": "",
+}
 # A language model's tensors in a multimodal checkpoint, of transformers before 5 and since, and
 # what is not of the language model.
 _TEXT_HALF = re.compile(r"language_model\.(model\.|lm_head\.)|model\.language_model\.")
-_OTHER_HALF = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_OTHER_HALF = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def tensor_specs(config: DecoderConfig) -> dict[str, TensorSpec]:
     for path, name in _modules(config):
         for kind, ending in _ENDINGS.items():
             if (shape := shapes.pop(f"{path}/{kind}", None)) is not None:
-                _add_specs(specs, f"{name}.{ending}", f"{path}/{kind}", shape)
+                _add_specs(specs, f"{name}{ending}", f"{path}/{kind}", shape)
     if shapes:
         raise ValueError(f"the family {config.family} names no tensor for {_listed(shapes)}")
     return specs
@@ -80,6 +88,7 @@ def _modules(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     for i in range(config.num_layers):
         for path, name in all_families()[config.family].names.items():
             yield f"layers/{i}/{path}", f"model.layers.{i}.{name}"
+    yield from all_families()[config.family].outer_names.items()
     yield "final_norm", "model.norm"
     yield "head", "lm_head"
 
@@ -109,6 +118,8 @@ def read_params(config: DecoderConfig, source: TensorSource, *, place: Place) ->
     """
     specs, derived = tensor_specs(config), "rotary_emb.inv_freq"  # in old Llama checkpoints
     shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith(derived)}
+    for name in all_families()[config.family].unread(config):
+        shapes.pop(name, None)
     tied_copy = shapes.pop("lm_head.weight", None) if config.tie_embeddings else None
     _check_tensors(config.family, specs, shapes, source.name)
     if tied_copy is not None:

@@ -26,6 +26,14 @@ class LinearScaling:
 
 
 @dataclass(frozen=True)
+class ProportionalScaling:
+    """A fast share of the frequencies, slower by one factor; the slow ones do not turn at all."""
+
+    factor: float
+    partial_rotary_factor: float
+
+
+@dataclass(frozen=True)
 class YarnScaling:
     """YaRN (arXiv 2309.00071): slow frequencies stretched, fast ones kept, a ramp between them.
 
@@ -62,7 +70,7 @@ class LongRopeScaling:
         return replace(self, in_use="long" if long else "short")
 
 
-Scaling = RopeScaling | LinearScaling | YarnScaling | LongRopeScaling
+Scaling = RopeScaling | LinearScaling | ProportionalScaling | YarnScaling | LongRopeScaling
 
 
 def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int):
@@ -73,6 +81,9 @@ def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int):
         freqs = _stretch(freqs, scaling)
     elif isinstance(scaling, LinearScaling):
         freqs = freqs / scaling.factor
+    elif isinstance(scaling, ProportionalScaling):
+        turning = int(scaling.partial_rotary_factor * dims // 2)
+        freqs = jnp.where(jnp.arange(half) < turning, freqs / scaling.factor, 0)
     elif isinstance(scaling, YarnScaling):
         freqs = freqs * _yarn(theta, scaling, dims)
     elif isinstance(scaling, LongRopeScaling):

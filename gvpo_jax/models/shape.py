@@ -56,6 +56,14 @@ class DecoderConfig:
         residual_multiplier: of what a layer adds.
         logits_scaling: what logits are divided by.
         experts: a mixture of them; None: feed-forward layers.
+        full_head_dim, full_kv_heads: of layers without a window, where theirs are others.
+        keys_as_values: layers without a window have no projection to values but take their keys.
+        value_norm: values are normed, without a weight.
+        shared_layers: so many last layers have no keys and values of their own. Each attends to
+            those of the last layer before them all that has a window if it has one.
+        shared_width: of their feed-forward layers, in multiples of intermediate_size.
+        per_layer_width: of what each layer is told about its token by a table of its own.
+        layer_scalar: what a layer gives is multiplied by a number from its file, not trained.
     """
 
     family: str
@@ -90,12 +98,34 @@ class DecoderConfig:
     residual_multiplier: float | None = None
     logits_scaling: float | None = None
     experts: Experts | None = None
+    full_head_dim: int | None = None
+    full_kv_heads: int | None = None
+    keys_as_values: bool = False
+    value_norm: bool = False
+    shared_layers: int = 0
+    shared_width: int = 1
+    per_layer_width: int | None = None
+    layer_scalar: bool = False
 
     @property
     def inner_width(self) -> int:
         """Features inside a feed-forward layer, or inside all experts of a token."""
         experts = self.experts
         return experts.per_token * experts.intermediate_size if experts else self.intermediate_size
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """How many key-value heads this layer has, and their width."""
+        if self.window(layer) is not None:
+            return self.num_kv_heads, self.head_dim
+        return self.full_kv_heads or self.num_kv_heads, self.full_head_dim or self.head_dim
+
+    def source(self, layer: int) -> int | None:
+        """The layer whose keys and values this one attends to; None: its own."""
+        own = self.num_layers - self.shared_layers
+        if layer < own:
+            return None
+        local = self.window(layer) is not None
+        return max(i for i in range(own) if (self.window(i) is not None) == local)
 
     def window(self, layer: int) -> int | None:
         """Of this layer; None: it sees everything before a token."""

@@ -31,7 +31,7 @@ LAYOUT: tuple[tuple[str, P], ...] = (
     (r"(o|down)/lora_b$", P(None, "fsdp")),
     (r"(q|k|v|gate|up)/bias$", P("tensor")),
     (r"(o|down)/bias$", P(None)),
-    (r"scale$", P(None)),
+    (r"(scale|scalar)$", P(None)),
 )
 
 # Batches, and what decoding keeps. "groups" and "completions" stand for the axes that `batch_axes`

@@ -44,10 +44,12 @@ SHAPE = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
-LOCAL_THEN_ALL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+KINDS = ["sliding_attention", "full_attention"]
+LOCAL_THEN_ALL = {"layer_types": KINDS, "sliding_window": 4}
 GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 5} | LOCAL_THEN_ALL
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.5, 2.0, 4.0]}
+GEMMA4 = {"vocab_size_per_layer_input": 61}
 # One line a family: what its model has beside SHAPE.
 FAMILIES = {
     "llama": {"mlp_bias": True, "attention_bias": True},
@@ -57,6 +59,10 @@ FAMILIES = {
     "ministral": LOCAL_THEN_ALL | {"head_dim": 6},
     "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma4_text": {"num_hidden_layers": 5, "layer_types": [*KINDS, *KINDS[::-1], KINDS[1]]}
+    | {"sliding_window": 4, "head_dim": 6, "global_head_dim": 8, "attention_k_eq_v": True}
+    | {"num_global_key_value_heads": 3, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    | {"hidden_size_per_layer_input": 6, "final_logit_softcapping": 3.0, **GEMMA4},
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     | {"norm_topk_prob": True, "head_dim": 6, "mlp_only_layers": [0], "num_hidden_layers": 3},
     "smollm3": {"no_rope_layers": [1, 0], "sliding_window": 4, "use_sliding_window": True},
@@ -89,8 +95,9 @@ class Case:
 def random_model(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    for parameter in model.parameters():  # norms and biases too
-        parameter.data += 0.2 * torch.randn(parameter.shape)
+    of_files = (buffer for _, buffer in saved_buffers(model))
+    for tensor in (*model.parameters(), *of_files):  # norms and biases too
+        tensor.data += 0.2 * torch.randn(tensor.shape)
     return model.float().eval()
 
 
@@ -128,6 +135,12 @@ def torch_gradients(model):
                 yield f"{layer}.experts.{i}.{of}.weight", tensor
         if not found:
             yield name, parameter.grad
+
+
+def saved_buffers(model):
+    """Which files hold and nothing trains."""
+    kept = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def test_every_family_has_its_line():
@@ -170,6 +183,7 @@ def test_log_probs_and_gradients(case):
         np.testing.assert_allclose(found, expected.detach(), atol=1e-4)
     ours = named_tensors(case.ours.config, grads)
     theirs = dict(torch_gradients(case.torch))
+    theirs |= {name: torch.zeros_like(of_file) for name, of_file in saved_buffers(case.torch)}
     assert theirs.keys() == ours.shapes.keys()
     for name, gradient in theirs.items():
         atol = 1e-4 * max(1, float(gradient.abs().max()))
@@ -275,11 +289,24 @@ def test_the_language_model_of_a_multimodal_checkpoint(gemma3, tmp_path, rename)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_what_gemma4_files_hold_in_vain_is_left_out(tmp_path):
+    case = Case("gemma4_text", tmp_path)
+    file, vain = tmp_path / "model.safetensors", np.ones((2, 2), np.float32)
+    save_file(load_file(file) | {"model.layers.4.self_attn.k_proj.weight": vain}, file)
+    again = load_model(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, again.params, case.ours.params)
+    save_file(load_file(file) | {"model.layers.1.self_attn.v_proj.weight": vain}, file)
+    with pytest.raises(
+        UserError, match=r"holds tensor model\.layers\.1\.self_attn\.v_proj\.weight"
+    ):
+        load_model(str(tmp_path))
+
+
 def test_a_stranger_among_the_tensors_is_refused(gemma3, tmp_path):
     multimodal(gemma3, tmp_path, lambda name: f"language_model.{name}")
     file = tmp_path / "model.safetensors"
-    save_file(load_file(file) | {"audio_tower.weight": np.ones(3, np.float32)}, file)
-    with pytest.raises(UserError, match=r"holds tensor audio_tower\.weight, which a gemma3_text"):
+    save_file(load_file(file) | {"speech.weight": np.ones(3, np.float32)}, file)
+    with pytest.raises(UserError, match=r"holds tensor speech\.weight, which a gemma3_text"):
         load_model(str(tmp_path))
 
 
@@ -308,6 +335,10 @@ def test_a_family_names_tokens_that_stop(gemma3):
         ({"layer_types": ["sliding_attention"]}, "lists 1 layers, num_hidden_layers is 2"),
         ({"layer_types": ["linear_attention"] * 2}, "'linear_attention'. are not supported, only"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_"),
+        ({"model_type": "gemma4_text", "enable_moe_block": True}, "only the dense models are"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 1} | GEMMA4, "shared_layers is 1: "),
+        ({"model_type": "qwen3_moe", "num_experts_per_tok": 200}, "200 is not of 1 to 128"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers lists 1 layers, num_"),
         ({"model_type": "gemma2", "hidden_activation": "relu"}, "hidden_activation 'relu' is not"),
     ],
 )
