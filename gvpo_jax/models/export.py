@@ -107,7 +107,9 @@ def _put(new: Path, folder: Path, aside: Path) -> None:
 
 def _write_settings(folder: Path, loaded: LoadedModel, dtype: str) -> None:
     config = {k: v for k, v in loaded.hf_config.items() if k != "torch_dtype"}  # the older name
-    config |= older_rope(config)  # which transformers before 5 reads
+    config |= older_rope(config)  # which transformers before 5 reads, as the next one
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
     write_json(folder / "config.json", config | {"dtype": dtype})
     kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {kind: config[kind] for kind in kinds if config.get(kind) is not None}

@@ -317,6 +317,12 @@ def test_an_export_says_what_transformers_before_5_reads(debug, tmp_path):
     assert set(special) == {"<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 
+def test_an_export_names_experts_as_transformers_before_5_does(debug, tmp_path):
+    model = dataclasses.replace(debug, hf_config=debug.hf_config | {"num_local_experts": 5})
+    export_model(tmp_path / "out", model, debug.params)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 5
+
+
 def test_older_keys_of_rotary_positions_by_layer_and_of_longrope():
     local = {"rope_type": "default", "rope_theta": 1e4}
     everywhere = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
