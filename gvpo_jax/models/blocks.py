@@ -120,7 +120,10 @@ class Attention(nnx.Module):
         return self.options.constrain("heads", y.reshape(*y.shape[:3], -1, self.head_dim))
 
     def _turned(self, queries, rope):
-        queries = queries if rope is None else rotate(queries, rope)
+        if rope is not None:
+            queries = rotate(queries, rope)
+            if rope.growth is not None:
+                queries = queries * rope.growth.astype(queries.dtype)
         if (multiplier := self.config.attention_multiplier) is not None:
             queries = queries * (multiplier * self.head_dim**0.5)  # attention divides by the root
         return queries

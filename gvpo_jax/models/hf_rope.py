@@ -158,6 +158,7 @@ def _yarn(rope: Values, original: int, longest: int) -> Scaling:
         beta_fast=float(rope.get("beta_fast") or 32),
         beta_slow=float(rope.get("beta_slow") or 1),
         truncate=bool(rope.get("truncate", True)),
+        llama_4_scaling_beta=rope.get("llama_4_scaling_beta"),
     )
 
 

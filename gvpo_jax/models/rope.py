@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -41,6 +42,8 @@ class YarnScaling:
         beta_fast, beta_slow: turns within the trained context where the ramp begins and ends.
         attention_factor: what cos and sin are multiplied by.
         truncate: whether the ramp begins and ends at whole dimensions.
+        llama_4_scaling_beta: how much queries grow with the contexts of the trained length that lie
+            before them; None: not.
     """
 
     factor: float
@@ -49,6 +52,7 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    llama_4_scaling_beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,19 @@ class LongRopeScaling:
 Scaling = RopeScaling | LinearScaling | ProportionalScaling | YarnScaling | LongRopeScaling
 
 
-def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int):
-    """Cos and sin `[g, k, t, 1, dims/2]` of the rotary angles, in float32."""
+class Rope(NamedTuple):
+    """Of every token, in float32: cos and sin of the angles `[g, k, t, 1, dims/2]`.
+
+    growth: `[g, k, t, 1, 1]`, what its queries are multiplied by; None: 1.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    growth: jax.Array | None = None
+
+
+def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int) -> Rope:
+    """The angles of each position."""
     half = dims // 2
     freqs = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if isinstance(scaling, RopeScaling):
@@ -94,12 +109,16 @@ def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int):
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if isinstance(scaling, YarnScaling | LongRopeScaling) and scaling.attention_factor != 1:
         cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
-    return cos, sin
+    if not isinstance(scaling, YarnScaling) or scaling.llama_4_scaling_beta is None:
+        return Rope(cos, sin)
+    contexts = positions_gkt[..., None, None] // scaling.original_max_position_embeddings
+    growth = 1 + scaling.llama_4_scaling_beta * jnp.log1p(contexts.astype(jnp.float32))
+    return Rope(cos, sin, growth)
 
 
-def rotate(x_gkthd, rope):
+def rotate(x_gkthd, rope: Rope):
     """The first `dims` of each head turned by the angles, the others as they are."""
-    cos, sin = (a.astype(x_gkthd.dtype) for a in rope)
+    cos, sin = (a.astype(x_gkthd.dtype) for a in rope[:2])
     dims = 2 * cos.shape[-1]
     a, b = jnp.split(x_gkthd[..., :dims], 2, axis=-1)
     turned = [a * cos - b * sin, b * cos + a * sin]

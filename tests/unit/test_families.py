@@ -48,6 +48,8 @@ KINDS = ["sliding_attention", "full_attention"]
 LOCAL_THEN_ALL = {"layer_types": KINDS, "sliding_window": 4}
 GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 5} | LOCAL_THEN_ALL
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+GROWING = {"llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 1e6}
+GROWING |= {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 5}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.5, 2.0, 4.0]}
 GEMMA4 = {"vocab_size_per_layer_input": 61}
 # One line a family: what its model has beside SHAPE.
@@ -57,6 +59,7 @@ FAMILIES = {
     "qwen3": {"head_dim": 10, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 4, "head_dim": 10},
     "ministral": LOCAL_THEN_ALL | {"head_dim": 6},
+    "ministral3": {"head_dim": 6, "rope_parameters": GROWING, "sliding_window": None},
     "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma4_text": {"num_hidden_layers": 5, "layer_types": [*KINDS, *KINDS[::-1], KINDS[1]]}
