@@ -5,6 +5,7 @@ Odd sizes, windows shorter than prompts and completions, prompts of two lengths.
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from gvpo_jax.models.hf_config import config_json, decoder_config, for_length
 from gvpo_jax.models.hf_files import read_json, write_json
 from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import load_model, stop_token_ids
+from gvpo_jax.parallel.layout import LAYOUT, path_name
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.inprocess import InProcessEngine, SamplingModel
 from gvpo_jax.training.step import token_logps
@@ -238,6 +240,13 @@ def test_export_is_equal_to_the_bit(case, tmp_path):
     with torch.no_grad():
         expected, logits = (m(input_ids=ids).logits.numpy() for m in (case.torch, again))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_every_parameter_has_a_layout_on_a_mesh(case):
+    for path, leaf in jax.tree.leaves_with_path(case.ours.params):
+        spec = next((spec for pattern, spec in LAYOUT if re.search(pattern, path_name(path))), None)
+        assert spec is not None, path_name(path)
+        assert len(spec) == leaf.ndim, path_name(path)
 
 
 def test_config_json_round_trip(case):
