@@ -140,6 +140,8 @@ class DecoderFns:
         shards: parts that the devices cut a batch into, group by group.
         chunk_bytes: of logits that a device holds at once, where they are more than it keeps.
         logit_cap: of all logits, see `gvpo_jax.logprobs.soft_cap`.
+        in_float32: the last names of parameters that are used in float32 whatever the dtype of the
+            computation, and so are kept in it.
     """
 
     prefill: Callable[..., Any]
@@ -151,6 +153,7 @@ class DecoderFns:
     chunk_bytes: int = CHUNK_BYTES
     packed_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     logit_cap: float | None = None
+    in_float32: tuple[str, ...] = ()
 
 
 def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> DecoderFns:
@@ -170,6 +173,7 @@ def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> Decod
         chunk_bytes=options.chunk_bytes,
         packed_hidden=of_params(Decoder.packed_hidden),
         logit_cap=config.final_logit_softcapping,
+        in_float32=() if config.norm == "rounded" else ("scale",),
     )
 
 

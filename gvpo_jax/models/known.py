@@ -36,6 +36,52 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-Math-1.5B": _known("qwen2", 151936, 1536, 8960, 28, 12, 2, 4096, 1e4),
     "Qwen/Qwen2.5-0.5B": _known("qwen2", 151936, 896, 4864, 24, 14, 2, 32768, 1e6),
     "Qwen/Qwen3-0.6B": _known("qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, 1e6, head_dim=128),
+    "Qwen/Qwen3-1.7B": _known("qwen3", 151936, 2048, 6144, 28, 16, 8, 40960, 1e6, head_dim=128),
+    "Qwen/Qwen3-30B-A3B": _known(
+        "qwen3_moe",
+        151936,
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        40960,
+        1e6,
+        tied=False,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
+    "google/gemma-3-270m": _known(
+        "gemma3_text",
+        262144,
+        640,
+        2048,
+        18,
+        4,
+        1,
+        32768,
+        1e6,
+        head_dim=256,
+        sliding_window=512,
+        query_pre_attn_scalar=256,
+    ),
+    "google/gemma-3-1b": _known(
+        "gemma3_text",
+        262144,
+        1152,
+        6912,
+        26,
+        4,
+        1,
+        32768,
+        1e6,
+        head_dim=256,
+        sliding_window=512,
+        query_pre_attn_scalar=256,
+    ),
     "HuggingFaceTB/SmolLM2-135M": _known("llama", 49152, 576, 1536, 30, 9, 3, 8192, 1e5, eps=1e-5),
 }
 
@@ -45,7 +91,7 @@ def model_shape(name: str, config_file: str | None = None) -> DecoderConfig:
 
     Args:
         name: as for `load_model`; a name on the hub must be one of `KNOWN`, with or without its
-            owner and an ending `-Instruct`.
+            owner and an ending `-Instruct` or `-it`.
         config_file: a config.json to take in place of the name, or the folder that holds one.
 
     Raises:
@@ -57,7 +103,7 @@ def model_shape(name: str, config_file: str | None = None) -> DecoderConfig:
         return debug_config()
     if (path := local_path(name)) is not None:
         return read_gguf(path).config if path.suffix == ".gguf" else _read(path)
-    wanted = name.removesuffix("-Instruct").split("/")[-1]
+    wanted = name.removesuffix("-Instruct").removesuffix("-it").split("/")[-1]
     for known, values in KNOWN.items():
         if known.split("/")[-1] == wanted:
             return decoder_config(values)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gvpo_jax.baselines import Objective
 from gvpo_jax.models.decoder import DecoderFns
 from gvpo_jax.models.lora import Params, join
-from gvpo_jax.parallel.layout import constrain_batch, replicated, shardings
+from gvpo_jax.parallel.layout import constrain_batch, path_name, replicated, shardings
 from gvpo_jax.rollout.make import copy_in
 from gvpo_jax.training.step import TrainConfig, TrainState, init_state, token_logps, train_step
 
@@ -90,8 +90,15 @@ def make_programs(
         ),
         token_logps=jax.jit(functools.partial(_token_logps, model, mesh), static_argnums=2),
         blend=jax.jit(optax.incremental_update, donate_argnums=1),
-        reference=jax.jit(functools.partial(copy_in, reference_dtype)),
+        reference=jax.jit(functools.partial(_reference, reference_dtype, model.in_float32)),
     )
+
+
+def _reference(dtype, in_float32, params):
+    def kept(path, x, copied):
+        return jnp.copy(x) if path_name(path).rpartition("/")[2] in in_float32 else copied
+
+    return jax.tree.map_with_path(kept, params, copy_in(dtype, params))
 
 
 def _token_logps(model, mesh, params, batch, packed_size=None, frozen=None):

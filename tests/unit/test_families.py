@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,6 +30,7 @@ from gvpo_jax.models.load import load_model, stop_token_ids
 from gvpo_jax.parallel.layout import LAYOUT, path_name
 from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.inprocess import InProcessEngine, SamplingModel
+from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.step import token_logps
 
 torch = pytest.importorskip("torch")
@@ -357,3 +359,18 @@ def test_a_family_names_tokens_that_stop(gemma3):
 def test_configs_that_are_refused(values, words):
     with pytest.raises(UserError, match=f"^config.json: .*{words}"):
         decoder_config({"model_type": "mistral", **SHAPE, **values})
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama"])
+def test_a_reference_in_bfloat16_scores_as_the_policy_does(name, tmp_path):
+    """To the last bit: norms that are computed in float32 are not rounded in the copy."""
+    settings = {"model__dtype": "bfloat16", "data__max_prompt_length": P}
+    c = small_run.config(tmp_path / "run", **settings)
+    policy = Trainer(c, Case(name, tmp_path / "model").ours).policy
+    logps = [
+        policy.logps_of_all(params, PROMPTS, PROMPT_LENGTHS, COMPLETIONS[:, :1])
+        for params in (policy.params, policy.reference)
+    ]
+    np.testing.assert_array_equal(*logps)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(policy.reference)}
+    assert dtypes == ({"bfloat16", "float32"} if name == "gemma3_text" else {"bfloat16"})
