@@ -17,6 +17,8 @@ LOSS = ("tests/unit/test_loss.py", "tests/unit/test_identities.py")
 STEP = ("tests/unit/test_logprobs.py", "tests/unit/test_train_step.py")
 PACKED = ("tests/unit/test_shared_prefix.py", "tests/unit/test_packing.py")
 ROLLOUT = ("tests/unit/test_rollout.py",)
+LORA = ("tests/unit/test_lora.py",)
+FAMILIES = ("tests/unit/test_families.py",)
 # One test each: the others of the file take long, and are about other things.
 FILLING = ("tests/unit/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
 TEXT = (
@@ -345,6 +347,62 @@ MUTANTS = (
         "jnp.repeat(prefix.mask, n, axis=0)",
         "jnp.repeat(prefix.mask[:1], n * g, axis=0)",
         ("tests/unit/test_kernels.py",),
+    ),
+    Mutant(
+        "an adapter not multiplied by alpha / rank",
+        "models/lora.py",
+        "self.lora_a[...].astype(x.dtype), last) * self.scale",
+        "self.lora_a[...].astype(x.dtype), last)",
+        LORA,
+    ),
+    Mutant(
+        "an adapter merged without alpha / rank",
+        "models/lora.py",
+        "added = (a @ b) * scale",
+        "added = a @ b",
+        LORA,
+    ),
+    Mutant(
+        "the reference of an adapter without its base",
+        "training/programs.py",
+        "whole = join(frozen, params)",
+        "whole = join(jax.tree.map(jnp.zeros_like, frozen), params)",
+        LORA,
+    ),
+    Mutant(
+        "a sliding window one token too wide behind the prompt",
+        "ops/attention.py",
+        "ages_gp[:, None, None] < window",
+        "ages_gp[:, None, None] <= window",
+        FAMILIES,
+    ),
+    Mutant(
+        "a sliding window one token too wide inside a completion",
+        "ops/attention.py",
+        "jnp.arange(start, end)[:, None] - window",
+        "jnp.arange(start, end)[:, None] - window - 1",
+        FAMILIES,
+    ),
+    Mutant(
+        "local layers with the rotary base of the global ones",
+        "models/decoder.py",
+        "rotations(positions_gkt, c.local_rope_theta, None",
+        "rotations(positions_gkt, c.rope_theta, None",
+        FAMILIES,
+    ),
+    Mutant(
+        "norms by w where they are by 1 + w",
+        "models/blocks.py",
+        'scale = 1 + scale if self.config.norm == "one_plus" else scale',
+        "scale = scale",
+        FAMILIES,
+    ),
+    Mutant(
+        "the shares of a mixture's experts left out",
+        "ops/experts.py",
+        "out.astype(jnp.float32) * shares[:, None])",
+        "out.astype(jnp.float32))",
+        FAMILIES,
     ),
 )
 SMALL = MUTANTS[:3]
