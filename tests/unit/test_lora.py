@@ -1,6 +1,7 @@
 """LoRA: against merged weights in PyTorch and float64, PEFT's file format, and full runs."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -92,7 +93,8 @@ def test_gradients_are_those_of_merged_weights_by_the_chain_rule(x64):
         DecoderOptions(dtype=jnp.float64),
         Lora(3, 7.0, ("up", "down")),
     )
-    mlp = MLP(c, lambda *a, **k: nnx.Linear(*a, dtype=jnp.float64, rngs=nnx.Rngs(0), **k), options)
+    linear = functools.partial(nnx.Linear, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    mlp = MLP(c, 0, linear, options)
     plain, base = nnx.split(mlp)
     base = jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(base))
     adapt(mlp, lora, nnx.Rngs(0))
