@@ -384,18 +384,6 @@ def test_a_run_killed_in_its_first_save_starts_over_and_says_so(tmp_path, capsys
     assert not list(parts.rglob("*.tmp"))
 
 
-def test_a_run_killed_before_its_summary_ends_as_one_that_was_not(tmp_path):
-    _, expected = train(tmp_path)
-    files = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    (tmp_path / "summary.json").unlink()
-    _, summary = train(tmp_path)
-    timed = ("train_seconds", "wall_seconds", "peak_memory_gib")
-    assert {k: v for k, v in summary.items() if k not in timed} == {
-        k: v for k, v in expected.items() if k not in timed
-    }
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == files
-
-
 def test_other_held_out_rows_are_refused_and_the_run_stays_usable(tmp_path):
     train(tmp_path, train__stop_at=2)
     trainer = Trainer(config(tmp_path, train__steps=8), load_model("debug"))
