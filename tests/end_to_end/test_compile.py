@@ -357,9 +357,14 @@ def test_known_models_have_their_published_numbers_of_parameters():
         "Qwen/Qwen2.5-Math-1.5B": 1_543_714_304,
         "Qwen/Qwen2.5-0.5B": 494_032_768,
         "Qwen/Qwen3-0.6B": 596_049_920,
+        "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+        "google/gemma-3-270m": 268_098_176,
+        "google/gemma-3-1b": 999_885_952,
         "HuggingFaceTB/SmolLM2-135M": 134_515_008,
     }
     assert model_shape("Qwen2.5-Math-7B-Instruct") == model_shape("Qwen/Qwen2.5-Math-7B")
+    assert model_shape("google/gemma-3-1b-it") == model_shape("google/gemma-3-1b")
 
 
 def test_flops_follow_the_six_per_parameter_rule():
