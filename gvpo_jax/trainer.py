@@ -97,7 +97,8 @@ class Trainer:
         self.model, self.tokenizer = ready.model, ready.model.tokenizer
         self.stop_ids, self._vocab_size = ready.stop_ids, ready.vocab_size
         shapes = jax.eval_shape(lambda: ready.params)
-        self._programs_of = lambda config: config.programs(ready.functions, shapes, mesh)
+        functions = ready.functions  # alone: what is held here lives as long as the trainer
+        self._programs_of = lambda config: config.programs(functions, shapes, mesh)
         self.policy = Policy(
             ready.params,
             self._programs_of(c),
