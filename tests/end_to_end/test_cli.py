@@ -200,7 +200,7 @@ def test_a_hub_name_that_cant_be_downloaded(train, monkeypatch):
 def test_an_unknown_architecture(train, model_folder):
     edit_json(model_folder / "config.json", architectures=["MambaForCausalLM"])
     line = train(f"model.name={model_folder}")
-    assert "config.json: architecture ['MambaForCausalLM'] is not supported; use one of" in line
+    assert "config.json: model type MambaForCausalLM is not supported; supported are" in line
 
 
 def test_a_missing_tensor(train, model_folder):
