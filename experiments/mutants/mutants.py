@@ -18,7 +18,10 @@ STEP = ("tests/unit/test_logprobs.py", "tests/unit/test_train_step.py")
 PACKED = ("tests/unit/test_shared_prefix.py", "tests/unit/test_packing.py")
 ROLLOUT = ("tests/unit/test_rollout.py",)
 LORA = ("tests/unit/test_lora.py",)
-FAMILIES = ("tests/unit/test_families.py",)
+FAMILIES = tuple(
+    f"tests/unit/test_families.py::test_{name}"
+    for name in ("logits", "log_probs_and_gradients", "greedy_text")
+)
 # One test each: the others of the file take long, and are about other things.
 FILLING = ("tests/unit/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
 TEXT = (

@@ -1,6 +1,6 @@
 """Break the code on purpose, one mistake at a time, and see which test notices.
 
-    python experiments/mutants/run.py            # every mutant, about 11 minutes of CPU
+    python experiments/mutants/run.py            # every mutant, about 15 minutes of CPU
     python experiments/mutants/run.py --small    # the first three, in seconds: what CI runs
 
 The package and its tests are copied to a temporary folder. There each mutant is applied and taken
