@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -32,9 +34,6 @@ from gvpo_jax.rollout.engine import SamplingParams
 from gvpo_jax.rollout.inprocess import InProcessEngine, SamplingModel
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.step import token_logps
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 SHAPE = {
     "vocab_size": 61,

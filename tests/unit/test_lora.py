@@ -8,7 +8,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from http_stub import StubServer, network_of
@@ -122,7 +125,6 @@ def test_gradients_are_those_of_merged_weights_by_the_chain_rule(x64):
 
 
 def test_log_probs_and_gradients_are_pytorchs_of_the_exported_merged_model(trained, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     it = trained[0].policy
     params = moved(it.params)
     whole = it.whole(params)
@@ -363,7 +365,6 @@ def test_an_exported_adapter_is_pefts(trained, adapter, tmp_path):
     """Its logits on the base are those of the merged export."""
     from transformers import AutoModelForCausalLM
 
-    torch = pytest.importorskip("torch")
     (base, folder), (_, run) = adapter, trained
     tensors = load_file(folder / "adapter_model.safetensors")
     assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (4, 128)
@@ -629,7 +630,6 @@ by_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureW
 
 
 def pefts_logits(folder, base, tokens):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
@@ -649,7 +649,6 @@ def test_peft_loads_our_adapter(adapter):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_we_load_pefts_adapter(adapter, tmp_path, rslora):
     """One that PEFT made and saved, with layers and a scale of its own choice."""
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
