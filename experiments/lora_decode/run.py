@@ -22,15 +22,14 @@ import numpy as np
 
 from gvpo_jax.models.config import LoraConfig, ModelConfig
 from gvpo_jax.models.decoder import DecoderConfig, init_params
+from gvpo_jax.models.known import model_shape
 from gvpo_jax.models.lora import adapter_shapes, init_adapter, join
 from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
 from gvpo_jax.rollout.engine import RolloutConfig
 from gvpo_jax.rollout.make import sampling_model
 
-SMOLLM2 = DecoderConfig(
-    "llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_embeddings=True
-)
+SMOLLM2 = model_shape("HuggingFaceTB/SmolLM2-135M")
 TINY = DecoderConfig("llama", 512, 48, 96, 2, 3, 1, 16, tie_embeddings=True)
 SHORT, LONG = 8, 40
 G, K, P = 4, 8, 24
