@@ -34,9 +34,9 @@ def data_signs(
             f"there are {n} prompts for batches of {batch}: a batch holds the same ones several "
             "times; give more rows, or a smaller train.batch_size"
         )
-    seen = set(map(tuple, prompts.token_ids))
-    known = sum(tuple(ids) in seen for ids in held_out.token_ids) if held_out else 0
-    if known and held_out:
+    asked = [tuple(ids) for ids in held_out.token_ids] if held_out else []
+    trained = set(asked).intersection(map(tuple, prompts.token_ids))
+    if held_out and (known := sum(ids in trained for ids in asked)):
         lines.append(
             f"{known} of {len(held_out.rows)} held-out prompts are also trained on: their score "
             "says nothing of new ones"
