@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -137,7 +138,8 @@ def _cache(config: Config, model: DecoderConfig, groups: int, k: int) -> int:
     kept = rollout.cache_dtype
     width = jnp.dtype(config.model.dtype if kept == "model" else kept).itemsize
     tokens = groups * data.max_prompt_length + rows * rollout.max_completion_length
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width * tokens
+    own = (i for i in range(model.num_layers) if model.source(i) is None)
+    return 2 * sum(math.prod(model.heads(i)) for i in own) * width * tokens
 
 
 def _activations(config: Config, model: DecoderConfig) -> int:

@@ -78,11 +78,15 @@ def compile_run(
     model = model_shape(config.model.name, model_config)
     mesh = config.mesh.mesh(devices)
     batch = {name: dataclasses.asdict(sizes) for name, sizes in batch_sizes(config).items()}
-    remat, two_passes = config.model.remat != "none", config.train.completion_parts > 1
+    how = {
+        "remat": config.model.remat != "none",
+        "two_passes": config.train.completion_parts > 1,
+        "frozen": config.model.lora.rank is not None,
+    }
     rows = []
     for program in run_programs(config, model, mesh):
         if not only or program.name.startswith(tuple(only)):
-            work = program_work(program.name, model, batch, remat=remat, two_passes=two_passes)
+            work = program_work(program.name, model, batch, **how)
             rows.append(_row(program, chip, work, mesh.size, slices))
     fits = all(row["fits"] for row in rows)
     advice = to_speed_up(config, rows) if fits else to_fit(config, rows, dict(mesh.shape))

@@ -1,5 +1,6 @@
 """How fast a program could be at best: its floating-point work, and what a TPU chip can do."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from gvpo_jax.models.decoder import DecoderConfig
@@ -49,6 +50,7 @@ class Shape:
     matmul_params_per_layer: int
     attention_width: int  # query heads x head_dim
     head_params: int  # vocabulary x hidden size
+    frozen: bool = False  # none of them has a gradient; an adapter's own work is not counted
 
 
 def program_work(
@@ -58,6 +60,7 @@ def program_work(
     *,
     remat: bool,
     two_passes: bool,
+    frozen: bool,
 ) -> Work:
     """Of a run's program, by its name; batch: "train", "score" and "rollout" -> g, k, p and t."""
     d = model.hidden_size
@@ -67,6 +70,7 @@ def program_work(
         matmul_params_per_layer=d * (2 * queries + 2 * keys + 3 * model.inner_width),
         attention_width=queries,
         head_params=model.vocab_size * d,
+        frozen=frozen,
     )
     match name:
         case "train step":
@@ -103,12 +107,16 @@ def train_work(
 ) -> Work:
     """Forward, and backward at twice its price; the head, and with `remat` the layers, run twice.
 
+    Backward through frozen parameters costs as much as forward: their gradients are not asked for.
     two_passes: whether every completion is scored once more beforehand (`completion_parts`).
     """
     forward = score_work(s, groups=groups, k=k, p=p, t=t).model
+    pairs = dataclasses.replace(s, matmul_params_per_layer=0, head_params=0)
+    between_tokens = score_work(pairs, groups=groups, k=k, p=p, t=t).model
     head = 2 * s.head_params * groups * k * t
+    both = 3 * forward - (forward - between_tokens if s.frozen else 0)
     again = forward if remat else head
-    return Work(3 * forward, 3 * forward + again + (forward if two_passes else 0))
+    return Work(both, both + again + (forward if two_passes else 0))
 
 
 def prefill_work(s: Shape, *, groups: int, p: int) -> Work:

@@ -375,8 +375,14 @@ def test_flops_follow_the_six_per_parameter_rule():
     assert roofline.score_work(shape, **sizes).model == 2 * 300 * tokens
     work = roofline.train_work(shape, **sizes, remat=True, two_passes=False)
     assert (work.model, work.executed) == (6 * 300 * tokens, 8 * 300 * tokens)
+    frozen = dataclasses.replace(shape, frozen=True)
+    work = roofline.train_work(frozen, **sizes, remat=True, two_passes=False)
+    assert (work.model, work.executed) == (4 * 300 * tokens, 6 * 300 * tokens)
     pairs = roofline.Shape(layers=1, matmul_params_per_layer=0, attention_width=8, head_params=0)
     assert roofline.score_work(pairs, **sizes).model == 4 * 8 * 2 * (10 * 10 + 4 * 5 * (10 + 5))
+    apart = roofline.train_work(pairs, **sizes, remat=False, two_passes=False)
+    of_frozen = dataclasses.replace(pairs, frozen=True)
+    assert roofline.train_work(of_frozen, **sizes, remat=False, two_passes=False) == apart
     head = roofline.Shape(layers=0, matmul_params_per_layer=0, attention_width=0, head_params=70)
     assert roofline.score_work(head, **sizes).model == 2 * 70 * 2 * 4 * 6
     assert roofline.decode_work(head, **sizes).model == 2 * 70 * 2 * 4 * 6

@@ -1,5 +1,6 @@
 """What a run needs, against arrays that are really made and numbers by hand; who is told what."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from gvpo_jax.config_file import load_config, override
 from gvpo_jax.errors import UserError
 from gvpo_jax.memory import check_memory, device_memory, memory_needed, peak
 from gvpo_jax.models.debug import debug_config
-from gvpo_jax.models.decoder import init_params
+from gvpo_jax.models.decoder import decoder_fns, init_params
 from gvpo_jax.models.known import model_shape
+from gvpo_jax.tpu_compile.lowering import batch_sizes
 from gvpo_jax.trainer import Trainer
 
 GIB = 2**30
@@ -50,6 +52,21 @@ def test_the_published_sizes_of_a_model_of_7b():
     assert needed["reference"] == pytest.approx(7.616e9 * 2, rel=1e-3)
     # keys and values, 28 layers, 4 heads of 128, 2 bytes; 8 prompts and 32 completions
     assert needed["keys and values"] == 2 * 28 * 4 * 128 * 2 * (8 * 512 + 32 * 1024)
+
+
+def test_keys_and_values_of_layers_that_differ():
+    """Wider heads where there is no window, and a last layer that has none of its own."""
+    windows = (4, None, None)
+    model = dataclasses.replace(
+        debug_config(), num_layers=3, windows=windows, full_head_dim=24, shared_layers=1
+    )
+    c = override(Config(), mesh__fsdp=1)
+    rollout, prompts = batch_sizes(c)["rollout"], c.data.max_prompt_length
+    per_token = decoder_fns(model).empty_cache(1, 1, 1)
+    tokens = rollout.groups * (prompts + rollout.k * rollout.t)
+    assert model.source(2) == 1
+    needed = memory_needed(c, model, c.mesh.mesh())
+    assert needed["keys and values"] == tokens * bytes_of(per_token)
 
 
 def test_it_is_at_most_what_the_tpu_compiler_says(tmp_path):
