@@ -2,7 +2,8 @@
 
 A row is a plain dict: `prompt` (a string or a list of chat messages) and any other columns, which
 the reward functions receive under their own names. The column `answer_prefix` is text put at the
-start of the answer, after the prompt.
+start of the answer, after the prompt. A message's content may be a list of text parts,
+`{"type": "text", "text": "..."}`: they are joined.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +41,7 @@ def load_rows(path: str | Path) -> list[Row]:
         UserError: naming file and line (row, where there are no lines), for whatever is not a row
             with a usable prompt; or there is no such file, or no row.
     """
-    placed_rows = read_files(Path(path))
+    placed_rows = [(place, _joined(row)) for place, row in read_files(Path(path))]
     for place, row in placed_rows:
         check_row(place, row)
     return [PlacedRow(row, place) for place, row in placed_rows]
@@ -76,7 +77,7 @@ def as_rows(dataset: Any) -> list[Row]:
                 f'row {number}: a row is a dict like {{"prompt": "..."}}, this is a '
                 f"{type(row).__name__}"
             )
-        rows.append(row if isinstance(row, PlacedRow) else dict(row))
+        rows.append(row if isinstance(row, PlacedRow) else _joined(dict(row)))
     return rows
 
 
@@ -146,6 +147,14 @@ def check_row(place: str, row: Any) -> None:
     if not isinstance(row.get("answer_prefix"), str | None):
         raise UserError(f"{place}: 'answer_prefix' must be text")
     prompt = row["prompt"]
+    messages = prompt if isinstance(prompt, list) else []
+    kinds = [part.get("type") for message in messages for part in _parts(message)]
+    kinds += [name for name in ("image", "images") if not _is_empty(row.get(name))]
+    if others := [kind for kind in kinds if kind != "text"]:
+        raise UserError(
+            f"{place}: the row has {others[0]!r}, and training is on text alone: leave such rows "
+            "out, or take it from them"
+        )
     if isinstance(prompt, str):
         if not prompt:
             raise UserError(f"{place}: the prompt is empty")
@@ -160,6 +169,34 @@ def check_row(place: str, row: Any) -> None:
             f"{place}: the last message is the assistant's; put the start of its answer into the "
             "column 'answer_prefix'"
         )
+
+
+def _joined(row: Any) -> Any:
+    """The row with the texts of its messages in one piece each, and its messages in a list."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, np.ndarray):  # as pandas reads it from Parquet
+        prompt = prompt.tolist()
+    if not isinstance(prompt, list):
+        return row
+    return row | {"prompt": [_joined_message(message) for message in prompt]}
+
+
+def _joined_message(message: Any) -> Any:
+    texts = [part["text"] for part in _parts(message) if isinstance(part.get("text"), str)]
+    if not texts or len(texts) < len(message["content"]):
+        return message
+    return {**message, "content": "".join(texts)}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and not value)
+
+
+def _parts(message: Any) -> list[dict]:
+    """What a message's content consists of, if it is a list: texts, images, ..."""
+    content = message.get("content") if isinstance(message, dict) else None
+    content = content.tolist() if isinstance(content, np.ndarray) else content
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
 
 
 def _is_message(message: Any) -> bool:

@@ -15,7 +15,7 @@ import pytest
 
 from gvpo_jax.data.prompts import DataConfig, completion_ids
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
-from gvpo_jax.data.rows import batch_indices, columns_of, load_rows
+from gvpo_jax.data.rows import as_rows, batch_indices, check_row, columns_of, load_rows
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_tokenizer
 
@@ -217,6 +217,46 @@ def test_plain_text_gets_special_tokens_and_the_answer_prefix():
 def test_messages_go_through_the_template_once_without_special_tokens():
     row = {"prompt": [{"role": "user", "content": "Q"}], "answer_prefix": "A ="}
     assert encode([row], Letters(TEMPLATE)) == ["<user>Q</user><assistant>A ="]
+
+
+PART = {"type": "text", "text": "Ho"}
+IMAGE = {"type": "image", "image": "x.png"}
+
+
+@pytest.mark.parametrize("many", [list, np.array])
+def test_texts_in_parts_are_one_text(tmp_path, many):
+    """As chat data has them, in a list or as pandas reads it from Parquet."""
+    parts = [{"role": "user", "content": many([PART, PART])}, {"role": "user", "content": "!"}]
+    (row,) = as_rows([{"prompt": many(parts)}])
+    assert row["prompt"] == [
+        {"role": "user", "content": "HoHo"},
+        {"role": "user", "content": "!"},
+    ]
+    if many is list:
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": parts}))
+        assert load_rows(tmp_path / "rows.jsonl")[0] == row
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": [IMAGE, PART]}]},
+        {"prompt": "Hi", "image": "x.png"},
+        {"prompt": "Hi", "images": [b"1", b"2"]},
+        {"prompt": "Hi", "image": np.zeros((2, 2))},
+    ],
+)
+def test_images_are_refused(row):
+    with pytest.raises(UserError, match=r"^row 1: .*'images?', and training is on text alone"):
+        check_row("row 1", row)
+    check_row("row 1", {"prompt": "Hi", "image": None, "images": []})
+
+
+@pytest.mark.parametrize("part", ["Hi", {"type": "text"}, {"type": "text", "text": 3}])
+def test_content_that_is_no_text_is_refused(part):
+    rows = as_rows([{"prompt": [{"role": "user", "content": [PART, part]}]}])
+    with pytest.raises(UserError, match="must be text or a list of messages"):
+        check_row("row 1", rows[0])
 
 
 def test_auto_leaves_strings_alone_and_always_makes_them_a_user_message():

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -33,8 +34,10 @@ MORE_PROMPTS = [*PROMPTS, *(RNG.integers(7, 43, n).tolist() for n in (3, 1, 7))]
 SCORE = jax.jit(functools.partial(token_logps, APPLY))
 
 
-def generate(prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None, stop=None):
-    return InProcessEngine(SamplingModel(APPLY), stops, slots=slots, stop=stop).generate(
+def generate(
+    prompts, ids, *, k=4, t=24, seed=1, sampling=None, stops=STOPS, slots=None, stop=None, fns=APPLY
+):
+    return InProcessEngine(SamplingModel(fns), stops, slots=slots, stop=stop).generate(
         PARAMS, prompts, ids, num_generations=k, max_completion_length=t,
         sampling=sampling or SamplingParams(), seed=seed,
     )  # fmt: skip
@@ -82,6 +85,14 @@ def test_greedy_equals_argmax_of_the_plain_forward_pass():
             padded = np.array([tokens + [0] * (20 - len(tokens))])
             tokens.append(int(forward(padded)[0, len(tokens) - 1].argmax()))
         assert completions.tolist() == [tokens[len(prompt) :]] * 2
+
+
+def test_a_window_wider_than_prompt_and_cache_changes_nothing():
+    wide = decoder_fns(dataclasses.replace(CONFIG, windows=(64, 33)))
+    expected, rollout = generate(PROMPTS, [0, 1, 2]), generate(PROMPTS, [0, 1, 2], fns=wide)
+    np.testing.assert_array_equal(rollout.completions, expected.completions)
+    atol = tolerance(PROMPTS, expected)
+    np.testing.assert_allclose(rollout.old_logps, expected.old_logps, atol=atol)
 
 
 def test_a_sample_does_not_depend_on_the_batch_around_it():
