@@ -80,19 +80,25 @@ class Config:
             )
 
     def programs(self, model: "DecoderFns", params: Any, mesh: "Mesh") -> "Programs":
-        """What a run compiles to train; for the arguments see `make_programs`."""
+        """What a run compiles to train. params: those that are trained, or their shapes."""
+        import jax
+
         from gvpo_jax.training.programs import make_programs
 
+        shapes, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
+        changes = self.optimizer.schedule != "constant"
         return make_programs(
             model,
-            params,
+            tuple(shapes),
+            tree,
             mesh,
             dtype=self.model.dtype,
-            optimizer=self.optimizer.create(self.train.updates),
-            rates=self.optimizer.rates(self.train.updates),
-            objective=self.loss.objective(self.rollout.max_completion_length),
-            beta=self.loss.beta,
-            train=self.train,
+            optimizer=self.optimizer,
+            updates=self.train.updates if changes else 0,
+            loss=self.loss,
+            max_completion_length=self.rollout.max_completion_length,
+            micro_batches=self.train.micro_batches,
+            completion_parts=self.train.completion_parts,
             averaged=self.reference.name == "ema",
         )
 

@@ -138,29 +138,43 @@ class ModelConfig:
 
         cache_dtype: of the keys and values that decoding keeps; "model": as computed.
         """
-        import jax
-        import jax.numpy as jnp
+        how = self.dtype, self.remat, self.attention, cache_dtype, self.lora.form()
+        return _functions(shape, mesh, *how)
 
-        from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
-        from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
-        from gvpo_jax.ops.experts import experts_on
-        from gvpo_jax.ops.kernels import attention_on
-        from gvpo_jax.parallel.layout import constrain_activation, group_shards, shardings
 
-        dtype = jnp.dtype(self.dtype)
-        options = DecoderOptions(
-            dtype=dtype,
-            remat=self.remat,
-            cache_dtype=None if cache_dtype == "model" else jnp.dtype(cache_dtype),
-            constrain=functools.partial(constrain_activation, mesh),
-            params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
-            attention=attention_on(
-                mesh, self.attention, dtype, max(shape.head_dim, shape.full_head_dim or 0)
-            ),
-            experts=experts_on(mesh),
-            product=product_on(mesh),
-            chunk_bytes=chunk_bytes_on(mesh),
-            shards=group_shards(mesh),
-            lora=self.lora.form(),
-        )
-        return decoder_fns(shape, options)
+@functools.lru_cache(maxsize=8)  # the same functions are compiled once
+def _functions(
+    shape: "DecoderConfig",
+    mesh: "Mesh",
+    dtype: str,
+    remat: Any,
+    attention: Any,
+    cache_dtype: str,
+    lora: "Lora | None",
+) -> "DecoderFns":
+    import jax
+    import jax.numpy as jnp
+
+    from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
+    from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
+    from gvpo_jax.ops.experts import experts_on
+    from gvpo_jax.ops.kernels import attention_on
+    from gvpo_jax.parallel.layout import constrain_activation, group_shards, shardings
+
+    computed = jnp.dtype(dtype)
+    options = DecoderOptions(
+        dtype=computed,
+        remat=remat,
+        cache_dtype=None if cache_dtype == "model" else jnp.dtype(cache_dtype),
+        constrain=functools.partial(constrain_activation, mesh),
+        params=lambda tree: jax.lax.with_sharding_constraint(tree, shardings(mesh, tree)),
+        attention=attention_on(
+            mesh, attention, computed, max(shape.head_dim, shape.full_head_dim or 0)
+        ),
+        experts=experts_on(mesh),
+        product=product_on(mesh),
+        chunk_bytes=chunk_bytes_on(mesh),
+        shards=group_shards(mesh),
+        lora=lora,
+    )
+    return decoder_fns(shape, options)

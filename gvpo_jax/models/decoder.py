@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
         return last, [kv and Prefix(kv[0][:, 0], kv[1][:, 0], mask) for kv in kvs]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is like no other, and can be a key
 class DecoderFns:
     """The model as functions of its parameters: what rollout, scoring and the train step are given.
 

@@ -82,11 +82,8 @@ class InProcessEngine(Engine):
     stop: StopStrings | None = None  # texts that end a completion; None: there are none
 
     def __post_init__(self) -> None:
-        self._prefill, self._decode = compiled(self.model.functions, self.stop_ids, self.model.mesh)
-        self._end = jax.jit(
-            functools.partial(end, mesh=self.model.mesh),
-            static_argnames=("k",),
-            donate_argnames=("state",),
+        self._prefill, self._decode = compiled(
+            self.model.functions, tuple(self.stop_ids), self.model.mesh
         )
 
     def generate(
@@ -121,7 +118,7 @@ class InProcessEngine(Engine):
             state = go_on(state=state)
             at_stop = np.zeros((given + filling, k), bool)
         else:
-            end_at = functools.partial(self._end, computed, k=k)
+            end_at = functools.partial(end, computed, k=k, mesh=mesh)
             state, at_stop = _to_stop_strings(self.stop, state, go_on, end_at)
         drawn: Any = to_host((state.completions_snt, state.lengths_sn, state.logps_snt))
         check_logps(drawn[2], "the policy")
@@ -159,10 +156,11 @@ def _to_stop_strings(stop: StopStrings, state: DecodeState, go_on, end_at):
     return state, at_stop
 
 
-def compiled(model: Any, stop_ids: Sequence[int], mesh: Mesh):
+@functools.lru_cache(maxsize=8)
+def compiled(model: Any, stop_ids: tuple[int, ...], mesh: Mesh):
     """`prefill` and `decode`, jitted."""
     first = functools.partial(prefill, model, mesh=mesh)
-    then = functools.partial(decode, model, stop_ids=tuple(stop_ids), mesh=mesh)
+    then = functools.partial(decode, model, stop_ids=stop_ids, mesh=mesh)
     return (
         jax.jit(first, static_argnames=("k", "t", "size")),
         jax.jit(then, static_argnames=("sampling", "steps"), donate_argnames=("state",)),
@@ -234,6 +232,7 @@ def decode(
     return constrain_batch(mesh, state, s, r)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "mesh"), donate_argnames=("state",))
 def end(prompts, ends_sn, *, state, k, mesh):
     """End completions at these lengths (0: not), however long they are, and hand out others.
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gvpo_jax.baselines import Objective
 from gvpo_jax.models.decoder import DecoderFns
-from gvpo_jax.models.lora import Params, join
+from gvpo_jax.models.lora import join
 from gvpo_jax.parallel.layout import constrain_batch, path_name, replicated, shardings
 from gvpo_jax.rollout.make import copy_in
-from gvpo_jax.training.step import TrainConfig, TrainState, init_state, token_logps, train_step
+from gvpo_jax.training.objectives import LossConfig
+from gvpo_jax.training.optimizer import OptimizerConfig
+from gvpo_jax.training.step import TrainState, init_state, token_logps, train_step
 
 
 @dataclass(frozen=True)
@@ -45,38 +46,52 @@ class Programs:
     reference: Callable[[Any], Any]
 
 
+@functools.lru_cache(maxsize=8)  # a second trainer of the same settings compiles nothing again
 def make_programs(
     model: DecoderFns,
-    params: Params,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    tree: Any,
     mesh: Mesh,
     *,
     dtype: str,
-    optimizer: optax.GradientTransformation,
-    rates: optax.Schedule,
-    objective: Objective,
-    beta: float,
-    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    updates: int,
+    loss: LossConfig,
+    max_completion_length: int,
+    micro_batches: int,
+    completion_parts: int,
     averaged: bool,
 ) -> Programs:
     """The functions of a run; nothing is compiled before it is called or lowered.
 
-    params: shapes of those that are trained; `dtype`: of the computation; `averaged`: the reference
-    is an average of policies. For the others see `train_step`.
+    Args:
+        model: what is trained.
+        shapes: of the parameters that are trained.
+        tree: their structure.
+        mesh: where they lie.
+        dtype: of the computation.
+        optimizer: see its section, as for `loss`.
+        updates: how many there will be, by which the learning rate is scheduled.
+        loss: what an update minimises.
+        max_completion_length: in tokens.
+        micro_batches: see `train_step`.
+        completion_parts: see `train_step`.
+        averaged: whether the reference is an average of policies.
     """
-    init = functools.partial(init_state, optimizer=optimizer)
-
+    transformation = optimizer.create(updates)
+    init = functools.partial(init_state, optimizer=transformation)
     step = functools.partial(
         train_step,
         model=model,
-        optimizer=optimizer,
-        objective=objective,
-        beta=beta,
-        rates=rates,
-        micro_batches=train.micro_batches,
-        completion_parts=train.completion_parts,
+        optimizer=transformation,
+        objective=loss.objective(max_completion_length),
+        beta=loss.beta,
+        rates=optimizer.rates(updates),
+        micro_batches=micro_batches,
+        completion_parts=completion_parts,
     )
     step.__name__ = "train_step"  # pyright: ignore[reportAttributeAccessIssue]  # for profiles
-    layout = shardings(mesh, jax.eval_shape(init, params))
+    layout = shardings(mesh, jax.eval_shape(init, jax.tree.unflatten(tree, shapes)))
     reference_dtype = jnp.dtype("float32" if averaged else dtype)
     return Programs(
         mesh=mesh,

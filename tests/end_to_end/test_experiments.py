@@ -47,6 +47,13 @@ def test_lora_decode(tmp_path):
     assert times["merge"]["median"] > 0
 
 
+def test_parity(tmp_path):
+    run("parity", "--out", tmp_path / "results.json")
+    (family,) = json.loads((tmp_path / "results.json").read_text())["families"].values()
+    assert set(family) == {"logits", "log-probs", "gradients", "sampler's log-probs"}
+    assert all(0 <= apart < 1e-4 for apart in family.values())
+
+
 def test_quickstart(tmp_path):
     run("quickstart", "--config", "debug", "--seeds", 0, 1, "--runs", tmp_path, "--out", tmp_path)
     seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]

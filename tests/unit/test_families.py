@@ -143,6 +143,21 @@ def torch_gradients(model):
             yield name, parameter.grad
 
 
+@pytest.fixture
+def compare(record_property):
+    """Asserts that numbers agree, and notes for experiments/parity by how much they don't."""
+    found = {}
+
+    def check(what, ours, theirs, scale=1.0):
+        apart = float(np.max(np.abs(np.asarray(ours) - np.asarray(theirs)))) / scale
+        found[what] = max(found.get(what, 0.0), apart)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * scale, err_msg=what)
+
+    yield check
+    for what, apart in found.items():
+        record_property(what, apart)
+
+
 def saved_buffers(model):
     """Which files hold and nothing trains."""
     kept = model.state_dict().keys()
@@ -162,15 +177,15 @@ def test_contributing_shows_a_real_one():
     assert f"```python\n{Path(granite.__file__).read_text()}```\n" in shown
 
 
-def test_logits(case):
+def test_logits(case, compare):
     ids = np.array([sequence(0, 0)])
     with torch.no_grad():
         expected = case.torch(input_ids=torch.tensor(ids)).logits.numpy()
     logits = jax.jit(functools.partial(full_logits, case.ours.config))(case.ours.params, ids)
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    compare("logits", logits, expected)
 
 
-def test_log_probs_and_gradients(case):
+def test_log_probs_and_gradients(case, compare):
     """Packed, behind a shared prompt; gradients of every tensor by its name."""
     arrays = PROMPTS, PROMPT_LENGTHS, COMPLETIONS, LENGTHS
     kept = np.arange(T) < LENGTHS[..., None]
@@ -185,18 +200,17 @@ def test_log_probs_and_gradients(case):
     for g, k in np.ndindex(2, K):
         expected = torch_logps(case.torch, sequence(g, k), PROMPT_LENGTHS[g])
         (torch.tensor(WEIGHTS[g, k, : LENGTHS[g, k]]) * expected).sum().backward()
-        found = logps[g, k, : LENGTHS[g, k]]
-        np.testing.assert_allclose(found, expected.detach(), atol=1e-4)
+        compare("log-probs", logps[g, k, : LENGTHS[g, k]], expected.detach())
     ours = named_tensors(case.ours.config, grads)
     theirs = dict(torch_gradients(case.torch))
     theirs |= {name: torch.zeros_like(of_file) for name, of_file in saved_buffers(case.torch)}
     assert theirs.keys() == ours.shapes.keys()
     for name, gradient in theirs.items():
-        atol = 1e-4 * max(1, float(gradient.abs().max()))
-        np.testing.assert_allclose(ours.read(name), gradient, atol=atol, err_msg=name)
+        scale = max(1, float(gradient.abs().max()))
+        compare("gradients", ours.read(name), gradient, scale)
 
 
-def test_greedy_text(case):
+def test_greedy_text(case, compare):
     engine = InProcessEngine(SamplingModel(case.fns), stop_ids=())
     prompts = [row[:n].tolist() for row, n in zip(PROMPTS, PROMPT_LENGTHS, strict=True)]
     groups = engine.generate(
@@ -216,7 +230,7 @@ def test_greedy_text(case):
             assert groups.completions[g][k].tolist() == whole[0, len(prompt) :].tolist()
         with torch.no_grad():
             expected = torch_logps(case.torch, whole[0].tolist(), len(prompt))
-        np.testing.assert_allclose(groups.old_logps[g], [expected] * K, atol=1e-4)
+        compare("sampler's log-probs", groups.old_logps[g], [expected.numpy()] * K)
 
 
 def test_longrope_has_other_factors_for_short_sequences(tmp_path):
