@@ -22,6 +22,9 @@ _SIZES = {
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
 }
+_LARGEST = 2**40
+# What arithmetic and look-ups say of a text, a list or a null in a number's place.
+_SENSELESS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -30,8 +33,36 @@ def decoder_config(hf_config: Values) -> DecoderConfig:
 
     Raises:
         UserError: an unknown family, a missing or senseless size, or a setting that the decoder
-            does not compute: another activation, another rope type, quantized weights.
+            does not compute: another activation, another rope type, quantized weights; or a value
+            that is not what it should be, such as a text for a number.
     """
+    try:
+        config = _decoder_config(hf_config)
+    except UserError:
+        raise
+    except _SENSELESS as error:
+        raise bad(f"a value is not what it should be: {type(error).__name__}: {error}") from error
+    _check_numbers(config)
+    return config
+
+
+def _check_numbers(part: Any) -> None:
+    """Raises UserError for what families have read without a look at it."""
+    for field in dataclasses.fields(part):
+        value, kind = getattr(part, field.name), str(field.type)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value)
+            continue
+        if "Literal" in kind or "str" in kind:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float | None if "float" in kind else int | None):
+                raise bad(f"{field.name} is {number!r}")
+            if isinstance(number, int | float) and not abs(number) < _LARGEST:
+                raise bad(f"{field.name} is {number}, which is no size of a model")
+
+
+def _decoder_config(hf_config: Values) -> DecoderConfig:
     values = text_values(hf_config)
     family = _family(values)
     values = {**family.silent, **values}

@@ -125,7 +125,7 @@ def read_json(file: Path, **options: Any) -> dict[str, Any] | None:
     check_fetched(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"), **options)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a JSON object")

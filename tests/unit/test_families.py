@@ -3,8 +3,12 @@
 Odd sizes, windows shorter than prompts and completions, prompts of two lengths.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+import json
+import math
 import re
 from pathlib import Path
 
@@ -387,3 +391,26 @@ def test_a_reference_in_bfloat16_scores_as_the_policy_does(name, tmp_path):
     np.testing.assert_array_equal(*logps)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(policy.reference)}
     assert dtypes == ({"bfloat16", "float32"} if name == "gemma3_text" else {"bfloat16"})
+
+
+SENSELESS = ["x", "", None, [], {}, -1, 0, 0.5, 1e30, 10**30, float("inf"), float("nan"), [1, "x"]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whatever_config_json_holds_is_a_decoder_or_one_line(name):
+    values = json.loads(
+        transformers.AutoConfig.for_model(name, **SHAPE | FAMILIES[name]).to_json_string()
+    )
+    values["architectures"] = [all_families()[name].architecture]
+    places = [(values, key) for key in values | dict(all_families()[name].silent)]
+    places += [
+        (entry, key) for entry in values.values() if isinstance(entry, dict) for key in entry
+    ]
+    for (of, key), value in itertools.product(places, SENSELESS):
+        changed = {**of, key: value}
+        if of is not values:
+            changed = {k: changed if entry is of else entry for k, entry in values.items()}
+        with contextlib.suppress(UserError):  # and no other
+            config = decoder_config(changed)
+            assert math.isfinite(config.rope_theta + config.rms_norm_eps), (key, value)
+            assert hash(config) is not None, (key, value)
