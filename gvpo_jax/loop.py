@@ -22,7 +22,13 @@ from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
-from gvpo_jax.parallel.preemption import Interrupted, Preempted, nothing_to_save, watch
+from gvpo_jax.parallel.preemption import (
+    Abandoned,
+    Interrupted,
+    Preempted,
+    nothing_to_save,
+    watch,
+)
 from gvpo_jax.report import write_report
 from gvpo_jax.rewards.functions import changed_code
 from gvpo_jax.rollout import Engine
@@ -80,27 +86,36 @@ class Loop:
                 return summary
             log = self._open_log(stack, checkpoints, counters)
             save = partial(self._save, log, checkpoints)
-            end, told = min(total, c.train.stop_at or total), 0
-            while counters.step < end and not (told := told_to_end()):
-                last = counters.step - self.done
-                self._round(log, told_to_end, save)
-                if self.round:
-                    continue  # told to end, or done, before the round's last update
-                if crossed(last, counters.step, c.checkpoint.every):
-                    save()
-                if self._evaluation_is_due(counters.step):
-                    with _kept(save, counters):
-                        self._evaluate(log, _at(counters.step))
+            with contextlib.suppress(Abandoned):
+                self._train(log, told_to_end, save)
             if counters.step:
                 save()
                 checkpoints.wait()  # nothing that fails below costs what was trained
-            told = told or told_to_end()  # during the last update
-            summary = self._end(log, told)
+            told = told_to_end()
+            try:
+                summary = self._end(log, told)
+            except Abandoned:
+                summary = self._end(log, told := told_to_end())
         if told == signal.SIGINT:
             raise Interrupted(_why_it_ended(told, counters.step, c.run.overwrite))
         if told:
             raise Preempted
         return summary
+
+    def _train(self, log: RunLog, told_to_end: Callable[[], int], save: Callable[[], None]) -> None:
+        """Rounds, until all updates are done or the run is told to end."""
+        c, counters = self.config, log.counters
+        end = min(c.train.updates, c.train.stop_at or c.train.updates)
+        while counters.step < end and not told_to_end():
+            last = counters.step - self.done
+            self._round(log, told_to_end, save)
+            if self.round:
+                continue  # told to end, or done, before the round's last update
+            if crossed(last, counters.step, c.checkpoint.every):
+                save()
+            if self._evaluation_is_due(counters.step):
+                with _kept(save, counters):
+                    self._evaluate(log, _at(counters.step))
 
     def _take_up(self, stack: contextlib.ExitStack) -> tuple[Checkpoints, Counters]:
         """Hold the folder, and go on from its last checkpoint, if there is one."""
@@ -166,7 +181,7 @@ class Loop:
         summary = log.counters.summary(self.model_name)
         if is_first():
             text = json.dumps(summary, indent=2) + "\n"
-            if step >= total:
+            if step >= total and not told:  # else the evaluation is still to come
                 log.attempt(lambda: write_text(run_dir / "summary.json", text))
             log.attempt(lambda: write_report(run_dir))
         return summary

@@ -24,6 +24,7 @@ from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.data.rows import Row, batch_indices, columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
+from gvpo_jax.parallel.preemption import abandoned_on_signal
 from gvpo_jax.rewards import RewardConfig, RewardError, Scores, compute_rewards
 from gvpo_jax.rewards.call import check_weights
 from gvpo_jax.rewards.functions import check_columns
@@ -102,13 +103,14 @@ class Judge:
                     completion_ids=token_lists(groups.completions[there], groups.lengths[there]),
                     columns=columns_of(given, prompts.columns),
                     on_error=self.options.on_error,
+                    deadline=self.options.deadline,
                     places=[getattr(row, "place", "a row") for row in given],
                 )
             except RewardError as error:
                 raise RewardError(_with_hint(str(error), completions)) from error
             return scores._replace(problem=_with_hint(scores.problem, completions))
 
-        with self.lock:
+        with self.lock, abandoned_on_signal():
             scores = raise_together(compute)
 
         def in_place(values: np.ndarray) -> np.ndarray:

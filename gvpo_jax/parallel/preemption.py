@@ -31,17 +31,24 @@ class Interrupted(KeyboardInterrupt):
     """A run was ended with Ctrl-C; its text says what is saved, and has been shown."""
 
 
+class Abandoned(KeyboardInterrupt):
+    """A signal came while something ran that may be left undone."""
+
+
 class _Told:
     """A handler that keeps what it was told; a second signal ends the process."""
 
     def __init__(self) -> None:
         self.signal, self._since = 0, 0.0
+        self.abandons = False  # raises, where it interrupts
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.signal:
             self.signal, self._since = number, time.monotonic()
             if number == signal.SIGINT:
                 os.write(2, _TOLD)  # print may be what was interrupted
+            if self.abandons:
+                raise Abandoned
         elif time.monotonic() - self._since > _AT_ONCE:
             signal.signal(number, _DEFAULTS[signal.Signals(number)])
             signal.raise_signal(number)
@@ -67,6 +74,27 @@ def watch() -> Iterator[Callable[[], int]]:
     finally:
         for number in ours:
             signal.signal(number, _DEFAULTS[number])
+
+
+@contextlib.contextmanager
+def abandoned_on_signal() -> Iterator[None]:
+    """What takes any time, and is done again when the run goes on: it keeps no signal waiting.
+
+    In the main thread of a run that is alone; of several processes all must agree to end.
+
+    Raises:
+        Abandoned: a signal came that `watch` looks for.
+    """
+    alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    handlers = map(signal.getsignal, _DEFAULTS) if alone else ()
+    told = [handler for handler in handlers if isinstance(handler, _Told)][:1]
+    for handler in told:
+        handler.abandons = True
+    try:
+        yield
+    finally:
+        for handler in told:
+            handler.abandons = False
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,23 @@ def attempt(func: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
     finally:
         if os.getpid() != process:  # it forked, and this is the child: it must not train on
             os._exit(0)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns, or a TimeoutError where it takes longer.
+
+    It runs in a thread of its own, which is left behind then: nothing ends a thread from outside.
+    """
+    answer: Future = Future()
+    run = threading.Thread(target=lambda: answer.set_result(call()), daemon=True, name="reward")
+    run.start()
+    return result_within(seconds, answer)
+
+
+def result_within(seconds: float | None, future: Future) -> Any:
+    """The future's result, or a TimeoutError where it takes longer; None: there is no limit."""
+    done, _ = wait([future], seconds)
+    return future.result() if done else TimeoutError(f"it took longer than {seconds:g} seconds")
 
 
 def failure(error: BaseException) -> Exception:

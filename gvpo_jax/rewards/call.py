@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from math import isfinite  # by name: `math` and `numbers` are files of this package
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from gvpo_jax.data.reward_values import FLOAT32_MAX, as_number
 from gvpo_jax.errors import UserError
-from gvpo_jax.rewards.attempt import attempt, describe, needs_loop, submit
+from gvpo_jax.rewards.attempt import attempt, describe, needs_loop, result_within, submit, within
 from gvpo_jax.rewards.functions import RewardFunc, check_columns, function_names, is_async
 
 
@@ -49,6 +50,7 @@ def compute_rewards(
     columns: Mapping[str, Sequence[Any]],
     on_error: Literal["raise", "skip"] = "raise",
     places: Sequence[str] | None = None,
+    deadline: float | None = None,
 ) -> Scores:
     """The weighted sum (weights default to 1) of what the functions give, row by row.
 
@@ -67,6 +69,8 @@ def compute_rewards(
         on_error: `raise` raises `RewardError` where a row fails; `skip` makes the row's reward NaN,
             since a sum that lacks a term compares with no other.
         places: what messages call the rows; None: "row 0" and so on.
+        deadline: seconds in which a function must answer, or all rows fail; None: there is none.
+            With one, functions are called in threads.
 
     Returns:
         The rewards, and what there is to tell about them.
@@ -81,7 +85,7 @@ def compute_rewards(
     check_columns(reward_funcs, columns)
     n = _check_lists(lists, columns)
     places = [f"row {row}" for row in range(n)] if places is None else places
-    answers = _call_all(reward_funcs, {**lists, **columns})
+    answers = _call_all(reward_funcs, {**lists, **columns}, deadline)
     by_func: dict[str, np.ndarray] = {}
     problems: dict[int, str] = {}  # by row
     total, answered = np.zeros(n), np.zeros(n, bool)
@@ -136,7 +140,9 @@ def _check_lists(lists: Mapping[str, Sequence[Any]], columns: Mapping[str, Seque
     return len(lists["prompts"])
 
 
-def _call_all(reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any]) -> list[Any]:
+def _call_all(
+    reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any], deadline: float | None
+) -> list[Any]:
     """Every function's answer, or the exception it raised; async ones run beside the others."""
     order = sorted(range(len(reward_funcs)), key=lambda i: not is_async(reward_funcs[i]))
     answers: dict[int, Any] = {}
@@ -144,13 +150,14 @@ def _call_all(reward_funcs: Sequence[RewardFunc], arguments: Mapping[str, Any]) 
     try:
         for i in order:
             own = {name: _copies(name, values) for name, values in arguments.items()}
-            answers[i] = attempt(reward_funcs[i], **own)
+            call = partial(attempt, reward_funcs[i], **own)
+            answers[i] = call() if deadline is None else within(deadline, call)
             if needs_loop(answers[i]):
                 waiting[i] = submit(answers[i])
-        answers |= {i: future.result() for i, future in waiting.items()}
+        answers |= {i: result_within(deadline, future) for i, future in waiting.items()}
     finally:
         for future in waiting.values():
-            future.cancel()  # Ctrl-C came: the others need not end
+            future.cancel()  # Ctrl-C came, or one took too long: the others need not end
     return [answers[i] for i in range(len(reward_funcs))]
 
 
@@ -230,7 +237,8 @@ def _told(error: BaseException) -> str:
     told = str(error) if isinstance(error, RewardError) else describe(error)
     if "signal" in told and "main thread" in told:
         told += (
-            "; with rollout.lookahead, and where they are async, rewards run in another thread, "
-            "which can't set signals: limit the time with gvpo_jax.rewards.workers.run_each"
+            "; rewards run in another thread with rollout.lookahead or rewards.deadline, and where "
+            "they are async, and it can't set signals: limit the time with rewards.deadline, or "
+            "row by row with gvpo_jax.rewards.workers.run_each"
         )
     return told

@@ -31,6 +31,13 @@ class RewardConfig:
         "skip leaves out, and counts, the completions on which a function fails.",
         free=True,
     )
+    deadline: float | None = setting(
+        None,
+        "Seconds in which a function must answer a call, or it has failed on all of its rows. "
+        "Functions are then called in threads. null: they may take any time.",
+        above=0,
+        free=True,
+    )
     allow_changed_code: bool = setting(
         False,
         "Go on with a run though a function's code has changed; old and new rewards then mix.",

@@ -57,7 +57,7 @@ def test_a_run_is_saved_on_sigterm_and_goes_on(tmp_path):
     assert steps(tmp_path) == list(range(1, last + 3))
 
 
-def train(run_dir, **more):
+def train(run_dir, reward=letter_share, **more):
     settings = {
         "run__dir": str(run_dir),
         "rollout__num_generations": 4,
@@ -70,7 +70,7 @@ def train(run_dir, **more):
         "mesh__fsdp": 1,
     }
     trainer = Trainer(override(Config(), **settings | more), load_model("debug"))
-    return trainer.train(ROWS, letter_share, eval_dataset=ROWS[:2])
+    return trainer.train(ROWS, reward, eval_dataset=ROWS[:2])
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,36 @@ def test_it_ends_as_if_nothing_had_happened(uninterrupted, tmp_path, monkeypatch
         np.testing.assert_array_equal(a.get("loss"), b.get("loss"))
     for file in (folder / "completions").iterdir():
         assert file.read_bytes() == (tmp_path / "parts" / "completions" / file.name).read_bytes()
+
+
+CALLS = {"done": 0, "hangs": 0}
+
+
+def share_or_hang(prompts, **columns):
+    """As `letter_share`; one call is sent a signal, and does not end."""
+    CALLS["done"] += 1
+    if CALLS["done"] == CALLS["hangs"]:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(60)
+    return letter_share(prompts=prompts, **columns)
+
+
+@pytest.mark.parametrize("deadline", [None, 50.0])
+@pytest.mark.parametrize(("call", "updates"), [(3, 2), (4, 4)])
+def test_a_reward_that_hangs_is_abandoned(uninterrupted, tmp_path, call, updates, deadline):
+    """In the second round, and in the evaluation at the end."""
+    folder, whole = uninterrupted
+    CALLS.update(done=0, hangs=call)
+    began = time.monotonic()
+    with pytest.raises(Preempted):
+        train(tmp_path, share_or_hang, rewards__deadline=deadline)
+    assert time.monotonic() - began < 40
+    assert saved(tmp_path) == [updates]
+    assert not (tmp_path / "summary.json").exists()
+    parts = train(tmp_path, share_or_hang, rewards__deadline=deadline)
+    assert parts["eval/accuracy_after"] == whole["eval/accuracy_after"]
+    for a, b in zip(read_metrics(folder), read_metrics(tmp_path), strict=True):
+        np.testing.assert_array_equal(a.get("loss"), b.get("loss"))
 
 
 def test_a_signal_that_is_sent_twice_is_one_signal():

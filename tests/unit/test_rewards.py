@@ -812,6 +812,42 @@ def test_a_function_that_cannot_be_imported_raises_at_once(tmp_path):
         WorkerPool(f"{tmp_path}/none.py:f", deadline=60.0).map([()])
 
 
+def hangs(prompts, **columns):
+    threading.Event().wait(30)
+
+
+def spins(prompts, **columns):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        pass
+
+
+async def sleeps(prompts, **columns):
+    await asyncio.sleep(30)
+
+
+def sees_a_deadline_column(prompts, func, deadline, **columns):
+    assert threading.current_thread() is not threading.main_thread()
+    return deadline
+
+
+@pytest.mark.parametrize("slow", [hangs, spins, sleeps])
+def test_a_function_that_does_not_answer_in_time_has_failed(slow):
+    columns = {"func": [1.0, 2.0], "deadline": [3.0, 4.0]}
+    batch = {"prompts": ["a", "b"], "completions": ["x", "y"], "completion_ids": [[1], [2]]}
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"failed on the call .* it took longer than 0\.2 s"):
+        compute_rewards([sees_a_deadline_column, slow], columns=columns, deadline=0.2, **batch)
+    scores = compute_rewards(
+        [sees_a_deadline_column, slow], columns=columns, deadline=0.2, on_error="skip", **batch
+    )
+    assert time.monotonic() - began < 10
+    assert scores.failed == 2
+    assert scores.by_func["sees_a_deadline_column"].tolist() == [3, 4]
+    answered = compute_rewards([sees_a_deadline_column], columns=columns, deadline=30, **batch)
+    assert answered.rewards.tolist() == [3, 4]
+
+
 def test_a_hung_row_is_skipped_by_score(tricks):
     scores = compute_rewards(
         [run_each(tricks, deadline=0.5, workers=1)],
