@@ -11,7 +11,7 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.models.decoder import DecoderConfig, init_params
 from gvpo_jax.models.shape import Experts
-from gvpo_jax.ops.experts import experts_on, mixture, of_tokens
+from gvpo_jax.ops.experts import experts_on, mixture, of_tokens, weights_gradient_on_tpu
 from gvpo_jax.parallel.layout import place_batch, place_params, shardings
 from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.training.step import token_logps
@@ -42,6 +42,20 @@ def test_each_token_gets_the_sum_of_its_experts():
             expected[i] += shares[i, c] * (inner @ down[e])
     out = mixture(x, chosen, shares, *map(jnp.asarray, WEIGHTS), activation=jnp.tanh)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 290, 2), (0, 0, 0, 0)])
+def test_the_tpu_kernel_gives_the_gradient_of_the_weights(sizes):
+    """Rows of one expert in two blocks, of several in one, an expert without rows, rows of none."""
+    rows, grad = RNG.normal(size=(300, D)), RNG.normal(size=(300, F))
+    rows[sum(sizes) :] = np.nan
+    expected, start = np.zeros((E, D, F)), 0
+    for e, size in enumerate(sizes):
+        expected[e] = rows[start : start + size].T @ grad[start : start + size]
+        start += size
+    arrays = jnp.asarray(rows, jnp.float32), jnp.asarray(grad, jnp.float32), jnp.asarray(sizes)
+    found = weights_gradient_on_tpu(*arrays, interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 4)])
