@@ -59,6 +59,11 @@ def prepare(
     def check(shape: DecoderConfig) -> None:
         """What can be told before weights are read."""
         check_start(c.model, shape)
+        if c.loss.router_aux_coef and shape.experts is None:
+            raise UserError(
+                f"loss.router_aux_coef={c.loss.router_aux_coef} is for mixtures of experts, and "
+                f"{c.model.name} is none; leave it out"
+            )
         check_memory(c, shape, mesh, trains=trains)
 
     if model is None:
@@ -92,6 +97,7 @@ def _prepare_own(c: Config, mesh: Mesh, model: OwnModel) -> Prepared:
         "servers.kind",
         "rollout.tensor",
         "rollout.cache_dtype",
+        "loss.router_aux_coef",
     )
     changed = [key for key in ours if attrgetter(key)(c) != attrgetter(key)(defaults)]
     if changed:

@@ -14,6 +14,7 @@ from flax import nnx
 from gvpo_jax.models.rope import rotate
 from gvpo_jax.models.shape import DecoderConfig, DecoderOptions
 from gvpo_jax.ops.attention import Stored, attend, seen_of_prefix, stored
+from gvpo_jax.ops.experts import Routing
 from gvpo_jax.ops.packing import PackedTokens, attend_unpacked
 
 KeysValues = tuple[Stored, Stored]  # [g, k, n, s, d] each
@@ -143,8 +144,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The gated feed-forward layer: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, c: DecoderConfig, layer: int, linear: Linear, options: DecoderOptions):
-        width = c.intermediate_size * (1 if c.source(layer) is None else c.shared_width)
+    def __init__(self, c: DecoderConfig, width: int, linear: Linear, options: DecoderOptions):
         self.gate = linear(c.hidden_size, width, use_bias=c.mlp_bias)
         self.up = linear(c.hidden_size, width, use_bias=c.mlp_bias)
         self.down = linear(width, c.hidden_size, use_bias=c.mlp_bias)
@@ -184,8 +184,8 @@ class Mixture(nnx.Module):
         self.experts = ExpertStack(c, rngs)
         self.options, self.config, self.activation = options, c.experts, ACTIVATIONS[c.activation]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[g, k, t, d] -> [g, k, t, d]`."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
+        """`[g, k, t, d]` -> the same, and where its tokens went."""
         likely = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
         shares, chosen = jax.lax.top_k(likely, self.config.per_token)
         if self.config.normalised:
@@ -193,7 +193,8 @@ class Mixture(nnx.Module):
         every = (self.experts.gate, self.experts.up, self.experts.down)
         weights = (w.kernel[...].astype(x.dtype) for w in every)
         shares = shares.astype(x.dtype)
-        return self.options.experts(x, chosen, shares, *weights, activation=self.activation)
+        out = self.options.experts(x, chosen, shares, *weights, activation=self.activation)
+        return out, Routing(likely, chosen)
 
 
 class PerLayer(nnx.Module):
@@ -256,7 +257,8 @@ class Block(nnx.Module):
         self.attn_out_norm = norm("after")
         self.post_norm = norm("before")  # after attention, before the feed-forward layer
         dense = c.experts is None or layer in c.experts.dense_layers
-        self.mlp = MLP(c, layer, linear, options) if dense else Mixture(c, linear, options, rngs)
+        width = c.intermediate_size * (1 if c.source(layer) is None else c.shared_width)
+        self.mlp = MLP(c, width, linear, options) if dense else Mixture(c, linear, options, rngs)
         self.mlp_out_norm = norm("after")
         if c.per_layer_width is not None:
             self.per_layer = PerLayer(c, c.per_layer_width, linear)
@@ -265,14 +267,20 @@ class Block(nnx.Module):
 
     def __call__(
         self, x, rope, prefix, cache, at, given=None, told=None
-    ) -> tuple[jax.Array, KeysValues]:
-        """As `Attention`; told: `[g, k, t, w]`, see `DecoderConfig.per_layer_width`."""
+    ) -> tuple[jax.Array, KeysValues, Routing | None]:
+        """As `Attention`, and where a mixture's tokens went.
+
+        told: `[g, k, t, w]`, see `DecoderConfig.per_layer_width`.
+        """
         attended, kv = self.attn(self.input_norm(x), rope, prefix, cache, at, given)
         x = self._add(x, self.attn_out_norm(attended))
-        x = self._add(x, self.mlp_out_norm(self.mlp(self.post_norm(x))))
+        y, routing = self.mlp(self.post_norm(x)), None
+        if isinstance(y, tuple):
+            y, routing = y
+        x = self._add(x, self.mlp_out_norm(y))
         if told is not None:
             x = self._add(x, self.per_layer(x, told))
-        return self.out(x), kv
+        return self.out(x), kv, routing
 
     def _add(self, x, y):
         if self.config.residual_multiplier is not None:

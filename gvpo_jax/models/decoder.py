@@ -20,6 +20,7 @@ from gvpo_jax.models.lora import adapt
 from gvpo_jax.models.rope import rotations
 from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
 from gvpo_jax.ops.attention import Int8, Prefix, Stored, stored
+from gvpo_jax.ops.experts import Routing
 from gvpo_jax.ops.packing import PackedTokens
 
 
@@ -47,8 +48,8 @@ class Decoder(nnx.Module):
         prefix: list[Prefix] | None = None,
         cache: list[KeysValues] | None = None,
         at: tuple[jax.Array, jax.Array] | PackedTokens | None = None,
-    ) -> tuple[jax.Array, list[tuple[Any, Any]]]:
-        """The hidden states, and each layer's keys and values."""
+    ) -> tuple[jax.Array, list[Any], list[Routing]]:
+        """Hidden states, each layer's keys and values, and the routing of those with experts."""
         # Looked up in float32, so that the gradients of a frequent token add up in it.
         x = jnp.take(self.embed.embedding[...], tokens_gkt, axis=0)
         x = self.options.constrain("embedded", x).astype(self.options.dtype)
@@ -57,49 +58,54 @@ class Decoder(nnx.Module):
         x = self.options.constrain("residual", x)
         ropes = _ropes(self.config, positions_gkt)
         told = None if self.config.per_layer_width is None else self.per_layer(tokens_gkt, x)
-        run, kvs = _with_remat(self.options.remat), []
+        run, kvs, routings = _with_remat(self.options.remat), [], []
         for i, (layer, rope) in enumerate(zip(self.layers, ropes, strict=True)):
             source = self.config.source(i)
             kept = i if source is None else source
             args = x, rope, prefix and prefix[kept], cache and cache[kept], at
             given = None if source is None else kvs[source]
-            x, kv = run(layer, *args, given, None if told is None else told[..., i, :])
+            x, kv, routing = run(layer, *args, given, None if told is None else told[..., i, :])
             kvs.append(kv if source is None else None)
+            routings += [] if routing is None else [routing]
         hidden = self.final_norm(x)
         if (divisor := self.config.logits_scaling) is not None:
             hidden = hidden / divisor
-        return hidden, kvs
+        return hidden, kvs, routings
+
+    # What follows returns the routing of layers with experts behind what `DecoderFns` says.
 
     def prefill(self, prompts_gp, lengths_g):
         """See `DecoderFns`, as for the methods below."""
-        last_gd, prefix = self._prompts(prompts_gp, lengths_g)
+        last_gd, prefix, routings = self._prompts(prompts_gp, lengths_g)
         keep: Any = functools.partial(stored, dtype=_cache_dtype(self.options))
-        return last_gd, [x and Prefix(keep(x.keys), keep(x.values), x.mask) for x in prefix]
+        prefix = [x and Prefix(keep(x.keys), keep(x.values), x.mask) for x in prefix]
+        return (last_gd, prefix), routings
 
     def decode(self, tokens_gk, lengths_g, prefix, cache, before_gk, place):
         """See `DecoderFns`."""
         positions_gk, at = lengths_g[:, None] + before_gk, (before_gk, place)
-        hidden, cache = self(tokens_gk[..., None], positions_gk[..., None], prefix, cache, at)
-        return hidden[:, :, 0], cache
+        tokens, positions = tokens_gk[..., None], positions_gk[..., None]
+        hidden, cache, routings = self(tokens, positions, prefix, cache, at)
+        return (hidden[:, :, 0], cache), routings
 
     def completion_hidden(self, prompts_gp, lengths_g, completions_gkt):
         """See `DecoderFns`."""
         g, k, t = completions_gkt.shape
-        last_gd, prefix = self._prompts(prompts_gp, lengths_g)
+        last_gd, prefix, of_prompts = self._prompts(prompts_gp, lengths_g)
         first = jnp.broadcast_to(last_gd[:, None, None], (g, k, 1, last_gd.shape[-1]))
         if t == 1:
-            return first
+            return first, (of_prompts, [])
         inputs = completions_gkt[..., :-1]
-        rest, _ = self(inputs, _positions(inputs, lengths_g), prefix)
-        return jnp.concatenate([first, rest], axis=2)
+        rest, _, routings = self(inputs, _positions(inputs, lengths_g), prefix)
+        return jnp.concatenate([first, rest], axis=2), (of_prompts, routings)
 
     def packed_hidden(self, prompts_gp, completions_gkt, packed: PackedTokens):
         """See `DecoderFns`."""
         prompts = prompts_gp[:, None]
         positions = _positions(prompts), _positions(completions_gkt, packed.prompt_lengths)
         tokens = packed.pack(prompts, completions_gkt)
-        hidden, _ = self(tokens, packed.pack(*positions), at=packed)
-        return packed.last_of_prompts(hidden), hidden[:, 0]
+        hidden, _, routings = self(tokens, packed.pack(*positions), at=packed)
+        return (packed.last_of_prompts(hidden), hidden[:, 0]), routings
 
     def output_embedding(self):
         """The head, `[v, d]`."""
@@ -111,10 +117,11 @@ class Decoder(nnx.Module):
     def _prompts(self, prompts_gp, lengths_g):
         """The prompts alone: their last real hidden state and every layer's keys and values."""
         prompts = prompts_gp[:, None]
-        hidden, kvs = self(prompts, _positions(prompts))
+        hidden, kvs, routings = self(prompts, _positions(prompts))
         last = jnp.take_along_axis(hidden[:, 0], (lengths_g - 1)[:, None, None], axis=1)[:, 0]
         mask = completion_mask(lengths_g, prompts_gp.shape[1])
-        return last, [kv and Prefix(kv[0][:, 0], kv[1][:, 0], mask) for kv in kvs]
+        prefix = [kv and Prefix(kv[0][:, 0], kv[1][:, 0], mask) for kv in kvs]
+        return last, prefix, routings
 
 
 @dataclass(frozen=True, eq=False)  # one is like no other, and can be a key
@@ -142,6 +149,10 @@ class DecoderFns:
         logit_cap: of all logits, see `gvpo_jax.logprobs.soft_cap`.
         in_float32: the last names of parameters that are used in float32 whatever the dtype of the
             computation, and so are kept in it.
+        routed: `(name, params, *arrays) -> (result, routing)`: what the function of that name
+            gives, and the `gvpo_jax.ops.experts.Routing` of each layer with experts, laid out as
+            the tokens that it is given; of "completion_hidden" first the prompts', then the
+            completions'. None: there are no experts.
     """
 
     prefill: Callable[..., Any]
@@ -154,26 +165,31 @@ class DecoderFns:
     packed_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     logit_cap: float | None = None
     in_float32: tuple[str, ...] = ()
+    routed: Callable[..., Any] | None = None
 
 
 def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> DecoderFns:
     """The methods of a decoder as functions of its parameters."""
     graph = _graph(config, options)
 
-    def of_params(method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, *arrays: method(nnx.merge(graph, options.params(params)), *arrays)
+    def routed(name: str, params: Params, *arrays: Any) -> Any:
+        return getattr(nnx.merge(graph, options.params(params)), name)(*arrays)
+
+    def without_routing(name: str) -> Callable[..., Any]:
+        return lambda params, *arrays: routed(name, params, *arrays)[0]
 
     return DecoderFns(
-        prefill=of_params(Decoder.prefill),
+        prefill=without_routing("prefill"),
         empty_cache=functools.partial(_empty_cache, config, _cache_dtype(options)),
-        decode=of_params(Decoder.decode),
-        completion_hidden=of_params(Decoder.completion_hidden),
-        head=of_params(Decoder.output_embedding),
+        decode=without_routing("decode"),
+        completion_hidden=without_routing("completion_hidden"),
+        head=functools.partial(routed, "output_embedding"),
         shards=options.shards,
         chunk_bytes=options.chunk_bytes,
-        packed_hidden=of_params(Decoder.packed_hidden),
+        packed_hidden=without_routing("packed_hidden"),
         logit_cap=config.final_logit_softcapping,
         in_float32=() if config.norm == "rounded" else ("scale",),
+        routed=None if config.experts is None else routed,
     )
 
 
@@ -191,7 +207,7 @@ def init_params(config: DecoderConfig, seed: int) -> Params:
 def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> jax.Array:
     """Float32 logits `[b, t, v]` of whole sequences: the plain route to test the others against."""
     model = nnx.merge(_graph(config, DecoderOptions()), params)
-    hidden, _ = model(tokens_bt[:, None], _positions(tokens_bt[:, None]))
+    hidden, _, _ = model(tokens_bt[:, None], _positions(tokens_bt[:, None]))
     return soft_cap(hidden[:, 0] @ model.output_embedding().T, config.final_logit_softcapping)
 
 

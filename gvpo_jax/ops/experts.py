@@ -7,6 +7,7 @@ Axes: n tokens, c experts of a token, e experts, d width, f inner width.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,18 @@ from jax.sharding import PartitionSpec as P
 from gvpo_jax.parallel.layout import activation_axes
 
 _ROWS, _COLUMNS = 256, 1024  # of a block of that kernel
+
+
+class Routing(NamedTuple):
+    """Where the router of a layer sent each token.
+
+    Attributes:
+        likely: its probabilities, `[..., e]` float32.
+        chosen: numbers of the experts that the token went through, `[..., c]`.
+    """
+
+    likely: jax.Array
+    chosen: jax.Array
 
 
 def mixture(

@@ -86,6 +86,17 @@ METRICS = (
         "Share that reached the length limit.",
         **_SHARE,
     ),
+    Metric(
+        "router/aux_loss",
+        "Load of experts",
+        "Load balancing loss (router/aux_loss): an even load gives the experts of a token.",
+    ),
+    Metric(
+        "router/max_share",
+        "Busiest expert",
+        "Share of a layer's tokens that one expert gets, at most.",
+        **_SHARE,
+    ),
     Metric("learning_rate", "Learning rate", "", include=(0.0,), kind="exact"),
     Metric("tokens_per_second", "Throughput", "Tokens per second.", include=(0.0,)),
     Metric("step_time", "Step time", "Seconds per step.", show=duration, include=(0.0,)),

@@ -36,6 +36,13 @@ class LossConfig:
     )
     epsilon_high: float | None = setting(None, "Its upper side; null: as published.", least=0)
     kl_coef: float = setting(0.0, "The baselines' KL penalty.", least=0)
+    router_aux_coef: float = setting(
+        0.0,
+        "Of the load balancing loss of a mixture of experts (transformers' router_aux_loss_coef), "
+        "which is added to any objective and changes its optimum.",
+        least=0,
+        hint="transformers' default for Qwen3-MoE is 0.001",
+    )
 
     def objective(self, max_completion_length: int) -> Objective:
         """The objective of this name; dr_grpo divides by `max_completion_length`."""

@@ -86,6 +86,7 @@ def make_programs(
         optimizer=transformation,
         objective=loss.objective(max_completion_length),
         beta=loss.beta,
+        router_aux_coef=loss.router_aux_coef,
         rates=optimizer.rates(updates),
         micro_batches=micro_batches,
         completion_parts=completion_parts,

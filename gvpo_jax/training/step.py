@@ -20,6 +20,7 @@ from gvpo_jax.loss import gvpo_mse, gvpo_weights
 from gvpo_jax.models.lora import Params, join
 from gvpo_jax.ops.packing import pack_tokens
 from gvpo_jax.settings import setting
+from gvpo_jax.training.balance import Load, aux_loss, counted_tokens, load_metrics, load_of
 
 Metrics = dict[str, jax.Array]
 
@@ -135,18 +136,61 @@ def token_logps(
             `gvpo_jax.data.packing_plan.make_plan`; all is NaN where they are too few. None, or for
             a model without `packed_hidden`: all tokens, padding too.
     """
+
+    def run(name: str, *arrays):
+        return getattr(model, name)(params, *arrays), None
+
+    batch = prompts, prompt_lengths, completions, lengths
+    return _token_logps(model, params, run, batch, packed_size)[0]
+
+
+def token_logps_and_load(
+    model: Any,
+    params: Any,
+    batch: tuple[jax.Array, ...],
+    counted: tuple[jax.Array, jax.Array],
+    *,
+    packed_size: int | None = None,
+) -> tuple[jax.Array, Load | None]:
+    """`token_logps`, and the load of the model's experts; None: it has none.
+
+    Args:
+        model: see `gvpo_jax.models.decoder.DecoderFns`.
+        params: its parameters.
+        batch: prompts, prompt_lengths, completions and lengths, see `token_logps`.
+        counted: see `gvpo_jax.training.balance.counted_tokens`.
+        packed_size: see `token_logps`.
+    """
+    if model.routed is None:
+        return token_logps(model, params, *batch, packed_size=packed_size), None
+
+    def run(name: str, *arrays):
+        return model.routed(name, params, *arrays)
+
+    logps, routings, layout = _token_logps(model, params, run, batch, packed_size)
+    if layout is None:
+        pairs = zip(routings, counted, strict=True)
+    else:
+        pairs = [(routings, layout.pack(*counted))]
+    loads = [load_of(*pair) for pair in pairs if pair[0]]
+    return logps, jax.tree.map(lambda *x: sum(x), *loads)
+
+
+def _token_logps(model, params, run, batch, packed_size):
+    """Log-probs, the routing that `run` gives beside the results of a function, and the packing."""
+    prompts, prompt_lengths, completions, lengths = batch
     head_vd, shards = model.head(params), model.shards
     limits = {"chunk_bytes": model.chunk_bytes * shards, "kept_bytes": CHUNK_BYTES * shards}
     limits["cap"] = model.logit_cap
     if packed_size is None or model.packed_hidden is None:
-        hidden_gktd = model.completion_hidden(params, prompts, prompt_lengths, completions)
-        return token_logprobs(hidden_gktd, head_vd, completions, **limits)
+        hidden, routings = run("completion_hidden", prompts, prompt_lengths, completions)
+        return token_logprobs(hidden, head_vd, completions, **limits), routings, None
     if lengths is None:
         raise ValueError("packing needs the lengths of the completions")
     (g, k, t), p = completions.shape, prompts.shape[1]
     fed_gk = jnp.maximum(lengths - 1, 0)
     layout = pack_tokens(prompt_lengths, fed_gk, p, t - 1, shards=shards, size=packed_size)
-    first_gd, rest_snd = model.packed_hidden(params, prompts, completions[..., :-1], layout)
+    (first_gd, rest_snd), routings = run("packed_hidden", prompts, completions[..., :-1], layout)
     first_gkd = jnp.broadcast_to(first_gd[:, None], (g, k, first_gd.shape[-1]))
     next_sn = layout.pack(jnp.zeros_like(prompts)[:, None], completions[..., 1:])[:, 0]
 
@@ -164,7 +208,7 @@ def token_logps(
     first_gk, rest_sn = jnp.split(logps_sn, [g * k // shards], axis=1)
     _, rest_gkt = layout.unpack(rest_sn[:, None])
     logps_gkt = jnp.concatenate([first_gk.reshape(g, k, 1), rest_gkt], axis=2)
-    return jnp.where(layout.fits, logps_gkt, jnp.nan)
+    return jnp.where(layout.fits, logps_gkt, jnp.nan), routings, layout
 
 
 def train_step(
@@ -180,6 +224,7 @@ def train_step(
     micro_batches: int = 1,
     completion_parts: int = 1,
     packed_size: int | None = None,
+    router_aux_coef: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of groups; what the loss is divided by is counted once, over them all.
 
@@ -201,6 +246,9 @@ def train_step(
             the last one is filled up.
         completion_parts: parts that the completions of each group are cut into, likewise.
         packed_size: see `token_logps`; of each part of the batch.
+        router_aux_coef: of `gvpo_jax.training.balance.aux_loss`, which is added for a mixture of
+            experts. It is that of each micro-batch, weighted by its tokens: it depends on
+            `micro_batches`, but on nothing else that a batch is cut into.
 
     Returns:
         The new state, and scalar metrics of the policy before the update.
@@ -224,26 +272,41 @@ def train_step(
         total = objective.total(logps_gkt, old_gkt, batch.ref_logps, *of_part)
         return total / count
 
-    logps_of: Any = functools.partial(token_logps, model, packed_size=packed_size)
+    tokens = sum(map(jnp.sum, counted_tokens(batch)))
+
+    def balance(load: Load | None):
+        """What these tokens add to the load balancing loss."""
+        if load is None or not router_aux_coef:
+            return jnp.zeros(())
+        return router_aux_coef * aux_loss(load) * load.tokens / jnp.maximum(tokens, 1)
+
+    def logps_of(params, arrays, counted):
+        logps_gkt, load = token_logps_and_load(
+            model, join(frozen, params), arrays, counted, packed_size=packed_size
+        )
+        return logps_gkt, load if router_aux_coef else jax.lax.stop_gradient(load)
 
     def part_loss(params, batch: Batch, advantages_gk):
-        logps_gkt = logps_of(join(frozen, params), *batch[:4])  # from prompts to lengths
-        return loss_of(logps_gkt, batch, advantages_gk), jax.lax.stop_gradient(logps_gkt)
+        computed = logps_of(params, batch[:4], counted_tokens(batch))  # from prompts to lengths
+        loss = loss_of(computed[0], batch, advantages_gk) + balance(computed[1])
+        return loss, jax.lax.stop_gradient(computed)
 
     gradient = jax.grad(part_loss, has_aux=True)
     if completion_parts > 1:
-        gradient = functools.partial(_in_two_passes, logps_of, loss_of, completion_parts, frozen)
+        gradient = functools.partial(_in_two_passes, logps_of, loss_of, balance, completion_parts)
     if micro_batches > 1:
         size = len(batch.prompts) // micro_batches
         add_up = optax.microbatching.AccumulationType
         gradient = optax.microbatching.microbatch(
-            gradient, (1, 2), size, accumulator=(add_up.SUM, add_up.CONCAT)
+            gradient, (1, 2), size, accumulator=(add_up.SUM, (add_up.CONCAT, add_up.SUM))
         )
-    grads, logps = gradient(state.params, batch, advantages_gk)
+    grads, (logps, load) = gradient(state.params, batch, advantages_gk)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = _metrics(logps, batch, beta, state.step)
     metrics |= {"loss": loss_of(logps, batch, advantages_gk), "grad_norm": optax.tree.norm(grads)}
+    if load is not None:
+        metrics |= load_metrics(load)
     if rates is not None:
         metrics["learning_rate"] = jnp.asarray(rates(state.step))
     return TrainState(params, opt_state, state.step + 1), metrics
@@ -259,24 +322,29 @@ def _check_shapes(batch: Batch) -> None:
     chex.assert_equal_shape_prefix([batch.prompts, batch.prompt_lengths, batch.rewards], 1)
 
 
-def _in_two_passes(logps_of, loss_of, parts, frozen, params, batch: Batch, advantages_gk):
+def _in_two_passes(logps_of, loss_of, balance, parts, params, batch: Batch, advantages_gk):
     """The gradient, over parts of groups: log-probs first, then backward with known weights."""
     cut: Any = functools.partial(split_completions, parts=parts)
-    pieces = cut(batch.completions), cut(batch.lengths)
+    of_prompts, of_completions = counted_tokens(batch, parts)
+    pieces = cut(batch.completions), cut(batch.lengths), cut(of_completions)
 
     def logps_of_part(params, part):
-        return logps_of(join(frozen, params), batch.prompts, batch.prompt_lengths, *part)
+        arrays = batch.prompts, batch.prompt_lengths, *part[:2]
+        return logps_of(params, arrays, (of_prompts, part[2]))
 
-    logps_gkt = join_completions(jax.lax.map(lambda part: logps_of_part(params, part), pieces))
+    logps, loads = jax.lax.map(lambda part: logps_of_part(params, part), pieces)
+    logps_gkt, load = join_completions(logps), jax.tree.map(lambda x: jnp.sum(x, axis=0), loads)
     weights = cut(jax.grad(loss_of)(logps_gkt, batch, advantages_gk))
+    weights_of_load = jax.grad(balance)(load)
 
     def add(total, part_and_weights):
         part, part_weights = part_and_weights
         _, backward = jax.vjp(lambda p: logps_of_part(p, part), params)
-        return jax.tree.map(jnp.add, total, backward(part_weights)[0]), None
+        grads = backward((part_weights, weights_of_load))[0]
+        return jax.tree.map(jnp.add, total, grads), None
 
     grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (pieces, weights))
-    return grads, logps_gkt
+    return grads, (logps_gkt, load)
 
 
 def _metrics(logps_gkt, batch: Batch, beta, step) -> Metrics:

@@ -36,6 +36,7 @@ BIGRAM = SimpleNamespace(
     shards=1,
     chunk_bytes=2**29,
     logit_cap=None,
+    routed=None,
 )
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 
