@@ -18,7 +18,7 @@ from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.models.own import OwnModel
 from gvpo_jax.parallel.layout import group_shards, place_params
 from gvpo_jax.rollout.inprocess import SamplingModel
-from gvpo_jax.rollout.make import sampling_model
+from gvpo_jax.rollout.make import check_layout, sampling_model
 from gvpo_jax.training.policy import copy
 
 
@@ -64,6 +64,7 @@ def prepare(
                 f"loss.router_aux_coef={c.loss.router_aux_coef} is for mixtures of experts, and "
                 f"{c.model.name} is none; leave it out"
             )
+        check_layout(c.rollout, shape, mesh)
         check_memory(c, shape, mesh, trains=trains)
 
     if model is None:
@@ -81,6 +82,8 @@ def prepare(
     frozen, params = start(c.model, model.config, params, mesh, c.run.seed)
     functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
     sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions, frozen)
+    scoring = SamplingModel(functions, mesh, frozen=frozen)
+    sampling = dataclasses.replace(sampling, scoring=scoring)
     stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
     who = _without_params(model, c.data.template), model.config.vocab_size, stop_ids
     return Prepared(*who, functions, sampling, params, frozen)

@@ -164,16 +164,19 @@ class Collector:
             seed=self.seed,
             longest_prompt=self.prompts.longest,
         )
+        routing = self.engine.routing_metrics(params, sampled)
         groups = sampled._replace(row=indices, version=np.full_like(sampled.version, version))
         if self.demonstrations is not None:
             groups = join(groups, stack([self.demonstrations[i] for i in indices]))
         return [
-            self._with_rewards(number, take(groups, slice(place * size, (place + 1) * size)))
+            self._with_rewards(
+                number, take(groups, slice(place * size, (place + 1) * size)), routing
+            )
             for place, number in enumerate(numbers)
         ]
 
-    def _with_rewards(self, number: int, groups: Groups) -> Collected:
-        """The groups of batch `number` with their rewards."""
+    def _with_rewards(self, number: int, groups: Groups, told: dict[str, float]) -> Collected:
+        """The groups of batch `number` with their rewards; their metrics hold what is `told`."""
         rows = [self.prompts.rows[row] for row in groups.row]
         texts, scores = self.judge.judge(self.prompts, groups.row, groups)
         if gather(np.array([scores.failed == (groups.lengths > 0).sum()])).all():
@@ -185,7 +188,7 @@ class Collector:
             )
         rewards = np.where(groups.lengths > 0, scores.rewards, np.nan).astype(np.float32)
         groups = groups._replace(rewards=rewards)
-        metrics = rollout_metrics(groups, scores, self.samples) | self.engine.metrics()
+        metrics = rollout_metrics(groups, scores, self.samples) | self.engine.metrics() | told
         records = sample_records(rows, texts, rewards, scores.by_func)
         for record, source, version in zip(
             records, groups.source.flat, groups.version.flat, strict=True

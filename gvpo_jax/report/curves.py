@@ -97,6 +97,12 @@ METRICS = (
         "Share of a layer's tokens that one expert gets, at most.",
         **_SHARE,
     ),
+    Metric(
+        "router/disagreement",
+        "Experts that differ",
+        "Share of tokens and layers with other experts in sampling than in scoring.",
+        **_SHARE,
+    ),
     Metric("learning_rate", "Learning rate", "", include=(0.0,), kind="exact"),
     Metric("tokens_per_second", "Throughput", "Tokens per second.", include=(0.0,)),
     Metric("step_time", "Step time", "Seconds per step.", show=duration, include=(0.0,)),

@@ -125,5 +125,12 @@ class Engine(Protocol):
         """What there is to tell about the weights that this thread sampled from last."""
         return {}
 
+    def routing_metrics(self, params: Any, groups: Groups) -> dict[str, float]:
+        """How often experts differ between sampling `groups` with `params` and scoring them.
+
+        Nothing where there are no experts, or where it can't be known.
+        """
+        return {}
+
     def close(self) -> None:
         """End what is under way; the engine can still be used."""

@@ -27,6 +27,7 @@ from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.precision import einsum_f32
 from gvpo_jax.rollout.draw import draw
 from gvpo_jax.rollout.engine import Engine, SamplingParams
+from gvpo_jax.rollout.routing import routing_metrics
 from gvpo_jax.rollout.stop import StopStrings
 
 _STEPS = 16  # decoded between two looks at the texts, where stop strings may end them
@@ -65,6 +66,7 @@ class SamplingModel:
     # The policy's parameters and `frozen`, those beside them -> those to sample with; jitted.
     prepare: Callable[[Any, Any], Any] = lambda params, frozen: join(frozen, params)
     frozen: Any = None
+    scoring: "SamplingModel | None" = None  # the model as it is trained, where experts may differ
 
 
 @dataclass(eq=False, repr=False)
@@ -132,6 +134,14 @@ class InProcessEngine(Engine):
         return make_groups(
             prompts, completions, lengths, source=Source.POLICY, stopped=stopped, old_logps=logps
         )
+
+    def routing_metrics(self, params: Any, groups: Groups) -> dict[str, float]:
+        """See `Engine.routing_metrics`."""
+        scoring = self.model.scoring
+        alone = groups.completions.shape[2] == 1  # its token goes through no layer
+        if scoring is None or scoring.functions.routed is None or alone:
+            return {}
+        return routing_metrics(self.model, scoring, params, groups)
 
 
 def _to_stop_strings(stop: StopStrings, state: DecodeState, go_on, end_at):

@@ -69,6 +69,16 @@ def sampling_model(
     return SamplingModel(functions, own, whole, frozen)
 
 
+def check_layout(options: RolloutConfig, shape: DecoderConfig, mesh: Mesh) -> None:
+    """That a model of this shape can be cut as `options` say; cheap, for before it is loaded.
+
+    Raises:
+        UserError: `rollout.tensor` does not divide the devices, or an axis of the model's weights.
+    """
+    if options.tensor is not None:
+        shardings(_mesh_of(options.tensor, mesh), param_shapes(shape))
+
+
 def _mesh_of(tensor: int, mesh: Mesh) -> Mesh:
     """The devices with so many of them along `tensor`."""
     if mesh.size % tensor:
