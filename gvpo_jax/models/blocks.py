@@ -182,6 +182,9 @@ class Mixture(nnx.Module):
         assert c.experts is not None
         self.router = linear(c.hidden_size, c.experts.count, use_bias=False)
         self.experts = ExpertStack(c, rngs)
+        if c.experts.shared_size is not None:
+            self.shared = MLP(c, c.experts.shared_size, linear, options)
+            self.shared_gate = linear(c.hidden_size, 1, use_bias=False)
         self.options, self.config, self.activation = options, c.experts, ACTIVATIONS[c.activation]
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
@@ -194,6 +197,8 @@ class Mixture(nnx.Module):
         weights = (w.kernel[...].astype(x.dtype) for w in every)
         shares = shares.astype(x.dtype)
         out = self.options.experts(x, chosen, shares, *weights, activation=self.activation)
+        if self.config.shared_size is not None:
+            out = out + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
         return out, Routing(likely, chosen)
 
 

@@ -27,6 +27,8 @@ class Experts:
         intermediate_size: of one.
         normalised: whether a token's shares add up to 1; else they are the router's probabilities.
         dense_layers: numbers of the layers that have a feed-forward layer all the same.
+        shared_size: inner width of an expert that every token goes through besides; its result is
+            multiplied by the sigmoid of a gate. None: there is none.
     """
 
     count: int
@@ -34,6 +36,12 @@ class Experts:
     intermediate_size: int
     normalised: bool
     dense_layers: tuple[int, ...] = ()
+    shared_size: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Features inside all experts of a token."""
+        return self.per_token * self.intermediate_size + (self.shared_size or 0)
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,7 @@ class DecoderConfig:
     @property
     def inner_width(self) -> int:
         """Features inside a feed-forward layer, or inside all experts of a token."""
-        experts = self.experts
-        return experts.per_token * experts.intermediate_size if experts else self.intermediate_size
+        return self.experts.width if self.experts else self.intermediate_size
 
     def heads(self, layer: int) -> tuple[int, int]:
         """How many key-value heads this layer has, and their width."""

@@ -75,6 +75,9 @@ FAMILIES = {
     | {"hidden_size_per_layer_input": 6, "final_logit_softcapping": 3.0, **GEMMA4},
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     | {"norm_topk_prob": True, "head_dim": 6, "mlp_only_layers": [0], "num_hidden_layers": 3},
+    "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    | {"shared_expert_intermediate_size": 20, "num_hidden_layers": 4, "decoder_sparse_step": 2}
+    | {"mlp_only_layers": [3], "use_sliding_window": True, "sliding_window": 5},
     "smollm3": {"no_rope_layers": [1, 0], "sliding_window": 4, "use_sliding_window": True},
     "olmo2": {"num_key_value_heads": 3},
     "olmo3": LOCAL_THEN_ALL | {"rope_scaling": YARN},
