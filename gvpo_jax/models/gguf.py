@@ -1,11 +1,13 @@
 """Reading a .gguf file: config, weights and tokenizer, all from the one file or its parts.
 
-llama.cpp keeps Hugging Face's numbers under other names, except that it reorders the rows of a
-Llama's q and k for its own rotary layout. Quantized weights are expanded to float32 with NumPy.
+llama.cpp keeps Hugging Face's numbers under other names, with three exceptions. It reorders the
+rows of a Llama's q and k for its own rotary layout. It adds 1 to the norms of Gemma. The experts of
+a layer lie in one tensor. Quantized weights are expanded to float32 with NumPy.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +15,60 @@ import numpy as np
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
-from gvpo_jax.models.family import all_families
+from gvpo_jax.models.family import Family, all_families
 from gvpo_jax.models.gguf_tokenizer import build_tokenizer, end_token_ids
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_files import ModelFiles, check_fetched
 from gvpo_jax.models.hf_tensors import TensorSource
 
-_NAMES = {
+# Our parameters by llama.cpp's names: outside of layers, and behind blk.N.
+_OUTER = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-    # after blk.N., and model.layers.N.
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
+_NAMES = {
+    "attn_norm": "input_norm",
+    "post_attention_norm": "attn_out_norm",
+    "ffn_norm": "post_norm",
+    "post_ffw_norm": "mlp_out_norm",
+    "attn_q": "attn/q",
+    "attn_k": "attn/k",
+    "attn_v": "attn/v",
+    "attn_output": "attn/o",
+    "attn_q_norm": "attn/q_norm",
+    "attn_k_norm": "attn/k_norm",
+    "ffn_gate": "mlp/gate",
+    "ffn_up": "mlp/up",
+    "ffn_down": "mlp/down",
+    "ffn_gate_inp": "mlp/router",
+    "ffn_gate_exps": "mlp/experts/gate",
+    "ffn_up_exps": "mlp/experts/up",
+    "ffn_down_exps": "mlp/experts/down",
+    "ffn_gate_inp_shexp": "mlp/shared_gate",
+    "ffn_gate_shexp": "mlp/shared/gate",
+    "ffn_up_shexp": "mlp/shared/up",
+    "ffn_down_shexp": "mlp/shared/down",
+}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a Hugging Face file in a .gguf file."""
+
+    stored: Any
+    expert: int | None = None  # which one along the first axis; None: it is all of it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.stored.shape[::-1].tolist())  # GGUF lists the innermost axis first
+        return shape if self.expert is None else shape[1:]
+
+    def read(self) -> np.ndarray:
+        import gguf
+
+        data = self.stored.data if self.expert is None else self.stored.data[self.expert]
+        return gguf.dequantize(data, self.stored.tensor_type)
 
 
 def read_gguf(path: Path) -> ModelFiles:
@@ -54,11 +87,13 @@ def read_gguf(path: Path) -> ModelFiles:
             f"{path} is one of {metadata['split.count']} files of a model; name them as they were, "
             "NAME-00001-of-0000N.gguf, in one folder"
         )
-    every = [tensor for reader in readers for tensor in reader.tensors]
-    tensors = {_hf_name(tensor.name): tensor for tensor in every}
+    family = _family(path, metadata)
+    stored = [tensor for reader in readers for tensor in reader.tensors]
+    every = [named for tensor in stored for named in _hf_tensors(family, tensor)]
+    tensors = dict(every)
     if len(tensors) < len(every):
         raise UserError(f"{path}: a tensor is there twice; its files are of different models")
-    config = _config(path, metadata, tensors)
+    config = _config(path, family, metadata, tensors)
     tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
     ends = end_token_ids(metadata)
     values = config_json(config) | {
@@ -94,20 +129,24 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} is not a whole .gguf file: {error}") from error
 
 
-def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> DecoderConfig:
-    family = metadata.get("general.architecture")
-    known = [family.gguf for family in all_families().values() if family.gguf]
-    if family not in known:
-        known = ", ".join(known)
-        raise UserError(f"{path}: architecture {family!r} is not supported, only {known}")
+def _family(path: Path, metadata: Mapping[str, Any]) -> Family:
+    name = metadata.get("general.architecture")
+    known = {family.gguf: family for family in all_families().values() if family.gguf}
+    if name not in known:
+        raise UserError(f"{path}: architecture {name!r} is not supported, only {', '.join(known)}")
+    return known[name]
 
+
+def _config(
+    path: Path, family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, _Tensor]
+) -> DecoderConfig:
     def get(key: str) -> Any:
-        return metadata.get(f"{family}.{key}")
+        return metadata.get(f"{family.gguf}.{key}")
 
-    _refuse_unsupported(path, get, tensors)
+    _refuse_unsupported(path, family, get, tensors)
     hidden, heads = get("embedding_length"), get("attention.head_count")
     values = {
-        "model_type": family,
+        "model_type": family.model_type,
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())) or None,
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
@@ -119,8 +158,10 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon") or 1e-6),
         "rope_theta": _shortest(get("rope.freq_base") or 10000.0),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "attention_bias": family != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in tensors,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in tensors,
+        **(_experts(family, get) if get("expert_count") else {}),
+        **(_gemma(get) if family.gguf == "gemma3" else {}),
     }
     try:
         return decoder_config(values)
@@ -128,38 +169,72 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         raise UserError(str(error).replace("config.json", f"{path} (as config.json)", 1)) from error
 
 
-def _refuse_unsupported(path: Path, get: Callable[[str], Any], tensors: Mapping[str, Any]) -> None:
-    if get("rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in tensors:
+def _experts(family: Family, get: Callable[[str], Any]) -> dict[str, Any]:
+    return {
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
+        "norm_topk_prob": family.gguf == "qwen3moe",  # which llama.cpp knows by the architecture
+    }
+
+
+def _gemma(get: Callable[[str], Any]) -> dict[str, Any]:
+    """Gemma 3's own; of its sizes only 27B, with 62 layers, scales scores by another width."""
+    hidden, heads = get("embedding_length"), get("attention.head_count")
+    factor = get("rope.scaling.factor")
+    values = {
+        "sliding_window": get("attention.sliding_window"),
+        "rope_local_base_freq": _shortest(get("rope.freq_base_swa") or 10000.0),
+        "rope_scaling": factor and {"rope_type": "linear", "factor": _shortest(factor)},
+        "final_logit_softcapping": get("final_logit_softcapping"),
+    }
+    if get("block_count") == 62 and hidden and heads:
+        values["query_pre_attn_scalar"] = hidden // heads
+    else:
+        values["query_pre_attn_scalar"] = get("attention.key_length")
+    return values
+
+
+def _refuse_unsupported(
+    path: Path, family: Family, get: Callable[[str], Any], tensors: Mapping[str, _Tensor]
+) -> None:
+    gemma = family.gguf == "gemma3"
+    scalings = (None, "none", "linear") if gemma else (None, "none")
+    if get("rope.scaling.type") not in scalings or "rope_freqs.weight" in tensors:
         raise UserError(
             f"{path}: scaled rotary embeddings are not read from .gguf files; "
             "load the model's safetensors folder instead"
         )
-    if get("attention.sliding_window"):
+    if get("attention.sliding_window") and not gemma:
         raise UserError(f"{path}: sliding window attention is not supported")
-    if get("expert_count"):
-        raise UserError(f"{path}: mixtures of experts are not supported")
+    if get("expert_count") and "num_experts" not in family.silent:
+        raise UserError(
+            f"{path}: mixtures of experts of architecture {family.gguf} are not supported"
+        )
     rotated, width = get("rope.dimension_count"), get("attention.key_length")
     if rotated and width and rotated != width:
         raise UserError(f"{path}: only {rotated} of {width} head dimensions rotate: not supported")
 
 
-def _source(path: Path, config: DecoderConfig, tensors: Mapping[str, Any]) -> TensorSource:
-    import gguf
-
+def _source(path: Path, config: DecoderConfig, tensors: Mapping[str, _Tensor]) -> TensorSource:
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
         try:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type)
+            array = tensor.read()
         except NotImplementedError as error:
-            kind = tensor.tensor_type.name
+            kind = tensor.stored.tensor_type.name
             raise UserError(f"{path}: weights of type {kind} cannot be read") from error
         for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
             if config.family == "llama" and f".self_attn.{part}_proj." in name:
                 array = _unpermute(array, heads)
-        return np.asarray(array, np.float32)
+        if config.norm == "one_plus" and name.endswith("norm.weight"):
+            array = array - 1
+        return np.asarray(array, np.float32).reshape(shapes[name])
 
-    # GGUF lists the innermost axis first
-    shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    gates = [name for name in shapes if name.endswith(".shared_expert_gate.weight")]
+    shapes |= {name: (1, shapes[name][-1]) for name in gates}  # llama.cpp takes them for vectors
     return TensorSource(str(path), shapes, read)
 
 
@@ -169,13 +244,24 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _hf_name(name: str) -> str:
-    """The Hugging Face name; a name that has none stays, to be reported as unexpected."""
-    found = re.fullmatch(r"(blk\.\d+\.)?(\w+)\.(weight|bias)", name)
-    if not found or found[2] not in _NAMES:
-        return name
-    layer, part, kind = found.groups("")
-    return f"{layer.replace('blk', 'model.layers')}{_NAMES[part]}.{kind}"
+def _hf_tensors(family: Family, stored: Any) -> Iterator[tuple[str, _Tensor]]:
+    """By their Hugging Face names; a name that has none stays, to be reported as unexpected."""
+    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", stored.name)
+    layer, part, kind = found.groups() if found else (None, "", "")
+    if layer is None:
+        name = f"{_OUTER[part]}.{kind}" if part in _OUTER else stored.name
+        yield name, _Tensor(stored)
+        return
+    ours = _NAMES.get(part)
+    if ours not in family.names:
+        yield stored.name, _Tensor(stored)
+        return
+    name = f"model.layers.{layer}.{family.names[ours]}.{kind}"
+    if "{expert}" not in name:
+        yield name, _Tensor(stored)
+        return
+    for expert in range(stored.shape[-1]):
+        yield name.format(expert=expert), _Tensor(stored, expert)
 
 
 def _shortest(value: float) -> float:

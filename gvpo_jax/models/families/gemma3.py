@@ -41,4 +41,5 @@ FAMILY = dataclasses.replace(
     },
     options=_options,
     layer_types=_layer_types,
+    gguf="gemma3",
 )

@@ -54,5 +54,5 @@ FAMILY = dataclasses.replace(
         "mlp/shared/down": "mlp.shared_expert.down_proj",
         "mlp/shared_gate": "mlp.shared_expert_gate",
     },
-    gguf=None,
+    gguf="qwen2moe",
 )

@@ -63,5 +63,5 @@ FAMILY = dataclasses.replace(
     options=_options,
     back=_back,
     layer_types=_layer_types,
-    gguf=None,
+    gguf="qwen3moe",
 )
