@@ -92,7 +92,7 @@ def adapter_shapes(base: Params, lora: Lora) -> Params:
         there = [name for name in lora.targets if name in found]
         raise UserError(
             f"model.lora.targets: the model has no layer {', '.join(missing)} that can have an "
-            f"adapter; of those named it has {', '.join(there) or 'none'}"
+            f"adapter (experts can't); of those named it has {', '.join(there) or 'none'}"
         )
     return unflatten_dict(shapes)
 
