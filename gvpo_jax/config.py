@@ -160,6 +160,12 @@ def _check_servers(c: Config) -> None:
     c.servers.check()
     if c.servers.kind == "none":
         return
+    if c.model.quantization != "none":
+        raise UserError(
+            f"model.quantization={c.model.quantization} is for sampling in this process: the "
+            f"weights of servers (servers.kind={c.servers.kind}) are not quantised so, and their "
+            "log-probs differ"
+        )
     for name, default in (("tensor", None), ("slots", None), ("cache_dtype", "model")):
         if getattr(c.rollout, name) != default:
             raise UserError(
@@ -185,6 +191,7 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
         "gguf": (c.model.name.endswith(".gguf"), "gguf"),
         "tasks": (tasks, "reasoning_gym"),
         "math": ("gvpo_jax.rewards.math:" in funcs, "math_verify"),
+        "qlora": (c.model.quantization != "none", "qwix"),
         "servers": (c.servers.kind != "none", "httpx2"),
         "parquet": (any(file and file.endswith(".parquet") for file in files), "pyarrow"),
         "tensorboard": (c.log.tensorboard, "tensorboardX"),

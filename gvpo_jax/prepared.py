@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from gvpo_jax.config import Config
@@ -16,9 +17,11 @@ from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.models.own import OwnModel
-from gvpo_jax.parallel.layout import group_shards, place_params
+from gvpo_jax.models.quantized import is_quantized
+from gvpo_jax.parallel.layout import group_shards, path_name, place_params
 from gvpo_jax.rollout.inprocess import SamplingModel
 from gvpo_jax.rollout.make import check_layout, sampling_model
+from gvpo_jax.training.checkpoint import fingerprint
 from gvpo_jax.training.policy import copy
 
 
@@ -56,6 +59,12 @@ def prepare(
         return _prepare_own(c, mesh, model)
     needed = c.data.max_prompt_length + c.rollout.max_completion_length
 
+    def place(path: str, x: Any) -> Any:
+        kept = c.model.kept(path, x)
+        if is_quantized(kept):  # one after the other, by one device
+            kept = jax.device_get(kept)
+        return place_params(mesh, {path: kept})[path]
+
     def check(shape: DecoderConfig) -> None:
         """What can be told before weights are read."""
         check_start(c.model, shape)
@@ -70,7 +79,7 @@ def prepare(
     if model is None:
         model = load_model(
             c.model.name,
-            place=lambda path, x: place_params(mesh, {path: c.model.kept(x)})[path],
+            place=place,
             length=needed,
             check=check,
         )
@@ -78,7 +87,8 @@ def prepare(
     else:
         check_length(model.config.max_position_embeddings, needed, model.name)
         check(model.config)
-        params = copy(place_params(mesh, jax.tree.map(c.model.kept, model.params)))
+        named = jax.tree.map_with_path(lambda path, x: place(path_name(path), x), model.params)
+        params = copy(named)
     frozen, params = start(c.model, model.config, params, mesh, c.run.seed)
     functions = c.model.functions(model.config, mesh, c.rollout.cache_dtype)
     sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions, frozen)
@@ -89,6 +99,31 @@ def prepare(
     return Prepared(*who, functions, sampling, params, frozen)
 
 
+def read_again(config: Config, name: str, frozen: Any) -> Any:
+    """The parameters of a model that was quantised, as they were, on the host.
+
+    Args:
+        config: of the run.
+        name: of the model.
+        frozen: the parameters that it became.
+
+    Raises:
+        UserError: it can't be read, or would become others today.
+    """
+    leaves = flatten_dict(frozen)
+    known = {"/".join(map(str, path)): leaf for path, leaf in leaves.items()}
+
+    def check(path: str, x: Any) -> Any:
+        if fingerprint(config.model.kept(path, x)) != fingerprint(known[path]):
+            raise UserError(
+                f"{name} is not the model that was quantised: its {path} differs; bring it back, "
+                "or save the adapter alone"
+            )
+        return x
+
+    return load_model(name, place=check).params
+
+
 def _prepare_own(c: Config, mesh: Mesh, model: OwnModel) -> Prepared:
     defaults = Config()
     ours = (
@@ -97,6 +132,7 @@ def _prepare_own(c: Config, mesh: Mesh, model: OwnModel) -> Prepared:
         "model.attention",
         "model.adapter",
         "model.lora",
+        "model.quantization",
         "servers.kind",
         "rollout.tensor",
         "rollout.cache_dtype",

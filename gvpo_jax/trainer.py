@@ -39,7 +39,7 @@ from gvpo_jax.parallel.distributed import (
     to_first_host,
 )
 from gvpo_jax.parallel.layout import check_batch, group_shards
-from gvpo_jax.prepared import prepare
+from gvpo_jax.prepared import prepare, read_again
 from gvpo_jax.rewards import batched, load_reward_func
 from gvpo_jax.rewards.functions import changed_code, code_fingerprint, function_names
 from gvpo_jax.rollout import Engine, InProcessEngine
@@ -106,6 +106,7 @@ class Trainer:
             reference=c.reference,
             frozen=ready.frozen,
             lora=c.model.lora.form(),
+            quantization=c.model.quantization,
         )
         stop = StopStrings(tuple(c.rollout.stop), self.tokenizer) if c.rollout.stop else None
         self.engine: Engine
@@ -346,16 +347,20 @@ class Trainer:
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the current policy as a model folder that transformers loads.
 
-        An adapter is merged into the weights. The tokenizer has the chat template that trained;
+        An adapter is merged into the weights; where those are quantised, into the model's own, read
+        again. The tokenizer has the chat template that trained;
         gvpo_jax_export.json says what the template was given.
 
         Of several processes all call it, and the first writes.
 
         Raises:
-            UserError: the folder holds something else, or can't be written.
+            UserError: the folder holds something else, or can't be written, or the model that was
+                quantised is there no more.
         """
         model, about = self._loaded(), self._about_template()
-        params = self.policy.whole(self.policy.params)
+        quantized = self.config.model.quantization != "none"
+        base = read_again(self.config, model.name, self.policy.frozen) if quantized else None
+        params = self.policy.whole(self.policy.params, base)
         from_first_host(lambda: export_model(folder, model, params, about=about))
 
     def save_adapter(self, folder: Path | str) -> None:

@@ -94,6 +94,11 @@ class ModelConfig:
         path="model",
     )
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization: Literal["none", "int8", "nf4"] = setting(
+        "none",
+        "Of the frozen weights beside an adapter (QLoRA): the kernels of linear layers in 8 or 4 "
+        "bits. Embedding, head and norms stay as they are. Needs model.lora.rank.",
+    )
 
     def check(self) -> None:
         """That the settings go together.
@@ -107,30 +112,46 @@ class ModelConfig:
                 f"model.adapter={self.adapter} is trained on with LoRA: give model.lora.rank, that "
                 "of the adapter"
             )
+        if self.lora.rank is None and self.quantization != "none":
+            raise UserError(
+                f"model.quantization={self.quantization} is for weights that are not trained: give "
+                "model.lora.rank, or leave it out"
+            )
 
     def param_shapes(self, shape: "DecoderConfig") -> "tuple[Params, Params]":
         """What stays as it is and what is trained, each a tree of `jax.ShapeDtypeStruct`s.
 
         Without an adapter everything is trained, in float32. With one, the model stays as it is,
-        in the dtype of the computation.
+        in the dtype of the computation or quantised.
 
         Raises:
-            UserError: the adapter does not fit the model.
+            UserError: the adapter does not fit the model, or it can't be quantised.
         """
         import jax
-        import jax.numpy as jnp
 
         from gvpo_jax.models.decoder import param_shapes
         from gvpo_jax.models.lora import adapter_shapes
+        from gvpo_jax.parallel.layout import path_name
 
         whole, lora = param_shapes(shape), self.lora.form()
         if lora is None:
             return {}, whole
-        dtype = jnp.dtype(self.dtype)
-        return jax.tree.map(lambda x: x.update(dtype=dtype), whole), adapter_shapes(whole, lora)
 
-    def kept(self, x: Any) -> Any:
-        """A loaded array in the dtype that it stays in."""
+        def kept(path, x):
+            return jax.eval_shape(functools.partial(self.kept, path_name(path)), x)
+
+        return jax.tree.map_with_path(kept, whole), adapter_shapes(whole, lora)
+
+    def kept(self, path: str, x: Any) -> Any:
+        """A loaded array of this path as it stays: in its dtype, or quantised.
+
+        Raises:
+            UserError: it can't be quantised.
+        """
+        from gvpo_jax.models.quantized import is_kernel, quantize
+
+        if self.quantization != "none" and is_kernel(path, x):
+            return quantize(x, self.quantization)
         return x if self.lora.rank is None else x.astype(self.dtype)
 
     def functions(self, shape: "DecoderConfig", mesh: "Mesh", cache_dtype: str) -> "DecoderFns":
@@ -156,6 +177,7 @@ def _functions(
     import jax.numpy as jnp
 
     from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
+    from gvpo_jax.models.quantized import with_quantized
     from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
     from gvpo_jax.ops.experts import experts_on
     from gvpo_jax.ops.kernels import attention_on
@@ -172,7 +194,7 @@ def _functions(
             mesh, attention, computed, max(shape.head_dim, shape.full_head_dim or 0)
         ),
         experts=experts_on(mesh),
-        product=product_on(mesh),
+        product=with_quantized(product_on(mesh)),
         chunk_bytes=chunk_bytes_on(mesh),
         shards=group_shards(mesh),
         lora=lora,

@@ -17,6 +17,7 @@ from flax import nnx
 from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, soft_cap
 from gvpo_jax.models.blocks import Block, KeysValues, PerLayerTable, RMSNorm
 from gvpo_jax.models.lora import adapt
+from gvpo_jax.models.quantized import promote
 from gvpo_jax.models.rope import rotations
 from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
 from gvpo_jax.ops.attention import Int8, Prefix, Stored, stored
@@ -29,7 +30,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, c: DecoderConfig, options: DecoderOptions, rngs: nnx.Rngs):
         dtype = options.dtype
-        linear = functools.partial(nnx.Linear, dtype=dtype, dot_general=options.product, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, dtype=dtype, promote_dtype=promote, dot_general=options.product, rngs=rngs
+        )
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
         if c.per_layer_width is not None:
             self.per_layer = PerLayerTable(c, c.per_layer_width, linear, options, rngs)

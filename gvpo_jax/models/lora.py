@@ -16,6 +16,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.quantized import is_quantized, widen
 from gvpo_jax.precision import float_type
 
 Params = dict[str, Any]
@@ -46,6 +47,7 @@ class AdaptedLinear(nnx.Linear):
             use_bias=like.use_bias,
             dtype=like.dtype,
             dot_general=like.dot_general,
+            promote_dtype=like.promote_dtype,
             rngs=rngs,
         )
         self.lora_a = nnx.Param(jnp.zeros((like.in_features, lora.rank)))
@@ -132,7 +134,7 @@ def merge(frozen: Params, adapter: Params, scale: float, dtype: Any) -> Params:
     """The kernels that have an adapter, with its product added: `W + A B * scale`, in float32.
 
     Args:
-        frozen: the model; NumPy or JAX arrays.
+        frozen: the model; NumPy or JAX arrays, quantised kernels too.
         adapter: its adapter, of the same kind.
         scale: see `Lora.scale`.
         dtype: of what is returned.
@@ -146,6 +148,8 @@ def merge(frozen: Params, adapter: Params, scale: float, dtype: Any) -> Params:
             a, b, kernel = leaves[*path, A], leaves[*path, B], kernels[*path, KERNEL]
             with jax.default_matmul_precision("highest"):
                 added = (a @ b) * scale
+            if is_quantized(kernel):
+                kernel = widen(kernel, jnp.float32)
             merged[*path, KERNEL] = (kernel.astype(float_type(kernel, a)) + added).astype(dtype)
     return unflatten_dict(merged)
 

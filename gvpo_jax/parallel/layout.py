@@ -16,15 +16,16 @@ from gvpo_jax.parallel.mesh import AXES
 Axes = tuple[tuple[str, ...], tuple[str, ...]]
 
 # Parameters, and what has their paths and shapes, such as moments. First match wins; a leaf of
-# another rank (optimizer counters, factored moments) is replicated.
+# another rank (optimizer counters, factored moments) is replicated. A quantised kernel is cut as
+# the kernel is, and its scales with it.
 LAYOUT: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
     (r"experts/(gate|up)/kernel$", P("tensor", "fsdp", None)),  # [e, d, f]
     (r"experts/down/kernel$", P("tensor", None, "fsdp")),
     (r"router/kernel$", P("fsdp", None)),
-    (r"(q|k|v|gate|up)/kernel$", P("fsdp", "tensor")),
-    (r"(o|down)/kernel$", P("tensor", "fsdp")),
+    (r"(q|k|v|gate|up)/kernel(/qvalue|/scale)?$", P("fsdp", "tensor")),
+    (r"(o|down)/kernel(/qvalue|/scale)?$", P("tensor", "fsdp")),
     (r"(q|k|v|gate|up)/lora_a$", P("fsdp", None)),
     (r"(q|k|v|gate|up)/lora_b$", P(None, "tensor")),
     (r"(o|down)/lora_a$", P("tensor", None)),
@@ -226,7 +227,14 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     spec = next((spec for pattern, spec in LAYOUT if re.search(pattern, name)), P())
     if len(spec) != len(shape):
         return P()
-    spec = P(*(None if size == 1 else axis for size, axis in zip(shape, spec, strict=True)))
+    # A kernel has fewer scales than rows: they need not divide.
+    few = name.endswith("kernel/scale")
+    spec = P(
+        *(
+            None if size == 1 or (few and axis is not None and size % mesh.shape[axis]) else axis
+            for size, axis in zip(shape, spec, strict=True)
+        )
+    )
     for size, axis in zip(shape, spec, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(

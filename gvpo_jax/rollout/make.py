@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import LoraConfig, ModelConfig
-from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, param_shapes
+from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
 from gvpo_jax.models.lora import Params, join, merge
+from gvpo_jax.models.quantized import is_quantized
 from gvpo_jax.parallel.layout import shardings
 from gvpo_jax.parallel.mesh import check_hosts
 from gvpo_jax.rollout.engine import RolloutConfig
@@ -40,7 +41,7 @@ def sampling_model(
         UserError: `rollout.tensor` does not divide the devices, or a host's.
     """
     own = mesh if options.tensor is None else _mesh_of(options.tensor, mesh)
-    lora, dtype, shapes = model.lora.form(), jnp.dtype(model.dtype), param_shapes(shape)
+    lora, dtype, shapes = model.lora.form(), jnp.dtype(model.dtype), model.param_shapes(shape)
     merges = lora is not None and options.adapter == "merged"
     if own is mesh and not merges:
         return SamplingModel(trained, mesh, frozen=frozen)
@@ -53,8 +54,6 @@ def sampling_model(
 
     if merges:
         model = dataclasses.replace(model, lora=LoraConfig(), adapter=None)
-    elif lora is not None:
-        shapes = join(shapes, model.param_shapes(shape)[1])
     functions = model.functions(shape, own, options.cache_dtype)
     if own is mesh:  # all but the merged kernels lies there already
         added = jax.jit(added)
@@ -65,8 +64,8 @@ def sampling_model(
     def whole(params, frozen=None):
         return copy_in(dtype, join(frozen, added(params, frozen)))
 
-    whole = jax.jit(whole, out_shardings=shardings(own, shapes))
-    return SamplingModel(functions, own, whole, frozen)
+    layout = shardings(own, jax.eval_shape(whole, *reversed(shapes)))
+    return SamplingModel(functions, own, jax.jit(whole, out_shardings=layout), frozen)
 
 
 def check_layout(options: RolloutConfig, shape: DecoderConfig, mesh: Mesh) -> None:
@@ -91,5 +90,9 @@ def _mesh_of(tensor: int, mesh: Mesh) -> Mesh:
 
 
 def copy_in(dtype, params):
-    """Parameters in another dtype, in memory of their own."""
-    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
+    """Parameters in another dtype, in memory of their own; quantised ones as they are."""
+
+    def copied(x):
+        return jax.tree.map(jnp.copy, x) if is_quantized(x) else jnp.array(x, dtype, copy=True)
+
+    return jax.tree.map(copied, params, is_leaf=is_quantized)

@@ -16,6 +16,7 @@ from gvpo_jax.data.batch import Batch, Sizes
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.lora import Params, merge
+from gvpo_jax.models.quantized import is_quantized
 from gvpo_jax.parallel.layout import (
     batch_shardings,
     check_batch,
@@ -113,8 +114,12 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
 
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of laid out arrays, or of their shapes, on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    def bits(x: Any) -> int:
+        of_each = 4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize
+        return math.prod(x.sharding.shard_shape(x.shape)) * of_each
+
+    return sum(map(bits, jax.tree.leaves(tree))) // 8
 
 
 def merged_bytes(config: Config, mesh: Mesh, frozen: Params, params: Params) -> int:
@@ -129,12 +134,15 @@ def merged_bytes(config: Config, mesh: Mesh, frozen: Params, params: Params) -> 
 def _read_each_step(weights: Any, kept: dict[str, Any], dtype: Any) -> int:
     """Bytes on a device; XLA counts a cache that is updated in place as read and written whole.
 
-    Weights are read in the dtype of the computation, once converted in front of the loop.
+    Weights are read in the dtype of the computation, once converted in front of the loop, or
+    quantised.
     """
     state, prompts = kept["state"], kept["prompts"]
     looked_up = {"embed"} if "head" in weights else set()
     multiplied = {name: x for name, x in weights.items() if name not in looked_up}
-    multiplied = jax.tree.map(lambda x: x.update(dtype=dtype), multiplied)
+    multiplied = jax.tree.map(
+        lambda x: x if is_quantized(x) else x.update(dtype=dtype), multiplied, is_leaf=is_quantized
+    )
     prefix = prompts.prefix if state.prefix is None else state.prefix
     return device_bytes((multiplied, state.cache, prefix))
 

@@ -260,7 +260,7 @@ def _sum(leaf):
 
     The scrambling, a bijection for every place, is the 32-bit finalizer of MurmurHash3.
     """
-    if leaf.dtype == jnp.bool_:
+    if leaf.dtype in (jnp.bool_, jnp.uint4):
         leaf = leaf.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)

@@ -35,6 +35,7 @@ class Policy:
         programs: what computes.
         frozen: the weights beside them that stay as they are, see `gvpo_jax.models.lora`.
         lora: the form of an adapter, which `params` then is.
+        quantization: how kernels of `frozen` are quantised, see `ModelConfig`.
         train: into how many parts an update is cut.
         reference: the policy that beta pulls towards.
 
@@ -54,9 +55,10 @@ class Policy:
         reference: ReferenceConfig,
         frozen: Any = None,
         lora: Lora | None = None,
+        quantization: str = "none",
     ):
         self._programs, self._train, self._options = programs, train, reference
-        self.frozen, self._lora = frozen, lora
+        self.frozen, self._lora, self._quantization = frozen, lora, quantization
         self._frozen_fingerprint = fingerprint(frozen) if lora else 0
         self._start: Any = params  # until the first update needs an optimizer state
         self._state: TrainState | None = None
@@ -86,16 +88,26 @@ class Policy:
         """The current parameters, in a copy that updates do not overwrite."""
         return copy(self.params)
 
-    def whole(self, params: Any) -> Any:
+    def whole(self, params: Any, base: Any = None) -> Any:
         """The model's weights with these parameters, on the first process; an adapter is merged.
 
         All processes call it. What the others get can't be read.
+
+        base: what it is merged into, as NumPy arrays; default: `frozen`.
+
+        Raises:
+            UserError: `frozen` is quantised, and there is no other base.
         """
-        params, frozen = to_first_host((params, self.frozen))
+        if base is None and self._quantization != "none":
+            raise UserError(
+                "an adapter is not merged into quantised weights, which would lose of both: give "
+                "base=, the weights before quantization"
+            )
+        params, base = to_first_host(params), to_first_host(self.frozen) if base is None else base
         if self._lora is None or not is_first():
             return params
-        kernels, adapter = jax.device_get((frozen, params))
-        return join(frozen, merge(kernels, adapter, self._lora.scale, np.float32))
+        kernels, adapter = jax.device_get((base, params))
+        return join(base, merge(kernels, adapter, self._lora.scale, np.float32))
 
     def take_programs(self, programs: Programs) -> None:
         """Compute with other programs, of the same model and optimizer, from now on."""
@@ -216,7 +228,7 @@ class Policy:
         kept = ("updates", "refreshed_at", "start_fingerprint")
         own = {name: getattr(self, name) for name in kept}
         if self._lora:
-            own["lora"] = self._form()
+            own |= {"lora": self._form(), "quantization": self._quantization}
         trees = {"params": self.params, "state": self.state.rest()}
         if self._options.name != "initial":
             trees["reference"] = self.reference
@@ -261,6 +273,11 @@ class Policy:
             form = form or "model.lora.rank=null"
             raise UserError(
                 f"the checkpoint is of a run with {form}: give that, or choose another run.dir"
+            )
+        if (kind := about.get("quantization", "none")) != self._quantization:
+            raise UserError(
+                f"the checkpoint is of a run with model.quantization={kind}: give that, or choose "
+                "another run.dir"
             )
         if about["start_fingerprint"] != self.start_fingerprint:
             which = "model.name, or model.adapter," if there else "model.name"
