@@ -95,6 +95,19 @@ def test_kv_cache(tmp_path):
     assert off["float32"]["token_mean"] < off["bfloat16"]["token_mean"] < off["int8"]["token_mean"]
 
 
+def test_quantized_base(tmp_path):
+    """Fewer bits are further away, and so are larger tiles."""
+    run("quantized_base", "--out", tmp_path / "results.json")
+    saved = ROOT / "experiments" / "quantized_base" / "results.json"
+    for file in (tmp_path / "results.json", saved):
+        rows = json.loads(file.read_text())["rows"]
+        kl = {kind: [r["kl_mean"] for r in rows if r["kind"] == kind] for kind in ("int8", "nf4")}
+        assert 0 < max(kl["int8"]) < min(kl["nf4"]) / 10
+        assert kl["nf4"] == sorted(kl["nf4"])
+        sizes = {(r["kind"], r["tile"]): r["bits_per_weight"] for r in rows}
+        assert sizes["nf4", 64] == 4 + 32 / 64
+
+
 def test_bench(tmp_path):
     """Ours, plain PyTorch, TRL and Tunix at the same small work; that it is the same is checked."""
     bench = [sys.executable, str(ROOT / "experiments" / "bench" / "run.py")]
