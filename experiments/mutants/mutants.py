@@ -18,6 +18,7 @@ STEP = ("tests/unit/test_logprobs.py", "tests/unit/test_train_step.py")
 PACKED = ("tests/unit/test_shared_prefix.py", "tests/unit/test_packing.py")
 ROLLOUT = ("tests/unit/test_rollout.py",)
 LORA = ("tests/unit/test_lora.py",)
+QUANTIZED = "tests/unit/test_quantized.py"  # whole runs: one test each, too
 FAMILIES = tuple(
     f"tests/unit/test_families.py::test_{name}"
     for name in ("logits", "log_probs_and_gradients", "greedy_text")
@@ -406,6 +407,49 @@ MUTANTS = (
         "out.astype(jnp.float32) * shares[:, None])",
         "out.astype(jnp.float32))",
         FAMILIES,
+    ),
+    Mutant(
+        "the bits of nf4 codes read in the wrong order",
+        "models/quantized.py",
+        "for bit in range(4):",
+        "for bit in reversed(range(4)):",
+        (f"{QUANTIZED}::test_nf4_is_the_nearest_level_of_each_tile_by_a_loop",),
+    ),
+    Mutant(
+        "a kernel widened in the dtype of the computation, not in float32",
+        "models/quantized.py",
+        "levels.reshape(len(kernel.scale), -1, levels.shape[1]) * kernel.scale[:, None]",
+        "(levels.reshape(len(kernel.scale), -1, levels.shape[1]).astype(dtype)"
+        " * kernel.scale[:, None].astype(dtype))",
+        (f"{QUANTIZED}::test_widened_is_what_qwix_makes_of_it",),
+    ),
+    Mutant(
+        "wide kernels kept for the backward pass",
+        "models/quantized.py",
+        "widened = jax.checkpoint(lambda x, w: product(x, widen(w, x.dtype), *args, **options))",
+        "widened = lambda x, w: product(x, widen(w, x.dtype), *args, **options)",
+        (f"{QUANTIZED}::test_the_backward_pass_is_left_the_quantised_kernel_alone",),
+    ),
+    Mutant(
+        "the head quantised too",
+        "models/quantized.py",
+        'r"layers/.*/(?!router)',
+        'r"(layers/.*/|)(?!router)',
+        (f"{QUANTIZED}::test_nothing_but_the_linear_kernels_of_layers_is_quantised",),
+    ),
+    Mutant(
+        "an adapter merged into the quantised weights",
+        "training/policy.py",
+        "to_first_host(self.frozen) if base is None else base",
+        "to_first_host(self.frozen)",
+        (f"{QUANTIZED}::test_exports_are_merged_into_the_weights_before_quantization",),
+    ),
+    Mutant(
+        "4 bits counted as 8",
+        "tpu_compile/lowering.py",
+        "of_each = 4 if x.dtype == jnp.uint4 else",
+        "of_each =",
+        (f"{QUANTIZED}::test_nothing_but_the_linear_kernels_of_layers_is_quantised",),
     ),
 )
 SMALL = MUTANTS[:3]

@@ -61,7 +61,7 @@ def main() -> None:
     tokens = np.array([ids[: min(map(len, texts))] for ids in texts])
     logits = jax.jit(functools.partial(full_logits, model.config))
     original = log_probs(logits(params, tokens))
-    tiles = {"int8": (WHOLE,), "nf4": (32, 64)} if options.small else TILES
+    tiles = {"int8": (WHOLE,), "nf4": (64,)} if options.small else TILES
     rows = [
         {"kind": kind, "tile": tile or None, "bits_per_weight": bits(model.params, kind, tile)}
         | distance(original, log_probs(logits(quantized(params, kind, tile), tokens)), tokens)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import LoraConfig, ModelConfig
-from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
+from gvpo_jax.models.decoder import DecoderConfig, DecoderFns, param_shapes
 from gvpo_jax.models.lora import Params, join, merge
 from gvpo_jax.models.quantized import is_quantized
 from gvpo_jax.parallel.layout import shardings

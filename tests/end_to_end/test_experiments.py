@@ -96,7 +96,7 @@ def test_kv_cache(tmp_path):
 
 
 def test_quantized_base(tmp_path):
-    """Fewer bits are further away, and so are larger tiles."""
+    """Fewer bits are further away, and in the saved results larger tiles are, too."""
     run("quantized_base", "--out", tmp_path / "results.json")
     saved = ROOT / "experiments" / "quantized_base" / "results.json"
     for file in (tmp_path / "results.json", saved):
