@@ -23,6 +23,8 @@ FAMILIES = tuple(
     f"tests/unit/test_families.py::test_{name}"
     for name in ("logits", "log_probs_and_gradients", "greedy_text")
 )
+BALANCE = ("tests/unit/test_balance.py",)
+GGUF = ("tests/unit/test_gguf_families.py",)
 # One test each: the others of the file take long, and are about other things.
 FILLING = ("tests/unit/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
 TEXT = (
@@ -450,6 +452,69 @@ MUTANTS = (
         "of_each = 4 if x.dtype == jnp.uint4 else",
         "of_each =",
         (f"{QUANTIZED}::test_nothing_but_the_linear_kernels_of_layers_is_quantised",),
+    ),
+    Mutant(
+        "a shared expert without its gate",
+        "models/blocks.py",
+        "jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)",
+        "self.shared(x)",
+        FAMILIES,
+    ),
+    Mutant(
+        "padding of prompts counted in the load of experts",
+        "training/balance.py",
+        "completion_mask(batch.prompt_lengths, p)[:, None] & trained",
+        "jnp.ones((1, 1, p), bool) & trained",
+        BALANCE,
+    ),
+    Mutant(
+        "the load balancing loss of each layer by itself",
+        "training/balance.py",
+        "sent, likely = (jnp.sum(x, axis=0) / count for x in (load.sent, load.likely))",
+        "sent, likely = (x / count for x in (load.sent, load.likely))",
+        BALANCE,
+    ),
+    Mutant(
+        "each part of a group counts its prompt whole",
+        "training/balance.py",
+        "return prompts / parts, ",
+        "return prompts / 1, ",
+        BALANCE,
+    ),
+    Mutant(
+        "the load of each micro-batch weighs the same",
+        "training/step.py",
+        "aux_loss(load) * load.tokens / jnp.maximum(tokens, 1)",
+        "aux_loss(load)",
+        BALANCE,
+    ),
+    Mutant(
+        "experts in another order taken for others",
+        "rollout/routing.py",
+        "np.sort(a, axis=-1) != np.sort(b, axis=-1)",
+        "a != b",
+        ("tests/unit/test_routing.py",),
+    ),
+    Mutant(
+        "the last token of a completion counted, which goes through no layer",
+        "rollout/routing.py",
+        "lengths[..., None] - 1",
+        "lengths[..., None]",
+        ("tests/unit/test_routing.py::test_sets_are_compared_where_tokens_count",),
+    ),
+    Mutant(
+        "Gemma's norms read from GGUF as 1 + w",
+        "models/gguf.py",
+        "array = array - 1",
+        "array = array + 0",
+        GGUF,
+    ),
+    Mutant(
+        "the shares of Qwen2-MoE's experts normalised where GGUF does not say",
+        "models/gguf.py",
+        'family.gguf == "qwen3moe",',
+        "True,",
+        GGUF,
     ),
 )
 SMALL = MUTANTS[:3]

@@ -253,7 +253,7 @@ def _hf_tensors(family: Family, stored: Any) -> Iterator[tuple[str, _Tensor]]:
         yield name, _Tensor(stored)
         return
     ours = _NAMES.get(part)
-    if ours not in family.names:
+    if ours is None or ours not in family.names:
         yield stored.name, _Tensor(stored)
         return
     name = f"model.layers.{layer}.{family.names[ours]}.{kind}"

@@ -40,7 +40,8 @@ def routing_metrics(sampling: Any, scoring: Any, params: Any, groups: Groups) ->
         found.append(to_host(run(weights, place_batch(model.mesh, batch, k))))
     few = min(map(len, found))
     lengths = groups.lengths[np.arange(few) % len(groups.row)]
-    differ, count = disagreement(*(chosen[:few] for chosen in found), lengths)
+    decoded, scored = (chosen[:few] for chosen in found)
+    differ, count = disagreement(decoded, scored, lengths)
     differ, count = gather(np.array([[differ, count]])).sum(axis=0)
     return {"router/disagreement": float(differ / max(count, 1))}
 
