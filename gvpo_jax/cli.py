@@ -1,4 +1,4 @@
-"""The command `gvpo-jax`: train, eval, report, export, compile."""
+"""The command `gvpo-jax`: train, eval, report, inspect, export, compile."""
 
 import argparse
 import io
@@ -16,8 +16,8 @@ from gvpo_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    The exit status is 0, 1 if `compile` finds what does not fit, 2 for the user's mistakes, 130 if
-    interrupted, 143 if ended by SIGTERM, saved where it was training.
+    The exit status is 0, 1 if `compile` finds what does not fit or `inspect` what is broken, 2 for
+    the user's mistakes, 130 if interrupted, 143 if ended by SIGTERM, saved where it was training.
     """
     for stream in (sys.stdout, sys.stderr):  # what they can't show must not end a run
         if isinstance(stream, io.TextIOWrapper):
@@ -121,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "config", help="a run folder (its last checkpoint), or a config (the model it starts from)"
     )
+    evaluate.add_argument(
+        "--trust-rewards", action="store_true", help="run reward files that come with a run folder"
+    )
     compiling = _command(
         commands,
         "compile",
@@ -154,6 +157,14 @@ def _parser() -> argparse.ArgumentParser:
         "gvpo-jax report runs/beta02",
     )
     report.add_argument("run_dir", help="a run folder")
+    inspect = _command(
+        commands,
+        "inspect",
+        "list a run's checkpoints, and whether they are whole",
+        "Read every checkpoint of a run, and compare it with its checksums.",
+        "gvpo-jax inspect runs/beta02",
+    )
+    inspect.add_argument("run_dir", help="a run folder")
     export = _command(
         commands,
         "export",
@@ -196,10 +207,12 @@ def _on_screen(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
+    config, of_run = _config(arguments), Path(arguments.config).is_dir()
     from gvpo_jax.commands import evaluate
+    from gvpo_jax.config_file import check_rewards
 
-    of_run = Path(arguments.config).is_dir()
+    if of_run and not arguments.trust_rewards:
+        check_rewards(arguments.config, arguments.overrides)
     print(json.dumps(_on_screen(evaluate(config, checkpoint=of_run)), indent=2))
 
 
@@ -208,6 +221,16 @@ def _report(arguments: argparse.Namespace) -> None:
     from gvpo_jax.report import write_report
 
     print(write_report(folder))
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    folder = _run_folder(arguments)
+    from gvpo_jax.commands import inspect
+    from gvpo_jax.config_file import open_run
+
+    text, whole = inspect(open_run(folder))
+    print(text)
+    return 0 if whole else 1
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -255,4 +278,10 @@ def _config(arguments: argparse.Namespace):
     return load_config(arguments.config, arguments.overrides)
 
 
-_COMMANDS = {"eval": _eval, "report": _report, "export": _export, "compile": _compile}
+_COMMANDS = {
+    "eval": _eval,
+    "report": _report,
+    "inspect": _inspect,
+    "export": _export,
+    "compile": _compile,
+}

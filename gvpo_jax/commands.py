@@ -20,6 +20,7 @@ from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.claim import lock, write_evaluation
 from gvpo_jax.trainer import Trainer
+from gvpo_jax.training.checkpoint import Checkpoints
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -80,6 +81,21 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
         except UserError as error:  # the scores are there all the same
             print(f"gvpo-jax: {error}; the answers are not kept", file=sys.stderr)
     return metrics
+
+
+def inspect(config: Config) -> tuple[str, bool]:
+    """A run's checkpoints as a person reads them, and whether all are whole."""
+    run_dir, broken = Path(config.run.dir), {}
+    lines = ["  step      on disk  checkpoint"]
+    if (run_dir / "checkpoints").is_dir():
+        with Checkpoints(run_dir / "checkpoints", read_only=True) as checkpoints:
+            for step in checkpoints.steps():
+                broken[step] = checkpoints.problem(step)
+                size = f"{checkpoints.size(step) / 2**30:.3f} GiB"
+                lines.append(f"{step:>6}  {size:>11}  {broken[step] or 'whole'}")
+    saved = max((step for step, problem in broken.items() if not problem), default=0)
+    head = f"{run_dir}: {saved} of {config.train.updates} updates are saved"
+    return "\n".join([head, *lines] if broken else [head]), not any(broken.values())
 
 
 def export(config: Config, folder: Path) -> Path:

@@ -229,6 +229,27 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={folder}"])
 
 
+def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
+    """That a run folder brings no code along: reward files in it, or by a relative path.
+
+    A run that was trained here names its files by where they lie. Overrides are the user's own.
+
+    Raises:
+        UserError: it does.
+    """
+    folder = Path(path)
+    if any(x.partition("=")[0].strip() == "rewards.funcs" for x in overrides):
+        return
+    for spec in _read((folder / SETTINGS).read_text("utf-8"), []).rewards.funcs:
+        file = Path(spec.rpartition(":")[0])
+        brought = not file.is_absolute() or folder.resolve() in file.resolve().parents
+        if file.suffix == ".py" and brought:
+            raise UserError(
+                f"{folder} names the reward file {file}, which comes with it and would be run: "
+                "read it, then give --trust-rewards"
+            )
+
+
 def _find(path: Path) -> Path:
     if path.is_file():
         return path

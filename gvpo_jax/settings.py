@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -64,13 +65,25 @@ def _settings_of(section: Any, name: str) -> Iterator[Setting]:
 def check_limits(config: Any) -> None:
     """Raise UserError, naming key, limit and value, where a setting lies outside its limits.
 
-    NaN and infinities lie outside.
+    NaN and infinities lie outside, and addresses in a path's place.
     """
     for key, value, _, about in all_settings(config):
+        if about["path"] in ("input", "output", "model") and value is not None:
+            check_path(value, key)
         problem = None if value is None else _problem(value, about)
         if problem:
             text = f"{key} must be {problem}, got {value}"
             raise UserError(f"{text}; {about['hint']}" if about["hint"] else text)
+
+
+def check_path(path: Any, what: str) -> None:
+    """Raise UserError where a path is an address, of which `Path` would make a folder here."""
+    address = re.match(r"[a-zA-Z][\w+.-]+:/", str(path))
+    if address and not str(path).startswith("package://"):
+        raise UserError(
+            f"{what}={path} is an address: give a path on this machine; a bucket can be mounted, "
+            "say with gcsfuse"
+        )
 
 
 def describe(config: Any) -> Iterator[tuple[str, str, str, str, str]]:

@@ -406,9 +406,16 @@ MUTANTS = (
     Mutant(
         "the shares of a mixture's experts left out",
         "ops/experts.py",
-        "out.astype(jnp.float32) * shares[:, None])",
-        "out.astype(jnp.float32))",
+        "weighted = known * shares[:, None]",
+        "weighted = known",
         FAMILIES,
+    ),
+    Mutant(
+        "rows behind those of the last expert taken for results",
+        "ops/experts.py",
+        "known = jnp.where((jnp.take(chosen, order) < e)[:, None], out.astype(jnp.float32), 0)",
+        "known = out.astype(jnp.float32)",
+        ("tests/unit/test_experts.py",),
     ),
     Mutant(
         "the bits of nf4 codes read in the wrong order",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.settings import check_path
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -21,6 +22,7 @@ def read_files(path: Path) -> list[tuple[str, Any]]:
     Raises:
         UserError: there is no such file, it is of another kind, is broken or holds nothing.
     """
+    check_path(path, "data")
     rows = [row for file in _files(path) for row in _read(file)]
     if not rows:
         raise UserError(f"{path}: the file holds no rows")

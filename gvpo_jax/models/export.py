@@ -14,6 +14,7 @@ from gvpo_jax.models.hf_files import as_dtype, read_json, write_json, write_safe
 from gvpo_jax.models.hf_rope import older_rope
 from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import LoadedModel
+from gvpo_jax.settings import check_path
 
 _MARKER = "gvpo_jax_export.json"
 _WRITTEN = (".json", ".safetensors", ".txt", ".jinja", ".model")
@@ -62,6 +63,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: there is something other than an export, or nothing can be written there.
     """
+    check_path(folder, "the folder")
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
     try:

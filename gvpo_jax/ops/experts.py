@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -61,9 +60,10 @@ def mixture(
     rows = jnp.take(x_nd, order // c, axis=0)
     gate, up = (by_expert(rows, weights, sizes_e) for weights in (gate_edf, up_edf))
     out = by_expert(activation(gate) * up, down_efd, sizes_e)
-    shares = jnp.where(chosen < e, shares_nc.reshape(-1), 0)[order].astype(jnp.float32)
-    # Rows behind the last expert's hold anything.
-    weighted = jnp.where(shares[:, None] == 0, 0, out.astype(jnp.float32) * shares[:, None])
+    shares = shares_nc.reshape(-1)[order].astype(jnp.float32)
+    # Rows behind the last expert's hold anything; left out before, not after, for the gradient too.
+    known = jnp.where((jnp.take(chosen, order) < e)[:, None], out.astype(jnp.float32), 0)
+    weighted = known * shares[:, None]
     return jnp.zeros(x_nd.shape, jnp.float32).at[order // c].add(weighted).astype(x_nd.dtype)
 
 
@@ -107,6 +107,8 @@ def weights_gradient_on_tpu(
     XLA:TPU has a grouped kernel for the other products, but multiplies all rows by every expert
     here. `interpret` runs the kernel without a TPU, slowly, to test it.
     """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
     (n, d), f = rows_nd.shape, grad_nf.shape[1]
     rows, grad = (jnp.pad(x, ((0, -n % _ROWS), (0, 0))) for x in (rows_nd, grad_nf))
     tiles = _ROWS, min(d, _COLUMNS), min(f, _COLUMNS)

@@ -40,13 +40,15 @@ class Restored:
 class Checkpoints:
     """The latest `keep` numbered checkpoints of one run folder, which is made when missing.
 
-    A context manager that awaits the last save.
+    A context manager that awaits the last save. With `read_only` nothing is made or changed.
     """
 
-    def __init__(self, folder: Path | str, *, keep: int = 2):
+    def __init__(self, folder: Path | str, *, keep: int = 2, read_only: bool = False):
         self._folder = Path(folder).absolute()
         self._broken: set[int] = set()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def steps(self) -> list[int]:
@@ -97,6 +99,33 @@ class Checkpoints:
             except Exception:  # `restore` says what is broken
                 continue
         return {}
+
+    def size(self, step: int) -> int:
+        """Bytes on disk."""
+        files = (self._folder / str(step)).rglob("*")
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+    def problem(self, step: int) -> str:
+        """What is broken in a checkpoint, which is read in full; empty: nothing."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+
+        try:
+            found: Any = ocp.StandardCheckpointHandler()
+            folders = {folder.name: folder for folder in (self._folder / str(step)).iterdir()}
+            if "params" not in folders:
+                return "not looked into: it is of version 0.1"
+            trees = {
+                name: found.metadata(folder).tree
+                for name, folder in folders.items()
+                if folder.is_dir() and name not in ("extra", "samples")
+            }
+            self._read(step, jax.tree.map(shape, trees), ())
+        except Exception as error:  # Orbax wraps what it meets in bare exceptions
+            return _first_line(error)
+        return ""
 
     def restore(self, like: Mapping[str, Any], *, without: Sequence[str] = ()) -> Restored:
         """The newest whole checkpoint.

@@ -92,6 +92,10 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
     capfd.readouterr()
     assert main(["eval", str(run)]) == 0
     assert 0 <= json.loads(capfd.readouterr().out)["eval/accuracy"] <= 1
+    assert main(["inspect", str(run)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"{run}: 2 of 2 updates are saved"
+    assert re.fullmatch(r" +2 +0\.\d{3} GiB  whole", lines[-1])
     assert main(["export", str(run)]) == 0
     trained = load_file(run / "export" / "model.safetensors")
     assert any(np.any(trained[name] != x) for name, x in _start().items())
@@ -243,14 +247,16 @@ def test_a_run_of_another_config(refused, tmp_path):
     assert "(model.name='debug', loss.beta=0.05); give those, or choose another run.dir" in line
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report", "export"])
+@pytest.mark.parametrize("command", ["train", "eval", "report", "inspect", "export"])
 def test_a_folder_that_is_no_run(refused, tmp_path, command):
     (tmp_path / "note.txt").write_text("mine")
     assert f"{tmp_path} is not a run" in refused(command, tmp_path)
 
 
 def test_all_commands_answer_alike_to_what_is_not_there(refused):
-    told = {refused(command, "nope") for command in ("train", "eval", "report", "export")}
+    told = {
+        refused(command, "nope") for command in ("train", "eval", "report", "inspect", "export")
+    }
     assert len(told) == 1
     assert "there is no config file nope and no run folder: a run folder is the run.dir" in min(
         told
@@ -316,7 +322,7 @@ def test_the_command_alone_shows_its_help(capsys, arguments):
     assert "start with: gvpo-jax train quickstart" in out
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "compile", "report", "export"])
+@pytest.mark.parametrize("command", ["train", "eval", "compile", "report", "inspect", "export"])
 def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -329,9 +335,62 @@ def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, comm
     assert listed == (command in ("train", "eval", "compile"))
 
 
-@pytest.mark.parametrize("command", ["eval", "report", "export"])
+@pytest.mark.parametrize("command", ["eval", "report", "inspect", "export"])
 def test_a_run_that_does_not_exist(refused, tmp_path, command):
     assert str(tmp_path / "gone") in refused(command, tmp_path / "gone")
+
+
+def test_a_broken_checkpoint_is_found_and_left_as_it_is(tmp_path, capfd):
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT, "checkpoint.every=1"]) == 0
+    step = run / "checkpoints" / "2"
+    file = max((file for file in (step / "params").rglob("*")), key=lambda x: x.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capfd.readouterr()
+    assert main(["inspect", str(run)]) == 1
+    out = capfd.readouterr().out
+    assert out.startswith(f"{run}: 1 of 2 updates are saved\n")
+    assert re.search(r"\n +2 .* checksum of params/\S+ differs\n +1 .* whole\n", out)
+    assert file.read_bytes() == content
+    shutil.rmtree(run / "checkpoints")
+    assert main(["inspect", str(run)]) == 0
+    assert capfd.readouterr().out == f"{run}: 0 of 2 updates are saved\n"
+    assert not (run / "checkpoints").exists()
+
+
+CODE = """
+from pathlib import Path
+
+Path(__file__).with_name("ran").touch()
+
+
+def one(prompts, **columns):
+    return [1.0] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize("named", ["{run}/own.py", "run/own.py", "../run/own.py"])
+def test_code_that_a_run_folder_brings_along_is_not_run(
+    tmp_path, capfd, refused, monkeypatch, named
+):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
+    file, config = run / "own.py", run / "config.yaml"
+    file.write_text(CODE)
+    assert "gvpo_jax.rewards.debug:letter_share" in config.read_text()
+    spec = f"{named.format(run=run)}:one"
+    config.write_text(config.read_text().replace("gvpo_jax.rewards.debug:letter_share", spec))
+    told = refused("eval", run)
+    assert (
+        "own.py, which comes with it and would be run: read it, then give --trust-rewards" in told
+    )
+    assert not (run / "ran").exists()
+    assert main(["eval", str(run), "--trust-rewards"]) == 0
+    assert '"eval/reward": 1.0' in capfd.readouterr().out
+    assert (run / "ran").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian", DEBUG], ["train"]])

@@ -11,6 +11,7 @@ from gvpo_jax.config_file import difference, load_config, override, to_yaml
 from gvpo_jax.config_trl import OTHER_NAMES, TRL_NAMES
 from gvpo_jax.data.rows import load_rows
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.export import new_folder
 from gvpo_jax.settings import all_settings
 from gvpo_jax.trainer import Trainer
 
@@ -505,3 +506,20 @@ def test_a_missing_config_is_told_its_neighbours(tmp_path, monkeypatch, asked, m
         "colab, colab_gemma3_1b_lora, colab_qwen3_1.7b_qlora, debug, offline, quickstart, "
         "qwen2.5-math-1.5b, qwen2.5-math-7b, servers"
     )
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.path", "data.eval_path", "model.name"])
+@pytest.mark.parametrize("address", ["gs://bucket/x", "s3://bucket/x", "https://host/x.jsonl"])
+def test_an_address_is_no_path(write, tmp_path, monkeypatch, key, address):
+    """`Path` would make a folder `gs:` here, on a pod one on each host's own disk."""
+    monkeypatch.chdir(tmp_path)
+    problem = f"{key}={address} is an address: give a path on this machine"
+    with pytest.raises(UserError, match=re.escape(problem)):
+        load_config(write(""), [f"{key}={address}"])
+    with pytest.raises(UserError, match=re.escape(problem)):
+        override(Config(), **{key.replace(".", "__"): address})
+    with pytest.raises(UserError, match="is an address"):
+        load_rows(address)
+    with pytest.raises(UserError, match="is an address"), new_folder(Path(address)):
+        pass
+    assert not (tmp_path / "gs:").exists()

@@ -44,6 +44,28 @@ def test_each_token_gets_the_sum_of_its_experts():
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+def test_what_lies_behind_the_last_experts_rows_touches_nothing(monkeypatch):
+    """As on a TPU, where those rows hold anything; by value and by gradient."""
+    x, chosen, shares = tokens(9)
+    chosen[[1, 4], 1] = E
+
+    def value(x, shares, *weights):
+        out = mixture(x, chosen, shares, *weights, activation=jnp.tanh)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    arguments = x, shares, *map(jnp.asarray, WEIGHTS)
+    expected = jax.value_and_grad(value, tuple(range(5)))(*arguments)
+    product = jax.lax.ragged_dot
+
+    def with_nan(rows, weights, sizes):
+        counted = jnp.arange(len(rows))[:, None] < jnp.sum(sizes)
+        return jnp.where(counted, product(rows, weights, sizes), jnp.nan)
+
+    monkeypatch.setattr(jax.lax, "ragged_dot", with_nan)
+    found = jax.value_and_grad(value, tuple(range(5)))(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-6), expected, found)
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 290, 2), (0, 0, 0, 0)])
 def test_the_tpu_kernel_gives_the_gradient_of_the_weights(sizes):
     """Rows of one expert in two blocks, of several in one, an expert without rows, rows of none."""

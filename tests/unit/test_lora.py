@@ -97,7 +97,7 @@ def test_gradients_are_those_of_merged_weights_by_the_chain_rule(x64):
         Lora(3, 7.0, ("up", "down")),
     )
     linear = functools.partial(nnx.Linear, dtype=jnp.float64, rngs=nnx.Rngs(0))
-    mlp = MLP(c, 0, linear, options)
+    mlp = MLP(c, c.intermediate_size, linear, options)
     plain, base = nnx.split(mlp)
     base = jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(base))
     adapt(mlp, lora, nnx.Rngs(0))

@@ -10,6 +10,7 @@ from gvpo_jax.data.groups import Source, make_group, stack, to_batch
 from gvpo_jax.data.packing_plan import deal, make_plan, packed_size
 from gvpo_jax.models.load import load_model
 from gvpo_jax.trainer import Trainer
+from gvpo_jax.training.programs import make_programs
 
 LONGEST_PROMPT, LONGEST = 32, 64
 
@@ -82,6 +83,7 @@ def test_a_packed_run_is_the_padded_one(padded, settings):
 
 
 def test_a_run_of_mixed_lengths_compiles_three_programs_and_pads_a_tenth():
+    make_programs.cache_clear()  # those of other tests do not count
     one, rng, padding = policy(k=8), np.random.default_rng(0), []
     for _ in range(12):
         batch = one.with_reference(lognormal_batch(rng, 16, 8))
@@ -105,6 +107,7 @@ def test_groups_that_are_there_already_are_not_scored_again():
 
 
 def test_one_program_scores_however_many_groups_are_missing():
+    make_programs.cache_clear()
     one, batch = policy(), lognormal_batch(np.random.default_rng(1), 8, 4)
     for missing in range(1, 9):
         one.with_reference(batch, np.arange(8) >= missing)

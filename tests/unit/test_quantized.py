@@ -127,7 +127,7 @@ def test_gradients_of_an_adapter_are_those_beside_the_widened_base(x64):
     linear = functools.partial(
         nnx.Linear, dtype=dtype, dot_general=product, promote_dtype=promote, rngs=nnx.Rngs(0)
     )
-    mlp = MLP(c, 0, linear, DecoderOptions(dtype=dtype))
+    mlp = MLP(c, c.intermediate_size, linear, DecoderOptions(dtype=dtype))
     base = nnx.to_pure_dict(nnx.split(mlp)[1])
     adapt(mlp, lora, nnx.Rngs(0))
     graph, both = nnx.split(mlp)
