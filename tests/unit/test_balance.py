@@ -1,4 +1,4 @@
-"""The load of experts: transformers' load balancing loss, at any split, and what it costs."""
+"""The load of experts: transformers' load balancing loss, at any split."""
 
 import dataclasses
 import functools
@@ -139,7 +139,7 @@ def test_a_micro_batch_is_evened_out_by_itself(case):
     assert_close(split, jax.tree.map(np.add, plain, evened))
 
 
-def test_without_the_coefficient_the_gradient_is_what_it_was_and_costs_the_same(case):
+def test_without_the_coefficient_the_gradient_is_what_it_was(case):
     batch, found = batch_of(), []
     for model in (case.fns, dataclasses.replace(case.fns, routed=None)):
         found.append(step(case, batch, coef=0.0, model=model, completion_parts=2)[0])
