@@ -86,8 +86,18 @@ class Loop:
                 return summary
             log = self._open_log(stack, checkpoints, counters)
             save = partial(self._save, log, checkpoints)
+            end = min(total, c.train.stop_at or total)
             with contextlib.suppress(Abandoned):
-                self._train(log, told_to_end, save)
+                while counters.step < end and not told_to_end():
+                    last = counters.step - self.done
+                    self._round(log, told_to_end, save)
+                    if self.round:
+                        continue  # told to end, or done, before the round's last update
+                    if crossed(last, counters.step, c.checkpoint.every):
+                        save()
+                    if self._evaluation_is_due(counters.step):
+                        with _kept(save, counters):
+                            self._evaluate(log, _at(counters.step))
             if counters.step:
                 save()
                 checkpoints.wait()  # nothing that fails below costs what was trained
@@ -101,21 +111,6 @@ class Loop:
         if told:
             raise Preempted
         return summary
-
-    def _train(self, log: RunLog, told_to_end: Callable[[], int], save: Callable[[], None]) -> None:
-        """Rounds, until all updates are done or the run is told to end."""
-        c, counters = self.config, log.counters
-        end = min(c.train.updates, c.train.stop_at or c.train.updates)
-        while counters.step < end and not told_to_end():
-            last = counters.step - self.done
-            self._round(log, told_to_end, save)
-            if self.round:
-                continue  # told to end, or done, before the round's last update
-            if crossed(last, counters.step, c.checkpoint.every):
-                save()
-            if self._evaluation_is_due(counters.step):
-                with _kept(save, counters):
-                    self._evaluate(log, _at(counters.step))
 
     def _take_up(self, stack: contextlib.ExitStack) -> tuple[Checkpoints, Counters]:
         """Hold the folder, and go on from its last checkpoint, if there is one."""
