@@ -26,7 +26,7 @@ from gvpo_jax.trainer import Trainer
 SETTINGS = [
     "train.steps=2", "data.eval_size=4", "checkpoint.every=1", "log.samples=0", "mesh.data=2",
     "mesh.fsdp=4", "replay.completions=2", "replay.groups=2", "data.train_size=8",
-    "optimizer.name=sgd", "optimizer.learning_rate=0.1", "run.seed=1",
+    "optimizer.name=sgd", "optimizer.learning_rate=0.1", "run.seed=3",
 ]  # fmt: skip
 CLOCKS = re.compile("time|second|memory")
 # Nothing but rounding is left of these, which is of its own in programs of different shapes.
