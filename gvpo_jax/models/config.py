@@ -88,6 +88,12 @@ class ModelConfig:
         "XLA. Splash computes sliding windows and soft caps itself; cuDNN windows, XLA its caps.",
         free=True,
     )
+    scan_layers: bool = setting(
+        False,
+        "Updates and scoring compile layers that are alike once, and scan over them. They compile "
+        "faster, but run more slowly where remat is not layer or micro-batches are small.",
+        free=True,
+    )
     adapter: str | None = setting(
         None,
         "A folder or hub name of a PEFT adapter that training starts from; needs model.lora.",
@@ -160,7 +166,7 @@ class ModelConfig:
         cache_dtype: of the keys and values that decoding keeps; "model": as computed.
         """
         how = self.dtype, self.remat, self.attention, cache_dtype, self.lora.form()
-        return _functions(shape, mesh, *how)
+        return _functions(shape, mesh, *how, self.scan_layers)
 
 
 @functools.lru_cache(maxsize=8)  # the same functions are compiled once
@@ -172,6 +178,7 @@ def _functions(
     attention: Any,
     cache_dtype: str,
     lora: "Lora | None",
+    scan_layers: bool,
 ) -> "DecoderFns":
     import jax
     import jax.numpy as jnp
@@ -198,5 +205,6 @@ def _functions(
         chunk_bytes=chunk_bytes_on(mesh),
         shards=group_shards(mesh),
         lora=lora,
+        scan_layers=scan_layers,
     )
     return decoder_fns(shape, options)

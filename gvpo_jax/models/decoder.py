@@ -20,23 +20,32 @@ from gvpo_jax.models.lora import adapt
 from gvpo_jax.models.quantized import promote
 from gvpo_jax.models.rope import rotations
 from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
+from gvpo_jax.models.stacking import Places, Stacking, places_of
 from gvpo_jax.ops.attention import Int8, Prefix, Stored, stored
 from gvpo_jax.ops.experts import Routing
 from gvpo_jax.ops.packing import PackedTokens
+from gvpo_jax.parallel.layout import STACKED
 
 
 class Decoder(nnx.Module):
     """A stack of blocks over tokens `[g, k, t]`; k = 1 for prompts and for `PackedTokens`."""
 
-    def __init__(self, c: DecoderConfig, options: DecoderOptions, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c: DecoderConfig,
+        options: DecoderOptions,
+        rngs: nnx.Rngs,
+        places: Places | None = None,
+    ):
         dtype = options.dtype
+        self.places = places or tuple((layer,) for layer in range(c.num_layers))
         linear = functools.partial(
             nnx.Linear, dtype=dtype, promote_dtype=promote, dot_general=options.product, rngs=rngs
         )
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
         if c.per_layer_width is not None:
             self.per_layer = PerLayerTable(c, c.per_layer_width, linear, options, rngs)
-        self.layers = nnx.List([Block(c, i, linear, options, rngs) for i in range(c.num_layers)])
+        self.layers = nnx.List([Block(c, i[0], linear, options, rngs) for i in self.places])
         if options.lora is not None:
             adapt(self.layers, options.lora, rngs)
         self.final_norm = RMSNorm(c.hidden_size, c)
@@ -62,18 +71,56 @@ class Decoder(nnx.Module):
         ropes = _ropes(self.config, positions_gkt)
         told = None if self.config.per_layer_width is None else self.per_layer(tokens_gkt, x)
         run, kvs, routings = _with_remat(self.options.remat), [], []
-        for i, (layer, rope) in enumerate(zip(self.layers, ropes, strict=True)):
-            source = self.config.source(i)
-            kept = i if source is None else source
-            args = x, rope, prefix and prefix[kept], cache and cache[kept], at
+        scanned = [i for i, place in enumerate(self.places) if len(place) > 1]
+        for i, ((layer, *others), block) in enumerate(zip(self.places, self.layers, strict=True)):
+            if others:
+                if i == scanned[0]:
+                    x, more, routed = self._scan(scanned, x, ropes, prefix, at, told)
+                    kvs, routings = kvs + more, routings + routed
+                continue
+            source = self.config.source(layer)
+            kept = layer if source is None else source
+            args = x, ropes[layer], prefix and prefix[kept], cache and cache[kept], at
             given = None if source is None else kvs[source]
-            x, kv, routing = run(layer, *args, given, None if told is None else told[..., i, :])
+            of_layer = None if told is None else told[..., layer, :]
+            x, kv, routing = run(block, *args, given, of_layer)
             kvs.append(kv if source is None else None)
             routings += [] if routing is None else [routing]
         hidden = self.final_norm(x)
         if (divisor := self.config.logits_scaling) is not None:
             hidden = hidden / divisor
         return hidden, kvs, routings
+
+    def _scan(self, scanned, x, ropes, prefix, at, told):
+        """The same for the layers at these places, which are stacked: one period after another."""
+        periods = list(zip(*(self.places[i] for i in scanned), strict=True))
+        graph, weights = nnx.split(nnx.List([self.layers[i] for i in scanned]))
+        rows = [layer for period in periods for layer in period]
+        of_layers = prefix and _stacked([prefix[layer] for layer in rows], len(scanned))
+        if told is not None:
+            told = _stacked([told[..., layer, :] for layer in rows], len(scanned))
+        # Else nobody attends to them from elsewhere.
+        keep = self.config.shared_layers > 0 or not isinstance(at, PackedTokens)
+        run = _with_remat(self.options.remat, in_loop=True)
+
+        def period(x, given):
+            weights, prefix, told = given
+            kvs, routings = [], []
+            for j, block in enumerate(nnx.merge(graph, weights)):
+                args = x, ropes[periods[0][j]], prefix and prefix[j], None, at, None
+                x, kv, routing = run(block, *args, told and told[j])
+                kvs.append(kv if keep else None)
+                routings.append(routing)
+            return x, (kvs, routings)
+
+        x, of_periods = jax.lax.scan(period, x, (weights, of_layers, told))
+        every = [
+            jax.tree.map(lambda y, i=i: y[i], of_period)
+            for i in range(len(periods))
+            for of_period in zip(*of_periods, strict=True)
+        ]
+        kvs, routings = zip(*every, strict=True)
+        return x, list(kvs), [routing for routing in routings if routing is not None]
 
     # What follows returns the routing of layers with experts behind what `DecoderFns` says.
 
@@ -152,6 +199,9 @@ class DecoderFns:
         logit_cap: of all logits, see `gvpo_jax.logprobs.soft_cap`.
         in_float32: the last names of parameters that are used in float32 whatever the dtype of the
             computation, and so are kept in it.
+        stacking: stacks the parameters, or a part of them, by its `stack(params)`, for programs
+            that scan over the layers. `packed_hidden`, `completion_hidden` and `head` take them
+            stacked too. `unstack` turns gradients back. None: layers are compiled one by one.
         routed: `(name, params, *arrays) -> (result, routing)`: what the function of that name
             gives, and the `gvpo_jax.ops.experts.Routing` of each layer with experts, laid out as
             the tokens that it is given; of "completion_hidden" first the prompts', then the
@@ -169,14 +219,20 @@ class DecoderFns:
     logit_cap: float | None = None
     in_float32: tuple[str, ...] = ()
     routed: Callable[..., Any] | None = None
+    stacking: Stacking | None = None
 
 
 def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> DecoderFns:
     """The methods of a decoder as functions of its parameters."""
-    graph = _graph(config, options)
+    places, in_float32 = places_of(config), () if config.norm == "rounded" else ("scale",)
+    graph, stacked_graph = _graph(config, options), _graph(config, options, places)
 
     def routed(name: str, params: Params, *arrays: Any) -> Any:
-        return getattr(nnx.merge(graph, options.params(params)), name)(*arrays)
+        params = options.params(params)
+        if STACKED not in params:
+            return getattr(nnx.merge(graph, params), name)(*arrays)
+        params = {"layers" if key == STACKED else key: x for key, x in params.items()}
+        return getattr(nnx.merge(stacked_graph, params), name)(*arrays)
 
     def without_routing(name: str) -> Callable[..., Any]:
         return lambda params, *arrays: routed(name, params, *arrays)[0]
@@ -191,8 +247,9 @@ def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> Decod
         chunk_bytes=options.chunk_bytes,
         packed_hidden=without_routing("packed_hidden"),
         logit_cap=config.final_logit_softcapping,
-        in_float32=() if config.norm == "rounded" else ("scale",),
+        in_float32=in_float32,
         routed=None if config.experts is None else routed,
+        stacking=Stacking(places, in_float32, options.dtype) if options.scan_layers else None,
     )
 
 
@@ -215,18 +272,26 @@ def full_logits(config: DecoderConfig, params: Params, tokens_bt: jax.Array) -> 
 
 
 @functools.lru_cache
-def _graph(config: DecoderConfig, options: DecoderOptions):
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, options, nnx.Rngs(0))))[0]
+def _graph(config: DecoderConfig, options: DecoderOptions, places: Places | None = None):
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, options, nnx.Rngs(0), places)))[0]
 
 
-def _with_remat(remat: Remat):
+def _with_remat(remat: Remat, *, in_loop: bool = False):
     if remat == "none":
         return Block.__call__
     keep = jax.checkpoint_policies
     dots = keep.save_from_both_policies(
         keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("product")
     )
-    return nnx.remat(Block.__call__, policy=dots if remat == "dots" else None)
+    policy = dots if remat == "dots" else None
+    return nnx.remat(Block.__call__, policy=policy, prevent_cse=not in_loop)
+
+
+def _stacked(of_layers: list[Any], width: int) -> list[Any]:
+    """Of the layers of several periods, one after another: those of each place in a period."""
+    return [
+        jax.tree.map(lambda *x: jnp.stack(x), *of_layers[place::width]) for place in range(width)
+    ]
 
 
 def _positions(tokens_gkt, start_g=None):

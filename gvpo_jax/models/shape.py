@@ -158,6 +158,7 @@ class DecoderOptions:
             its own gives what it returns the `checkpoint_name` "product".
         chunk_bytes, shards: see `decoder.DecoderFns`.
         lora: the form of the adapter that the parameters hold beside the model's; None: they don't.
+        scan_layers: whether scoring and updates scan over stacked layers, see `models.stacking`.
     """
 
     dtype: Any = jnp.float32
@@ -171,6 +172,7 @@ class DecoderOptions:
     chunk_bytes: int = CHUNK_BYTES
     shards: int = 1
     lora: Lora | None = None
+    scan_layers: bool = False
 
 
 PLAIN = DecoderOptions()

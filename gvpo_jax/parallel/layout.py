@@ -14,6 +14,7 @@ from gvpo_jax.parallel.distributed import to_devices
 from gvpo_jax.parallel.mesh import AXES
 
 Axes = tuple[tuple[str, ...], tuple[str, ...]]
+STACKED = "stacked_layers"  # see `gvpo_jax.models.stacking`: arrays below it may have an axis more
 
 # Parameters, and what has their paths and shapes, such as moments. First match wins; a leaf of
 # another rank (optimizer counters, factored moments) is replicated. A quantised kernel is cut as
@@ -225,6 +226,8 @@ def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     spec = next((spec for pattern, spec in LAYOUT if re.search(pattern, name)), P())
+    if STACKED in name.split("/") and len(spec) == len(shape) - 1:
+        spec = P(None, *spec)
     if len(spec) != len(shape):
         return P()
     # A kernel has fewer scales than rows: they need not divide.

@@ -39,8 +39,8 @@ _ENVIRONMENT = {
 ASSUMPTIONS = (
     "compute: FLOP counted from shapes, what is computed twice included, at the chip's bfloat16 "
     "peak",
-    "hbm: XLA's bytes accessed, times the rounds of the main loop (micro-batches, tokens); inner "
-    "loops count once; of decoding, weights and cache read once for each token",
+    "hbm: XLA's bytes accessed, times the rounds of the main loop (micro-batches, tokens); other "
+    "loops, also those over layers, count once; of decoding, weights and cache read once a token",
     "ici, dcn: bytes received by ring algorithms, with all links of a chip busy, none waiting",
     "time: the largest of the four, as if they overlapped perfectly; MFU: model FLOP over peak in "
     "that time, so an upper bound",

@@ -16,7 +16,7 @@ from gvpo_jax.parallel.layout import constrain_batch, path_name, replicated, sha
 from gvpo_jax.rollout.make import copy_in
 from gvpo_jax.training.objectives import LossConfig
 from gvpo_jax.training.optimizer import OptimizerConfig
-from gvpo_jax.training.step import TrainState, init_state, token_logps, train_step
+from gvpo_jax.training.step import TrainState, init_state, stacked, token_logps, train_step
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ def _reference(dtype, in_float32, params):
 
 
 def _token_logps(model, mesh, params, batch, packed_size=None, frozen=None):
-    whole = join(frozen, params)
+    whole = join(stacked(model, frozen), stacked(model, params))
     logps = token_logps(model, whole, **batch, packed_size=packed_size)
     return constrain_batch(mesh, {"logps": logps}, *logps.shape[:2])["logps"]

@@ -19,6 +19,7 @@ from gvpo_jax.logprobs import CHUNK_BYTES, completion_mask, token_logprobs
 from gvpo_jax.loss import gvpo_mse, gvpo_weights
 from gvpo_jax.models.lora import Params, join
 from gvpo_jax.ops.packing import pack_tokens
+from gvpo_jax.precision import float_type
 from gvpo_jax.settings import setting
 from gvpo_jax.training.balance import Load, aux_loss, counted_tokens, load_metrics, load_of
 
@@ -280,9 +281,11 @@ def train_step(
             return jnp.zeros(())
         return router_aux_coef * aux_loss(load) * load.tokens / jnp.maximum(tokens, 1)
 
+    params, fixed = stacked(model, state.params), stacked(model, frozen)
+
     def logps_of(params, arrays, counted):
         logps_gkt, load = token_logps_and_load(
-            model, join(frozen, params), arrays, counted, packed_size=packed_size
+            model, join(fixed, params), arrays, counted, packed_size=packed_size
         )
         return logps_gkt, load if router_aux_coef else jax.lax.stop_gradient(load)
 
@@ -291,7 +294,10 @@ def train_step(
         loss = loss_of(computed[0], batch, advantages_gk) + balance(computed[1])
         return loss, jax.lax.stop_gradient(computed)
 
-    gradient = jax.grad(part_loss, has_aux=True)
+    def gradient(params, batch: Batch, advantages_gk):
+        grads, computed = jax.grad(part_loss, has_aux=True)(params, batch, advantages_gk)
+        return _wide(grads), computed
+
     if completion_parts > 1:
         gradient = functools.partial(_in_two_passes, logps_of, loss_of, balance, completion_parts)
     if micro_batches > 1:
@@ -300,7 +306,9 @@ def train_step(
         gradient = optax.microbatching.microbatch(
             gradient, (1, 2), size, accumulator=(add_up.SUM, (add_up.CONCAT, add_up.SUM))
         )
-    grads, (logps, load) = gradient(state.params, batch, advantages_gk)
+    grads, (logps, load) = gradient(params, batch, advantages_gk)
+    if model.stacking is not None:
+        grads = model.stacking.unstack(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = _metrics(logps, batch, beta, state.step)
@@ -310,6 +318,18 @@ def train_step(
     if rates is not None:
         metrics["learning_rate"] = jnp.asarray(rates(state.step))
     return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def stacked(model: Any, params: Params | None) -> Params:
+    """The parameters as `token_logps` and the gradient take them: layers that are alike in one."""
+    if model.stacking is None or not params:
+        return params or {}
+    return model.stacking.stack(params)
+
+
+def _wide(tree):
+    """In float32 at least, in which gradients of parts add up."""
+    return jax.tree.map(lambda x: x.astype(float_type(x)), tree)
 
 
 def _check_shapes(batch: Batch) -> None:
@@ -343,7 +363,7 @@ def _in_two_passes(logps_of, loss_of, balance, parts, params, batch: Batch, adva
         grads = backward((part_weights, weights_of_load))[0]
         return jax.tree.map(jnp.add, total, grads), None
 
-    grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (pieces, weights))
+    grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, _wide(params)), (pieces, weights))
     return grads, (logps_gkt, load)
 
 
