@@ -45,6 +45,7 @@ def objective(name, **settings):
     return LossConfig(name, **{"beta": 0.2} | settings).objective(max_completion_length=6)
 
 
+@functools.cache
 def off_policy_batch():
     """Samples of a policy that was a little different; of two completions nobody knows whose."""
     batch = random_batch(missing=MISSING)
@@ -61,7 +62,13 @@ def scores(params, batch):
 _score = jax.jit(functools.partial(token_logps, BIGRAM))
 
 
-def step(name, batch, micro_batches, **settings):
+@functools.cache
+def first_step(name, micro_batches=1, **settings):
+    """That on the batch of all tests."""
+    return step(name, off_policy_batch(), micro_batches, **settings)
+
+
+def step(name, batch, micro_batches=1, **settings):
     optimizer = optax.sgd(1.0)
     update = functools.partial(
         train_step,
@@ -75,12 +82,14 @@ def step(name, batch, micro_batches, **settings):
     return jax.tree.map(jnp.subtract, PARAMS, state.params), metrics
 
 
+def penalty(name):
+    return {} if name in ("gvpo", "rebel", "dpo") else {"kl_coef": 0.1}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_micro_batches_gives_the_whole_batchs_gradient(name):
-    batch = off_policy_batch()
-    settings = {} if name in ("gvpo", "rebel", "dpo") else {"kl_coef": 0.1}
-    whole, metrics = step(name, batch, 1, **settings)
-    split, split_metrics = step(name, batch, 4, **settings)
+    whole, metrics = first_step(name, **penalty(name))
+    split, split_metrics = first_step(name, 4, **penalty(name))
     assert optax.tree.norm(whole) > 1e-4
     assert_trees_close(split, whole, last_bits(PARAMS))
     np.testing.assert_allclose(split_metrics["loss"], metrics["loss"], atol=1e-5)
@@ -96,41 +105,41 @@ def test_the_loss_shown_is_that_of_the_public_function(name):
         expected = gvpo_loss(*sums, batch.rewards, beta=0.2, where=batch.valid)
     else:
         old = np.where(np.isnan(batch.old_logps), here, batch.old_logps)
-        expected = objective_loss(
-            objective(name), here, old, batch.ref_logps, batch.rewards, mask=mask, where=batch.valid
-        )
-    np.testing.assert_allclose(step(name, batch, 1)[1]["loss"], expected, atol=1e-5)
+        method, arrays = objective(name, **penalty(name)), (here, old, batch.ref_logps)
+        public = jax.jit(functools.partial(objective_loss, method))
+        expected = public(*arrays, batch.rewards, mask=mask, where=batch.valid)
+    shown = first_step(name, **penalty(name))[1]["loss"]
+    np.testing.assert_allclose(shown, expected, atol=1e-5)
 
 
 def test_gvpo_does_not_care_who_sampled():
     batch = off_policy_batch()
-    a, _ = step("gvpo", batch, 1)
-    b, _ = step("gvpo", batch._replace(old_logps=batch.old_logps * 3), 1)
+    a, _ = first_step("gvpo")
+    b, _ = step("gvpo", batch._replace(old_logps=batch.old_logps * 3))
     assert_trees_close(a, b, 0)
 
 
 def test_clipped_residuals_change_the_step_and_wide_ones_do_not():
-    batch = off_policy_batch()
-    plain, _ = step("gvpo", batch, 1)
-    wide, _ = step("gvpo", batch, 1, huber_delta=100.0)
-    narrow, _ = step("gvpo", batch, 1, huber_delta=0.1)
+    plain, _ = first_step("gvpo")
+    wide, _ = first_step("gvpo", huber_delta=100.0)
+    narrow, _ = first_step("gvpo", huber_delta=0.1)
     assert_trees_close(wide, plain, last_bits(PARAMS))
     assert optax.tree.norm(narrow) < 0.5 * optax.tree.norm(plain)
 
 
 def test_a_clipping_range_that_is_not_given_is_the_methods_own():
-    batch = off_policy_batch()
     for name, own in (("grpo", 0.2), ("gspo", 3e-4)):
-        default = step(name, batch, 1)[1]["loss"]
-        assert step(name, batch, 1, epsilon=own)[1]["loss"] == default
-        assert step(name, batch, 1, epsilon=1e-6, epsilon_high=1e-6)[1]["loss"] != default
+        default = first_step(name, **penalty(name))[1]["loss"]
+        same = first_step(name, epsilon=own, **penalty(name))[1]["loss"]
+        other = first_step(name, epsilon=1e-6, epsilon_high=1e-6, **penalty(name))[1]["loss"]
+        assert same == default != other
 
 
 def test_metrics_by_source_add_up():
     batch = off_policy_batch()
     source = np.array([[0, 0, 1]] * 4, np.int32)
     version = np.array([[0, 0, -4]] * 4, np.int32)
-    _, metrics = step("gvpo", batch._replace(source=source, version=version), 1)
+    _, metrics = step("gvpo", batch._replace(source=source, version=version))
     valid = batch.valid
     shares = {name: metrics[f"source/{name}/share"] for name in ("policy", "replay", "file")}
     assert shares["file"] == 0
