@@ -32,6 +32,7 @@ RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(7, 43, n).tolist() for n in (9, 2, 5)]
 MORE_PROMPTS = [*PROMPTS, *(RNG.integers(7, 43, n).tolist() for n in (3, 1, 7))]
 SCORE = jax.jit(functools.partial(token_logps, APPLY))
+DRAW = jax.jit(draw, static_argnums=2)
 
 
 def generate(
@@ -107,7 +108,7 @@ def test_a_sample_does_not_depend_on_the_batch_around_it():
             )
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5, 6, 8, 12, 23])
+@pytest.mark.parametrize("slots", [1, 5, 12, 23])  # lanes x rows: 1 x 1, 2 x 2, 6 x 2, 6 x 3
 def test_samples_do_not_depend_on_the_slots(slots):
     """Rows that take the next completion, and lanes that take the next prompt, of other length."""
     at_once = all_at_once()
@@ -135,9 +136,7 @@ class Words:
 TEXTS = ("abc", "ccba")
 
 
-@pytest.mark.parametrize(
-    ("slots", "steps"), [(None, 1), (None, 16), (1, 7), (3, 16), (5, 1), (8, 7)]
-)
+@pytest.mark.parametrize(("slots", "steps"), [(None, 16), (1, 7), (5, 1)])
 def test_stop_strings_end_what_is_sampled_as_a_plain_loop_does(monkeypatch, slots, steps):
     """Over texts sampled without them; one spans two tokens at least, and may end inside one."""
     free, lengths = all_at_once(), all_at_once().lengths.copy()
@@ -247,7 +246,7 @@ def test_lanes_and_rows(given, size):
     assert lanes(*given) == size
 
 
-LENGTHS = np.clip(np.random.default_rng(5).lognormal(np.log(60), 1, 512), 2, 512).astype(int)
+LENGTHS = np.clip(np.random.default_rng(5).lognormal(np.log(15), 1, 512), 2, 128).astype(int)
 
 
 def of_known_lengths() -> DecoderFns:
@@ -271,7 +270,7 @@ def of_known_lengths() -> DecoderFns:
     )
 
 
-def steps_of(slots, ids, t=512):
+def steps_of(slots, ids, t=128):
     """Lengths that were drawn, and decoding steps that it took."""
     engine, taken = InProcessEngine(SamplingModel(of_known_lengths()), (0,), slots=slots), []
     decode = engine._decode
@@ -290,7 +289,7 @@ def steps_of(slots, ids, t=512):
 
 
 def test_slots_are_refilled_as_samples_end():
-    """64 prompts, 8 completions each, 64 at a time; lognormal lengths, cut at 512."""
+    """64 prompts, 8 completions each, 64 at a time; lognormal lengths, cut at 128."""
     ids = list(range(64))
     batches = [steps_of(None, ids[i : i + 8]) for i in range(0, 64, 8)]
     fixed = sum(steps for _, steps in batches)
@@ -298,7 +297,7 @@ def test_slots_are_refilled_as_samples_end():
     lengths = np.concatenate([rollout.lengths for rollout, _ in batches])
     np.testing.assert_array_equal(refilled.lengths, lengths)
     first = refilled.completions[..., 0]
-    assert ((LENGTHS[first] == refilled.lengths) | (first == 0) | (refilled.lengths == 512)).all()
+    assert ((LENGTHS[first] == refilled.lengths) | (first == 0) | (refilled.lengths == 128)).all()
     # Lanes of 2 rows and 2 groups, by hand: a row takes the group's next completion at once, a
     # group begins when the one before it is done.
     ends = []
@@ -333,7 +332,8 @@ def test_decoding_ends_when_all_have_stopped():
 def test_sampled_tokens_follow_the_models_distribution():
     k, id_count = 64, 64
     rollout = generate([PROMPTS[0]] * id_count, range(id_count), k=k, t=1, stops=())
-    probs = np.asarray(jax.nn.softmax(full_logits(CONFIG, PARAMS, np.array([PROMPTS[0]]))[0, -1]))
+    logits = jax.jit(functools.partial(full_logits, CONFIG))(PARAMS, np.array([PROMPTS[0]]))
+    probs = np.asarray(jax.nn.softmax(logits[0, -1]))
     assert chi_squared(rollout.completions.ravel(), probs) < 2
 
 
@@ -347,13 +347,12 @@ def chi_squared(tokens, probs):
     return float(((observed - expected)[used] ** 2 / expected[used]).sum() / max(used.sum() - 1, 1))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("vocab", [7, 256, 1000])
+@pytest.mark.parametrize(("vocab", "temperature"), [(7, 2.0), (256, 1.0), (1000, 0.5)])
 def test_one_uniform_per_row_draws_from_the_softmax(vocab, temperature):
     n, logits = 50_000, RNG.normal(0, 2, vocab).astype(np.float32)
     uniforms = jax.random.uniform(jax.random.key(vocab), (n,))
     rows = jnp.broadcast_to(jnp.asarray(logits)[None], (n, vocab))
-    tokens = np.asarray(draw(rows, uniforms, SamplingParams(temperature=temperature)))
+    tokens = np.asarray(DRAW(rows, uniforms, SamplingParams(temperature=temperature)))
     probs = np.exp(logits.astype(np.float64) / temperature)
     assert chi_squared(tokens, probs / probs.sum()) < 1.5
 
@@ -361,7 +360,7 @@ def test_one_uniform_per_row_draws_from_the_softmax(vocab, temperature):
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval_never_draw_a_token_of_probability_zero(u):
     logits = jnp.asarray(RNG.normal(0, 5, (64, 700)), jnp.float32).at[:, ::3].set(-jnp.inf)
-    tokens = draw(logits, jnp.full(64, u), SamplingParams())
+    tokens = DRAW(logits, jnp.full(64, u), SamplingParams())
     assert np.isfinite(np.asarray(logits)[np.arange(64), tokens]).all()
 
 
@@ -392,7 +391,7 @@ def test_truncation_leaves_exactly_the_tokens_of_the_definition(sampling):
     logits = RNG.normal(0, 1.5, 60).astype(np.float32)
     n = 20_000
     uniforms = jax.random.uniform(jax.random.key(3), (n,))
-    tokens = draw(jnp.broadcast_to(jnp.asarray(logits)[None], (n, 60)), uniforms, sampling)
+    tokens = DRAW(jnp.broadcast_to(jnp.asarray(logits)[None], (n, 60)), uniforms, sampling)
     assert set(np.asarray(tokens).tolist()) == allowed(logits, sampling)
 
 
