@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
+from small_run import one_layer
 
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
@@ -11,7 +12,6 @@ from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.data.groups import Source, make_group, stack, to_batch
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import token_logprobs
-from gvpo_jax.models import load_model
 from gvpo_jax.models.decoder import (
     DecoderConfig,
     DecoderOptions,
@@ -44,7 +44,7 @@ def policy(data, fsdp, tensor, **settings):
         "optimizer__learning_rate": 1e-2,
         "optimizer__name": "sgd",
     }
-    return Trainer(override(Config(), **base | sizes | settings), load_model("debug"))
+    return Trainer(override(Config(), **base | sizes | settings), one_layer())
 
 
 def five_updates(trainer, groups=8):
@@ -206,7 +206,7 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks():
                 token_logprobs(hidden.astype(dtype), head(params), tokens, chunk_bytes=2 * 64 * 4)
             )
 
-        return jax.grad(total)(params)["head"]["kernel"]
+        return jax.jit(jax.grad(total))(params)["head"]["kernel"]
 
     exact = gradient(jnp.float32)
     assert jnp.linalg.norm(gradient(jnp.bfloat16) - exact) < 0.004 * jnp.linalg.norm(exact)
@@ -228,7 +228,7 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
         prompt = jnp.array([[3]]), jnp.array([1])
         return jnp.sum(wide.completion_hidden(params, *prompt, tokens))
 
-    got, wanted = (jax.grad(f)(params)["embed"]["embedding"][5] for f in (total, exact))
+    got, wanted = (jax.jit(jax.grad(f))(params)["embed"]["embedding"][5] for f in (total, exact))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
 

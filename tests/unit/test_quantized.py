@@ -13,7 +13,7 @@ import qwix
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
-from small_run import config
+from small_run import config, one_layer
 from test_lora import LORA, ROWS, SCALE, logps, moved
 from test_mesh import five_updates, policy
 from test_own_model import debug_as_own
@@ -58,8 +58,8 @@ def trainer(run_dir, **settings):
 
 
 def widened_model(kind):
-    """The debug model with the weights that its quantised kernels stand for."""
-    model = load_model("debug")
+    """A model with the weights that its quantised kernels stand for."""
+    model = one_layer()
 
     def widened(path, x):
         name = path_name(path)
@@ -145,7 +145,8 @@ def test_gradients_of_an_adapter_are_those_beside_the_widened_base(x64):
     for kind in ("int8", "nf4"):
         frozen = {name: {"kernel": quantize(w["kernel"], kind)} for name, w in base.items()}
         wide = {name: {"kernel": widen(w["kernel"], dtype)} for name, w in frozen.items()}
-        ours, theirs = (jax.grad(loss, (0, 1))(adapter, x, w) for w in (frozen, wide))
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        ours, theirs = (gradient(adapter, x, w) for w in (frozen, wide))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
         merged = merge(frozen, adapter, 7 / 3, dtype)
         expected = merge(wide, adapter, 7 / 3, dtype)
@@ -197,7 +198,7 @@ def test_a_tpu_keeps_no_wide_kernel(kind):
 def beside_widened(request, tmp_path_factory):
     """Five updates, and those of LoRA on the weights that the quantised ones stand for."""
     folder, kind = tmp_path_factory.mktemp(request.param), request.param
-    ours = Trainer(config(folder, model__quantization=kind, **LORA), load_model("debug"))
+    ours = Trainer(config(folder, model__quantization=kind, **LORA), one_layer())
     theirs = Trainer(config(folder, **LORA), widened_model(kind))
     start = [logps(it.policy, it.policy.params) for it in (ours, theirs)]
     reference = logps(ours.policy, ours.policy.reference)
@@ -235,13 +236,14 @@ def test_nothing_but_the_linear_kernels_of_layers_is_quantised(tmp_path, kind):
     assert device_bytes(it.policy.frozen) == base
 
 
+@pytest.mark.parametrize("beside_widened", ["nf4"], indirect=True)
 def test_every_kind_of_update_gives_the_same_losses(beside_widened, tmp_path):
     kind, _, (losses, _), *_ = beside_widened
-    other = trainer(
+    of_run = config(
         tmp_path, model__quantization=kind, **LORA, train__micro_batches=2, model__remat="dots",
         train__completion_parts=2, train__packing=False, rollout__adapter="apart",
     )  # fmt: skip
-    np.testing.assert_allclose(five_updates(other)[0], losses, rtol=1e-3)
+    np.testing.assert_allclose(five_updates(Trainer(of_run, one_layer()))[0], losses, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -289,9 +291,9 @@ def test_programs_are_lowered_with_what_lies_beside_them(tmp_path, adapter):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Of four updates."""
+    """Of two updates."""
     folder = tmp_path_factory.mktemp("qlora") / "run"
-    it = trainer(folder, **NF4, train__steps=4, reference__name="ema")
+    it = trainer(folder, **NF4, train__steps=2, reference__name="ema")
     it.train(ROWS, letter_share)
     return it, folder
 
@@ -299,8 +301,8 @@ def run(tmp_path_factory):
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(run, tmp_path):
     whole, folder = run
     assert next(row for row in read_metrics(folder) if "kl" in row)["kl"] == 0
-    for stop in (2, None):
-        settings = {"train__steps": 4, "reference__name": "ema", "train__stop_at": stop}
+    for stop in (1, None):
+        settings = {"train__steps": 2, "reference__name": "ema", "train__stop_at": stop}
         it = trainer(tmp_path / "run", **NF4, **settings)
         it.train(ROWS, letter_share)
     jax.tree.map(np.testing.assert_array_equal, it.policy.params, whole.policy.params)
@@ -310,7 +312,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(run, tmp_path):
 @pytest.mark.parametrize(("other", "told"), [(INT8, "nf4"), (LORA, "nf4")])
 def test_another_quantizations_checkpoint_is_refused(run, tmp_path, other, told):
     _, folder = run
-    settings = {"train__steps": 4, "reference__name": "ema"}
+    settings = {"train__steps": 2, "reference__name": "ema"}
     with pytest.raises(UserError, match=f"of a run with model.quantization={told}: give that"):
         trainer(tmp_path, **other, **settings).restore(folder)
     with pytest.raises(UserError, match=r"other settings.*model.quantization"):
