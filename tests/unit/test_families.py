@@ -96,8 +96,8 @@ WEIGHTS = RNG.normal(size=(2, K, T)).astype(np.float32)
 class Case:
     """A family's model in PyTorch, its folder, and the same model loaded from there."""
 
-    def __init__(self, name, folder):
-        config = transformers.AutoConfig.for_model(name, **SHAPE | FAMILIES[name])
+    def __init__(self, name, folder, **settings):
+        config = transformers.AutoConfig.for_model(name, **SHAPE | FAMILIES[name] | settings)
         self.torch = random_model(config)
         self.torch.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
@@ -246,7 +246,10 @@ def test_longrope_has_other_factors_for_short_sequences(tmp_path):
     ids = np.array([sequence(0, 0)[:5]])
     with torch.no_grad():
         expected = case.torch(input_ids=torch.tensor(ids)).logits.numpy()
-    logits, others = (full_logits(c, case.ours.params, ids) for c in (short, case.ours.config))
+    logits, others = (
+        jax.jit(functools.partial(full_logits, c))(case.ours.params, ids)
+        for c in (short, case.ours.config)
+    )
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert np.abs(others - expected).max() > 1e-2
 
