@@ -54,7 +54,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(scope="module", params=CONFIGS)
 def case(request):
     config = CONFIGS[request.param]
     rng = np.random.default_rng(0)
@@ -66,6 +66,16 @@ def case(request):
     # What lies past a length is noise: it must not matter.
     prompts, completions = rng.integers(0, 61, (G, P)), rng.integers(0, 61, (G, K, T))
     return config, params, prompts, prompt_lengths, completions, lengths
+
+
+@pytest.fixture(scope="module")
+def plain(case):
+    """The log-probs of repeated prompts, and how far others may be from them."""
+    config, params, *rest = case
+    score = jax.jit(lambda p: repeated_logprobs(config, p, *rest))
+    atol = rounding(score, params)
+    assert atol < 1e-4
+    return score(params), atol
 
 
 def repeated_logprobs(config, params, prompts, prompt_lengths, completions, lengths):
@@ -103,19 +113,14 @@ def packed_logprobs(config, params, *arrays, shards=1, spare=0, **options):
     [
         shared_logprobs,
         packed_logprobs,
-        functools.partial(packed_logprobs, spare=5),
         functools.partial(packed_logprobs, shards=3, spare=2),
     ],
 )
-def test_log_probs_equal_those_of_repeated_prompts(case, route):
+def test_log_probs_equal_those_of_repeated_prompts(case, plain, route):
     config, params, *rest = case
-    shared, plain = (
-        jax.jit(lambda p, route=route: route(config, p, *rest))
-        for route in (route, repeated_logprobs)
-    )
-    atol = rounding(plain, params)
-    assert atol < 1e-4
-    np.testing.assert_allclose(shared(params), plain(params), atol=atol)
+    shared = jax.jit(lambda p: route(config, p, *rest))
+    expected, atol = plain
+    np.testing.assert_allclose(shared(params), expected, atol=atol)
 
 
 def test_a_stream_too_short_gives_no_wrong_number(case):
@@ -138,8 +143,7 @@ def test_gradients_equal_those_of_repeated_prompts(case):
     assert atol < 1e-4
     for route, options in (
         (shared_logprobs, {}),
-        (shared_logprobs, {"remat": "dots"}),
-        (packed_logprobs, {"spare": 3}),
+        (packed_logprobs, {"spare": 3, "remat": "dots"}),
         (packed_logprobs, {"shards": 3, "remat": "layer"}),
     ):
         shared = gradient(route, **options)(params)
@@ -149,13 +153,12 @@ def test_gradients_equal_those_of_repeated_prompts(case):
             np.testing.assert_allclose(b, a, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-def test_bfloat16_stays_near_float32(case):
+def test_bfloat16_stays_near_float32(case, plain):
     config, params, *rest = case
     coarse = jax.jit(lambda p: shared_logprobs(config, p, *rest, dtype=jnp.bfloat16))(params)
-    exact = jax.jit(lambda p: shared_logprobs(config, p, *rest))(params)
     assert coarse.dtype == jnp.float32
-    error = np.abs(np.asarray(coarse - exact))
-    assert 0 < error.max() < 0.1
+    error = np.abs(np.asarray(coarse - plain[0]))
+    assert 1e-3 < error.max() < 0.1
 
 
 def test_decoding_gives_the_hidden_states_of_scoring(case):
