@@ -30,7 +30,9 @@ COMPLETIONS, LENGTHS = RNG.integers(3, 61, (2, 6, 33)), RNG.integers(20, 34, (2,
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return Case("qwen3_moe", tmp_path_factory.mktemp("experts"))
+    """Of two layers of experts."""
+    sizes = {"num_hidden_layers": 2, "mlp_only_layers": []}
+    return Case("qwen3_moe", tmp_path_factory.mktemp("experts"), **sizes)
 
 
 def measured(case, dtype):
