@@ -46,8 +46,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def pytest_collection_finish(session):
-    """What all modules hold stays; to look for garbage in it takes a second each time."""
+def pytest_collection_finish():
+    """What all modules hold stays; to look for garbage in it takes most of a second."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

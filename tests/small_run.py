@@ -8,7 +8,7 @@ from gvpo_jax.models.load import LoadedModel, load_model
 
 
 def one_layer() -> LoadedModel:
-    """The debug model's first layer alone, which compiles in two thirds of the time."""
+    """The debug model's first layer alone, which compiles in three quarters of the time."""
     model = load_model("debug")
     shape = dataclasses.replace(model.config, num_layers=1)
     params = model.params | {"layers": {0: model.params["layers"][0]}}
