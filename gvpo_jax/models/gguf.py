@@ -16,6 +16,7 @@ import numpy as np
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.family import Family, all_families
+from gvpo_jax.models.gguf_header import check_header
 from gvpo_jax.models.gguf_tokenizer import build_tokenizer, end_token_ids
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_files import ModelFiles, check_fetched
@@ -94,8 +95,14 @@ def read_gguf(path: Path) -> ModelFiles:
     if len(tensors) < len(every):
         raise UserError(f"{path}: a tensor is there twice; its files are of different models")
     config = _config(path, family, metadata, tensors)
-    tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
-    ends = end_token_ids(metadata)
+    try:
+        tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
+        ends = end_token_ids(metadata)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers has bare ones
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{path}: no tokenizer can be made of what it holds ({what})") from error
     values = config_json(config) | {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
@@ -124,6 +131,7 @@ def _open(path: Path) -> Any:
     except ImportError as error:
         raise UserError('reading .gguf files needs: pip install "gvpo-jax[gguf]"') from error
     try:
+        check_header(path)
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a whole .gguf file: {error}") from error
@@ -144,16 +152,21 @@ def _config(
         return metadata.get(f"{family.gguf}.{key}")
 
     _refuse_unsupported(path, family, get, tensors)
-    hidden, heads = get("embedding_length"), get("attention.head_count")
+    layers, hidden, heads = (
+        _positive(path, family, key, get(key))
+        for key in ("block_count", "embedding_length", "attention.head_count")
+    )
+    if layers > len(tensors):
+        raise UserError(f"{path}: block_count is {layers}, and it has {len(tensors)} tensors")
     values = {
         "model_type": family.model_type,
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())) or None,
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv") or heads,
-        "head_dim": get("attention.key_length") or (hidden // heads if hidden and heads else None),
+        "head_dim": get("attention.key_length") or hidden // heads,
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon") or 1e-6),
         "rope_theta": _shortest(get("rope.freq_base") or 10000.0),
@@ -167,6 +180,12 @@ def _config(
         return decoder_config(values)
     except UserError as error:
         raise UserError(str(error).replace("config.json", f"{path} (as config.json)", 1)) from error
+
+
+def _positive(path: Path, family: Family, key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {family.gguf}.{key} must be a whole number from 1, is {value!r}")
+    return value
 
 
 def _experts(family: Family, get: Callable[[str], Any]) -> dict[str, Any]:
@@ -264,6 +283,6 @@ def _hf_tensors(family: Family, stored: Any) -> Iterator[tuple[str, _Tensor]]:
         yield name.format(expert=expert), _Tensor(stored, expert)
 
 
-def _shortest(value: float) -> float:
+def _shortest(value: Any) -> Any:
     # stored as float32: 9.999999747378752e-06 was written as 1e-05
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,8 +1,11 @@
 """Every family against transformers' PyTorch models: logits, greedy continuations, export, GGUF."""
 
+import contextlib
 import functools
 import importlib.util
 import json
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -397,6 +400,87 @@ def test_broken_gguf_files(tiny, tmp_path):
         path.write_bytes(part)
         with pytest.raises(UserError, match=r"not a whole \.gguf file"):
             load_model(str(path))
+
+
+FORGED = [
+    (8, "<Q", 2**40, "claims 1099511627776 tensors"),
+    (16, "<Q", 2**31, "claims 2147483648 values"),
+    (24, "<Q", 2**40, "a name of 1099511627776 bytes"),
+    (4, ">I", 3, "its bytes are in another order"),
+]
+
+
+@pytest.mark.parametrize(("place", "form", "number", "told"), FORGED)
+def test_a_gguf_files_counts_must_fit_into_it(tiny, tmp_path, place, form, number, told):
+    path = tmp_path / "x.gguf"
+    write_gguf(path, tiny)
+    forged = bytearray(path.read_bytes())
+    struct.pack_into(form, forged, place, number)
+    path.write_bytes(forged)
+    with pytest.raises(UserError, match=told):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (struct.pack("<IQ", 8, 2**40), "claims 1099511627776 texts"),
+        (struct.pack("<IQ", 4, 2**40), "claims 1099511627776 numbers"),
+        (struct.pack("<IQ", 8, 2**20 + 1) + bytes(8 * 2**20 + 8), "claims 1048577 texts"),
+        (struct.pack("<IQ", 9, 1) * 3000, "an array of values of type 9"),
+    ],
+    ids=["texts", "numbers", "empty texts", "nested"],
+)
+def test_a_gguf_files_arrays_must_fit_into_it(tiny, tmp_path, more, told):
+    path = tmp_path / "x.gguf"
+    write_gguf(path, tiny)
+    whole = path.read_bytes()
+    tensors, values = struct.unpack_from("<QQ", whole, 8)
+    first = struct.pack("<Q", 4) + b"list" + struct.pack("<I", 9) + more
+    head = whole[:8] + struct.pack("<QQ", tensors, values + 1)
+    path.write_bytes(head + first + whole[24:])
+    with pytest.raises(UserError, match=told):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("block_count", 2**31, "block_count is 2147483648, and it has"),
+        ("block_count", "two", "must be a whole number from 1, is 'two'"),
+        ("embedding_length", 0, "must be a whole number from 1, is 0"),
+        ("attention.head_count", [1, 2], r"must be a whole number from 1, is \[1, 2\]"),
+        ("rope.freq_base", "x", "a value is not what it should be"),
+        ("ggml.eos_token_id", "x", "no tokenizer can be made of what it holds"),
+    ],
+)
+def test_a_gguf_files_sizes_must_make_sense(tiny, tmp_path, monkeypatch, key, value, told):
+    write_gguf(tmp_path / "x.gguf", tiny)
+    contents = gguf.ReaderField.contents
+
+    def forged(field):
+        return value if field.name.endswith(key) else contents(field)
+
+    monkeypatch.setattr(gguf.ReaderField, "contents", forged)
+    with pytest.raises(UserError, match=told):
+        load_model(str(tmp_path / "x.gguf"))
+
+
+def test_a_gguf_header_with_flipped_bytes_is_a_model_or_one_line(tiny, tmp_path):
+    path, rng = tmp_path / "x.gguf", np.random.default_rng(0)
+    write_gguf(path, tiny)
+    whole = path.read_bytes()
+    header = int(gguf.GGUFReader(path).data_offset)
+    read, flips = 0, int(os.environ.get("GVPO_TESTS_FLIPS", "100"))
+    for _ in range(flips):
+        flipped = bytearray(whole)
+        for place in rng.integers(0, header, rng.integers(1, 4)):
+            flipped[place] = rng.integers(0, 256)
+        path.write_bytes(flipped)
+        with contextlib.suppress(UserError):
+            load_model(str(path))
+            read += 1
+    assert 0 < read < flips
 
 
 def test_gguf_package_missing(tiny, tmp_path, monkeypatch):
