@@ -129,6 +129,7 @@ def _prepare_own(c: Config, mesh: Mesh, model: OwnModel) -> Prepared:
     ours = (
         "model.dtype",
         "model.remat",
+        "model.scan_layers",
         "model.attention",
         "model.adapter",
         "model.lora",

@@ -24,6 +24,7 @@ FAMILIES = tuple(
     for name in ("logits", "log_probs_and_gradients", "greedy_text")
 )
 BALANCE = ("tests/unit/test_balance.py",)
+SCAN = "tests/unit/test_scan_layers.py"
 GGUF = ("tests/unit/test_gguf_families.py",)
 # One test each: the others of the file take long, and are about other things.
 FILLING = ("tests/unit/test_train_step.py::test_ragged_groups_are_filled_up_with_nothing",)
@@ -416,6 +417,34 @@ MUTANTS = (
         "known = jnp.where((jnp.take(chosen, order) < e)[:, None], out.astype(jnp.float32), 0)",
         "known = out.astype(jnp.float32)",
         ("tests/unit/test_experts.py",),
+    ),
+    Mutant(
+        "layers with and without a window taken for alike",
+        "models/stacking.py",
+        "return c.window(layer), layer in c.no_rope_layers, dense",
+        "return layer in c.no_rope_layers, dense",
+        (f"{SCAN}::test_an_update_is_the_same[windows]",),
+    ),
+    Mutant(
+        "layers with and without positions taken for alike",
+        "models/stacking.py",
+        "return c.window(layer), layer in c.no_rope_layers, dense",
+        "return c.window(layer), dense",
+        (f"{SCAN}::test_an_update_is_the_same[no positions]",),
+    ),
+    Mutant(
+        "gradients of stacked layers given back in the wrong order",
+        "models/stacking.py",
+        "for row, layer in enumerate(self.places[i])",
+        "for row, layer in enumerate(reversed(self.places[i]))",
+        (f"{SCAN}::test_an_update_is_the_same[alike]",),
+    ),
+    Mutant(
+        "norms of float32 in a stack of bfloat16",
+        "models/stacking.py",
+        "keeps = is_quantized(x) or path[-1].key in self.in_float32",
+        "keeps = is_quantized(x)",
+        (f"{SCAN}::test_in_bfloat16_norms_in_float32_stay_so_in_the_stack",),
     ),
     Mutant(
         "the bits of nf4 codes read in the wrong order",

@@ -139,6 +139,7 @@ def test_a_run_of_an_own_model_goes_on_bitwise(tmp_path):
     [
         ({"model__dtype": "bfloat16", "rollout__tensor": 1}, r"^model\.dtype, rollout\.tensor: "),
         ({"model__lora": {"rank": 2}}, r"^model\.lora: that is for models which gvpo_jax loads"),
+        ({"model__scan_layers": True}, r"^model\.scan_layers: that is"),
         ({"data__max_prompt_length": 4000}, "but mine was made for 2048"),
         ({"rollout__stop_token_ids": [260]}, "mine: 260 can't be a stop token"),
     ],
