@@ -75,6 +75,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         new = Path(scratch) / "new"
         new.mkdir()
         yield new
+        for file in new.rglob("*.safetensors"):  # whose writer does not ask the umask
+            file.chmod((new / _MARKER).stat().st_mode)
         _put(new, folder, Path(scratch) / "old")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import stat
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +244,17 @@ def test_export_replaces_an_export_and_nothing_else(debug, folder, tmp_path):
     with pytest.raises(UserError, match="thesis is not an earlier export"):
         export_model(other, debug, debug.params)
     assert (other / "chapter.txt").exists()
+
+
+def test_an_exports_files_are_as_private_as_the_umask_says(debug, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = export_model(tmp_path / "out", debug, debug.params)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o640)
+    assert "model.safetensors" in modes
 
 
 def test_failed_export_leaves_the_earlier_one(debug, folder, tmp_path, monkeypatch):
