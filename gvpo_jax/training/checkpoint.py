@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import struct
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -250,6 +251,9 @@ def _from_bytes(blob: bytes) -> dict[str, np.ndarray]:
     content = blob[_HEADER.size : _HEADER.size + length]
     if zlib.crc32(content) != crc:
         raise ValueError("checksum of the samples differs")
+    with zipfile.ZipFile(io.BytesIO(content)) as parts:
+        if sum(part.file_size for part in parts.infolist()) > len(content):
+            raise ValueError("its samples claim to be larger than what holds them")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 

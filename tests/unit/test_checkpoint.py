@@ -217,3 +217,18 @@ def test_fingerprints_tell_flipped_bits_shifts_and_swaps():
     assert fingerprint(shifted[0]) != fingerprint(shifted[1])
     swapped = state | {"a": jnp.asarray([1.0, 0, 2, 3, 4, 5, 6])}
     assert fingerprint(swapped) != original
+
+
+def test_samples_that_would_unpack_to_more_than_they_are_count_as_broken(
+    tmp_path, monkeypatch, caplog
+):
+    state, bomb = tree(0), {"completions": np.zeros(10**7, np.int32)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        save(checkpoints, 1, state, samples={"completions": np.arange(4)})
+        checkpoints.wait()
+        monkeypatch.setattr(np, "savez", np.savez_compressed)
+        save(checkpoints, 2, state, samples=bomb)
+    with Checkpoints(tmp_path, keep=2) as checkpoints, caplog.at_level(logging.WARNING):
+        restored = restore(checkpoints, state)
+    assert restored.step == 1
+    assert "claim to be larger than what holds them" in caplog.text
