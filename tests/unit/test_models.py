@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.blocks import gelu_tanh
 from gvpo_jax.models.debug import debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig, full_logits, param_shapes
 from gvpo_jax.models.export import export_model
@@ -68,6 +69,18 @@ def folder(debug, tmp_path):
 def change_config(folder, **changes):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_gelu_is_exact_where_tanh_is_near_one():
+    """The value relative to itself, far below 0 too; the gradient at states that no norm saw."""
+    x = np.linspace(-60, 60, 24_001)
+    y = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    with np.errstate(over="ignore"):
+        share, rest = 1 / (1 + np.exp(-2 * y)), 1 / (1 + np.exp(2 * y))
+    slope = share + x * share * rest * 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    value, vjp = jax.vjp(gelu_tanh, x.astype(np.float32))
+    np.testing.assert_allclose(value, x * share, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(vjp(np.ones(x.shape, np.float32))[0], slope, atol=4e-6)
 
 
 # configs
