@@ -67,9 +67,10 @@ def start(
 
 
 def as_peft(shape: DecoderConfig, lora: Lora | None) -> Lora | None:
-    """The form of an adapter that can be written as PEFT's files; None: it can't, or is none."""
+    """The form of an adapter that PEFT's files hold as it is; None: they can't, or is none."""
     with contextlib.suppress(UserError):
-        return lora and (lora if _names(shape, lora) else None)
+        fused = lora and any(len(parts) > 1 for parts in _layers(shape, lora).values())
+        return None if fused else lora
     return None
 
 
@@ -98,11 +99,13 @@ def read_adapter(name: str, shape: DecoderConfig, lora: Lora) -> Params:
     factor = settings.get("lora_alpha", 8) / root / lora.scale
     tensors = _read_tensors(folder)
     _check_tensors(folder, tensors, shape, lora)
-    paths = {theirs: path for path, theirs in _names(shape, lora).items()}
     adapter = {}
-    for theirs, array in tensors.items():
-        path = paths[theirs]
-        adapter[path] = np.ascontiguousarray(array.T) * np.float32(factor if path[-1] == B else 1)
+    for layer, parts in _layers(shape, lora).items():
+        a, b = (tensors[name].T for name in _arrays(layer))
+        ends = np.cumsum([rows for _, rows in parts])
+        for (path, _), of_part in zip(parts, np.split(b, ends[:-1], axis=1), strict=True):
+            adapter[*path, A] = np.ascontiguousarray(a)
+            adapter[*path, B] = np.ascontiguousarray(of_part) * np.float32(factor)
     return unflatten_dict(adapter)
 
 
@@ -116,7 +119,8 @@ def export_adapter(
 ) -> Path:
     """Writes an adapter as PEFT does, with the tokenizer; returns the folder.
 
-    The folder appears whole or not at all; an earlier export there is replaced.
+    The folder appears whole or not at all; an earlier export there is replaced. Where a tensor
+    holds several layers, their A lie one below the other, and all ranks grow to fit.
 
     Args:
         folder: where the export goes; its parent folders are made.
@@ -129,20 +133,21 @@ def export_adapter(
         UserError: a folder that holds something other than an export, or can't be written.
     """
     folder, leaves = Path(folder), flatten_dict(adapter)
-    names = _names(loaded.config, lora)
-    arrays = {
-        names[path]: np.ascontiguousarray(np.asarray(leaf, np.float32).T)
-        for path, leaf in leaves.items()
-    }
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    layers = _layers(loaded.config, lora)
+    rank = lora.rank * max(sum((*path, A) in leaves for path, _ in x) for x in layers.values())
+    arrays = {}
+    for layer, parts in layers.items():
+        arrays |= zip(_arrays(layer), _stacked(leaves, parts, rank), strict=True)
+    alpha = lora.alpha * (rank // lora.rank)
+    alpha = int(alpha) if alpha == int(alpha) else alpha
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": loaded.name,
-        "r": lora.rank,
+        "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": [TARGETS[name] for name in lora.targets],
+        "target_modules": list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers)),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
@@ -158,24 +163,48 @@ def export_adapter(
     return folder
 
 
-def _names(shape: DecoderConfig, lora: Lora) -> dict[tuple[Any, ...], str]:
-    """PEFT's name of every array of an adapter, by path."""
+def _layers(shape: DecoderConfig, lora: Lora) -> dict[str, list[tuple[tuple[Any, ...], int]]]:
+    """PEFT's names of the layers that have adapters: the paths in each, and how many rows."""
     adapted = {path[:-1] for path in flatten_dict(adapter_shapes(param_shapes(shape), lora))}
-    paths = {"/".join(map(str, path)): path for path in adapted}
-    names: dict[tuple[Any, ...], str] = {}
+    whole = flatten_dict(param_shapes(shape))
+    paths = {"/".join(map(str, path)): path[:-1] for path in whole if path[-1] == KERNEL}
+    layers = {}
     for tensor, spec in tensor_specs(shape).items():
-        layers = [path.removesuffix(f"/{KERNEL}") for path in spec.paths]
-        if layers[0] not in paths:
-            continue
-        if len(layers) > 1:
-            raise UserError(
-                f"adapters of the family {shape.family} can't be read or written: {tensor} holds "
-                f"{len(layers)} layers; gvpo-jax export merges an adapter into the weights"
-            )
-        theirs = f"base_model.model.{tensor.removesuffix('.weight')}"
-        names[*paths[layers[0]], A] = f"{theirs}.lora_A.weight"
-        names[*paths[layers[0]], B] = f"{theirs}.lora_B.weight"
-    return names
+        parts = [paths.get(path) for path in spec.paths]
+        if adapted.intersection(parts):
+            name = f"base_model.model.{tensor.removesuffix('.weight')}"
+            layers[name] = list(zip(parts, spec.rows, strict=True))
+    return layers
+
+
+def _kinds(shape: DecoderConfig) -> dict[str, set[str]]:
+    """Of each linear layer's name in files, which of `TARGETS` it holds."""
+    kinds: dict[str, set[str]] = {}
+    for tensor, spec in tensor_specs(shape).items():
+        held = {path.removesuffix(f"/{KERNEL}").rpartition("/")[2] for path in spec.paths}
+        kinds.setdefault(tensor.removesuffix(".weight").rpartition(".")[2], set()).update(held)
+    return {name: held & TARGETS.keys() for name, held in kinds.items()}
+
+
+def _arrays(layer: str) -> tuple[str, str]:
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+
+
+def _stacked(leaves: Mapping[Any, Any], parts: list[Any], rank: int) -> tuple[Any, Any]:
+    """A and B of the layers in a tensor: each has rows of A, and columns of B, of its own."""
+    width = next(len(leaves[*path, A]) for path, _ in parts if (*path, A) in leaves)
+    a = np.zeros((rank, width), np.float32)
+    b = np.zeros((sum(rows for _, rows in parts), rank), np.float32)
+    row = column = 0
+    for path, rows in parts:
+        if (*path, A) in leaves:
+            of_part = np.asarray(leaves[*path, A]).T
+            end = column + len(of_part)
+            a[column:end] = of_part
+            b[row : row + rows, column:end] = np.asarray(leaves[*path, B]).T
+            column = end
+        row += rows
+    return a, b
 
 
 def _refuse_unsupported(file: Path, settings: Mapping[str, Any]) -> None:
@@ -214,15 +243,16 @@ def _check_tensors(
     folder: Path, tensors: Mapping[str, np.ndarray], shape: DecoderConfig, lora: Lora
 ) -> None:
     """That an adapter has the matrices of this form for this model, and no others."""
+    whole, holds = param_shapes(shape), _kinds(shape)
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors}
-    known = {ours for ours, theirs in TARGETS.items() if theirs in layers}
-    if known and known != set(lora.targets):
+    known = set().union(*(ours for theirs, ours in holds.items() if theirs in layers))
+    if known and known != {path[-2] for path in flatten_dict(adapter_shapes(whole, lora))}:
         targets = ",".join(name for name in TARGETS if name in known)
         raise UserError(
             f"{folder} is an adapter of the layers {targets}: give model.lora.targets=[{targets}]"
         )
     specs = {f"base_model.model.{name}": spec.shape for name, spec in tensor_specs(shape).items()}
-    expected = set(_names(shape, lora).values())
+    expected = {name for layer in _layers(shape, lora) for name in _arrays(layer)}
     if odd := sorted(tensors.keys() ^ expected):
         what = "lacks" if odd[0] in expected else "holds"
         raise UserError(

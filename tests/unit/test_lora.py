@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from http_stub import StubServer, network_of
 from safetensors.numpy import load_file, save_file
 from small_run import config
+from test_families import Case
 from test_mesh import five_updates, policy
 
 from gvpo_jax.cli import main
@@ -33,6 +34,7 @@ from gvpo_jax.models.decoder import (
     DecoderConfig,
     DecoderOptions,
     decoder_fns,
+    full_logits,
     init_params,
     param_shapes,
 )
@@ -515,15 +517,12 @@ def test_a_mixture_has_adapters_beside_its_attention_alone():
     assert as_peft(shape, lora) == lora
 
 
-def test_adapters_of_fused_tensors_are_merged_but_not_written(tmp_path):
+def test_servers_get_no_adapter_of_fused_tensors():
+    """Its rank would be another one than a server was started with."""
     shape, lora = DecoderConfig("phi3", *SIZES), Lora(2, 4.0, tuple(TARGETS))
     assert as_peft(shape, lora) is None
+    assert as_peft(shape, dataclasses.replace(lora, targets=("o", "down"))) is not None
     assert as_peft(shape, None) is None
-    model = dataclasses.replace(load_model("debug"), config=shape)
-    adapter = init_adapter(adapter_shapes(param_shapes(shape), lora), 0)
-    with pytest.raises(UserError, match=r"of the family phi3 can't be read or written: .*qkv_proj"):
-        export_adapter(tmp_path / "out", model, adapter, lora)
-    assert not (tmp_path / "out").exists()
 
 
 # ---- what is compiled for a TPU
@@ -680,3 +679,54 @@ def test_we_load_pefts_adapter(adapter, tmp_path, rslora):
     np.testing.assert_allclose(found, expected, atol=1e-4)
     plain = logits_of(adapter[1], adapter[0], tokens)
     assert np.abs(found - plain).max() > 0.1
+
+
+def merged_logits(case, adapter, lora, tokens):
+    merged = join(case.ours.params, merge(case.ours.params, adapter, lora.scale, jnp.float32))
+    return jax.jit(functools.partial(full_logits, case.ours.config))(merged, tokens)
+
+
+@by_peft
+@pytest.mark.parametrize(
+    ("family", "targets", "layers", "rank"),
+    [
+        ("phi3", TARGETS, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, 6),
+        ("phi3", ["q", "v", "down"], {"qkv_proj", "down_proj"}, 4),
+    ],
+)
+def test_peft_loads_adapters_of_fused_tensors(tmp_path, family, targets, layers, rank):
+    case, lora = Case(family, tmp_path / "base"), Lora(2, 5.0, tuple(targets))
+    draw = np.random.default_rng(0).normal
+    shapes = adapter_shapes(param_shapes(case.ours.config), lora)
+    adapter = jax.tree.map(lambda leaf: draw(size=leaf.shape).astype(np.float32) / 4, shapes)
+    export_adapter(tmp_path / "adapter", case.ours, adapter, lora)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (set(settings["target_modules"]), settings["r"]) == (layers, rank)
+    tokens = np.arange(24).reshape(2, 12)
+    expected = merged_logits(case, adapter, lora, tokens)
+    found = pefts_logits(tmp_path / "adapter", tmp_path / "base", tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    if targets is TARGETS:
+        again = dataclasses.replace(lora, rank=rank)
+        adapter = read_adapter(str(tmp_path / "adapter"), case.ours.config, again)
+        logits = merged_logits(case, adapter, again, tokens)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@by_peft
+def test_we_load_pefts_adapter_of_fused_tensors(tmp_path):
+    """Each layer in a tensor gets A, and its rows of B."""
+    torch.manual_seed(0)
+    case = Case("phi3", tmp_path / "base")
+    asked = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["qkv_proj", "gate_up_proj", "o_proj"],
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    peft.get_peft_model(case.torch, asked).save_pretrained(tmp_path / "theirs")
+    lora = Lora(3, 7.0, ("q", "k", "v", "o", "gate", "up"))
+    adapter = read_adapter(str(tmp_path / "theirs"), case.ours.config, lora)
+    tokens = np.arange(24).reshape(2, 12)
+    expected = pefts_logits(tmp_path / "theirs", tmp_path / "base", tokens)
+    np.testing.assert_allclose(merged_logits(case, adapter, lora, tokens), expected, atol=1e-4)
+    with pytest.raises(UserError, match=r"layers q,k,v,o,gate,up: give model\.lora\.targets=\[q,k"):
+        read_adapter(str(tmp_path / "theirs"), case.ours.config, Lora(3, 7.0, ("q", "o", "up")))
