@@ -69,6 +69,7 @@ def start(
 def as_peft(shape: DecoderConfig, lora: Lora | None) -> Lora | None:
     """The form of an adapter that PEFT's files hold as it is; None: they can't, or is none."""
     with contextlib.suppress(UserError):
+        _check_mixture(shape, lora)
         fused = lora and any(len(parts) > 1 for parts in _layers(shape, lora).values())
         return None if fused else lora
     return None
@@ -130,9 +131,11 @@ def export_adapter(
         about: what gvpo_jax_export.json says beside the start model.
 
     Raises:
-        UserError: a folder that holds something other than an export, or can't be written.
+        UserError: a folder that holds something other than an export, or can't be written; an
+            adapter that PEFT would take for another.
     """
     folder, leaves = Path(folder), flatten_dict(adapter)
+    _check_mixture(loaded.config, lora)
     layers = _layers(loaded.config, lora)
     rank = lora.rank * max(sum((*path, A) in leaves for path, _ in x) for x in layers.values())
     arrays = {}
@@ -161,6 +164,19 @@ def export_adapter(
         write_json(new / _SETTINGS, settings)
         write_about(new, loaded, about or {})
     return folder
+
+
+def _check_mixture(shape: DecoderConfig, lora: Lora | None) -> None:
+    """PEFT 0.21 takes these names for the experts of every layer, and drops what is not theirs."""
+    if lora is None or shape.experts is None:
+        return
+    adapted = {path[-2] for path in flatten_dict(adapter_shapes(param_shapes(shape), lora))}
+    if odd := sorted(adapted & {"gate", "up", "down"}):
+        raise UserError(
+            f"PEFT takes adapters of {', '.join(odd)} in a mixture for those of its experts, so "
+            "they are not written: export the model with the adapter merged into its weights, or "
+            "train with model.lora.targets=[q,k,v,o]"
+        )
 
 
 def _layers(shape: DecoderConfig, lora: Lora) -> dict[str, list[tuple[tuple[Any, ...], int]]]:

@@ -34,7 +34,8 @@ class LoraConfig:
     alpha: float = setting(32.0, "The adapter's product is multiplied by alpha / rank.", above=0)
     targets: list[str] = setting(
         list(TARGETS),
-        "Layers that have one: q, k, v, o, gate, up, down, also as q_proj and so on.",
+        "Layers that have one: q, k, v, o, gate, up, down, also as q_proj and so on; by default "
+        "those of them that the model has. Experts have none.",
     )
 
     def names(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.config import TARGETS
 from gvpo_jax.models.quantized import is_quantized, widen
 from gvpo_jax.precision import float_type
 
@@ -72,6 +73,8 @@ def adapt(layers: nnx.Module, lora: Lora, rngs: nnx.Rngs) -> None:
 def adapter_shapes(base: Params, lora: Lora) -> Params:
     """The adapter of a model whose parameters are `base`, or their shapes; float32.
 
+    Where `lora` names all kinds of layers, which is the default, those that the model has get one.
+
     Raises:
         UserError: a target is no layer of the model, or the rank is more than a layer's width.
     """
@@ -90,7 +93,8 @@ def adapter_shapes(base: Params, lora: Lora) -> Params:
         shapes[*path[:-1], A] = jax.ShapeDtypeStruct((d_in, lora.rank), jnp.float32)
         shapes[*path[:-1], B] = jax.ShapeDtypeStruct((lora.rank, d_out), jnp.float32)
         found.add(name)
-    if missing := [name for name in lora.targets if name not in found]:
+    missing = [name for name in lora.targets if name not in found]
+    if missing and (len(lora.targets) < len(TARGETS) or not found):
         there = [name for name in lora.targets if name in found]
         raise UserError(
             f"model.lora.targets: the model has no layer {', '.join(missing)} that can have an "

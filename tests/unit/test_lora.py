@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from http_stub import StubServer, network_of
 from safetensors.numpy import load_file, save_file
 from small_run import config
-from test_families import Case
+from test_families import FAMILIES, Case
 from test_mesh import five_updates, policy
 
 from gvpo_jax.cli import main
@@ -500,13 +500,12 @@ def test_a_mixture_has_adapters_beside_its_attention_alone():
     experts = Experts(count=4, per_token=2, intermediate_size=8, normalised=True)
     shape = DecoderConfig("qwen3_moe", *SIZES, qk_norm=True, experts=experts)
     base = param_shapes(shape)
-    refusal = (
-        r"no layer gate, up, down that can have an adapter \(experts can't\); .* it has q, k, v, o"
-    )
+    refusal = r"no layer gate that can have an adapter \(experts can't\); .* it has q"
     with pytest.raises(UserError, match=refusal):
-        adapter_shapes(base, Lora(2, 4.0, tuple(TARGETS)))
+        adapter_shapes(base, Lora(2, 4.0, ("q", "gate")))
     lora = Lora(2, 4.0, ("q", "k", "v", "o"))
     adapter = adapter_shapes(base, lora)
+    assert adapter == adapter_shapes(base, Lora(2, 4.0, tuple(TARGETS)))  # the default
     both = init_params(shape, 0), init_adapter(adapter, 0)
     arrays = (BATCH["prompts"], BATCH["prompt_lengths"], BATCH["completions"])
     hidden = [
@@ -515,6 +514,19 @@ def test_a_mixture_has_adapters_beside_its_attention_alone():
     ]
     np.testing.assert_array_equal(*hidden)
     assert as_peft(shape, lora) == lora
+
+
+def test_what_peft_would_take_for_experts_is_not_written(tmp_path):
+    """Adapters beside a mixture's shared expert: they are trained, and merged."""
+    experts = Experts(count=4, per_token=2, intermediate_size=8, normalised=True, shared_size=8)
+    shape, lora = DecoderConfig("qwen2_moe", *SIZES, experts=experts), Lora(2, 4.0, tuple(TARGETS))
+    model = dataclasses.replace(load_model("debug"), config=shape)
+    adapter = init_adapter(adapter_shapes(param_shapes(shape), lora), 0)
+    assert "shared" in adapter["layers"][0]["mlp"]
+    with pytest.raises(UserError, match=r"^PEFT takes adapters of down, gate, up in a mixture"):
+        export_adapter(tmp_path / "out", model, adapter, lora)
+    assert not (tmp_path / "out").exists()
+    assert as_peft(shape, lora) is None
 
 
 def test_servers_get_no_adapter_of_fused_tensors():
@@ -692,9 +704,14 @@ def merged_logits(case, adapter, lora, tokens):
     [
         ("phi3", TARGETS, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, 6),
         ("phi3", ["q", "v", "down"], {"qkv_proj", "down_proj"}, 4),
+        ("qwen3_moe", TARGETS, {"q_proj", "k_proj", "v_proj", "o_proj"}, 2),
     ],
 )
-def test_peft_loads_adapters_of_fused_tensors(tmp_path, family, targets, layers, rank):
+def test_peft_loads_adapters_of_fused_tensors_and_of_mixtures(
+    tmp_path, monkeypatch, family, targets, layers, rank
+):
+    changes = {"mlp_only_layers": []} if family == "qwen3_moe" else {}  # no dense layer
+    monkeypatch.setitem(FAMILIES, family, FAMILIES[family] | changes)
     case, lora = Case(family, tmp_path / "base"), Lora(2, 5.0, tuple(targets))
     draw = np.random.default_rng(0).normal
     shapes = adapter_shapes(param_shapes(case.ours.config), lora)
