@@ -18,6 +18,8 @@ from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import CHUNK_BYTES
 from gvpo_jax.models.decoder import DecoderConfig
+from gvpo_jax.models.lora import Params
+from gvpo_jax.models.stacking import stacking_of
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.parallel.layout import group_shards, shapes_on
 from gvpo_jax.tpu_compile.lowering import batch_sizes, device_bytes, merged_bytes
@@ -31,6 +33,7 @@ _SMALLER = {
     "reference": "model.dtype=bfloat16, or more devices along mesh.fsdp",
     "merged weights": "rollout.adapter=apart",
     "keys and values": "rollout.slots, or a shorter rollout.max_completion_length",
+    "stacked layers": "model.scan_layers=false",
     "activations": "train.micro_batches, or model.remat=layer",
 }
 
@@ -96,6 +99,8 @@ def memory_needed(
         kept["merged weights"] = merged
     if not trains:
         return kept
+    if stacked := _stacked(config, model, mesh, frozen, params):
+        kept["stacked layers"] = stacked
     return kept | {
         "parameters": base + (2 * trained if config.rollout.lookahead else trained),
         "optimizer state": device_bytes(shapes_on(mesh, jax.eval_shape(optimizer.init, params))),
@@ -110,7 +115,7 @@ def peak(items: Mapping[str, int], *, together: bool) -> int:
     together: a rollout is sampled while the policy trains; else one comes after the other.
     """
     sampling = items["keys and values"] + items.get("merged weights", 0)
-    training = items.get("gradients", 0) + items.get("activations", 0)
+    training = sum(items.get(x, 0) for x in ("gradients", "activations", "stacked layers"))
     beside = sum(items.values()) - sampling - training
     return beside + (sampling + training if together else max(sampling, training))
 
@@ -140,6 +145,16 @@ def _cache(config: Config, model: DecoderConfig, groups: int, k: int) -> int:
     tokens = groups * data.max_prompt_length + rows * rollout.max_completion_length
     own = (i for i in range(model.num_layers) if model.source(i) is None)
     return 2 * sum(math.prod(model.heads(i)) for i in own) * width * tokens
+
+
+def _stacked(config: Config, model: DecoderConfig, mesh: Mesh, *trees: Params) -> int:
+    """The copy of the layers that an update scans over."""
+    if not config.model.scan_layers:
+        return 0
+    stacking = stacking_of(model, jnp.dtype(config.model.dtype))
+    layers = [{"layers": tree["layers"]} for tree in trees if "layers" in tree]
+    stacked = [jax.eval_shape(stacking.stack, x) for x in layers]
+    return device_bytes(shapes_on(mesh, stacked))
 
 
 def _activations(config: Config, model: DecoderConfig) -> int:

@@ -30,6 +30,7 @@ RECIPES: dict[str, tuple[str, str, list[str]]] = {
     "qwen3-0.6b_v5e-1": ("colab", "v5e:1x1", QWEN3),
     "gemma3-1b-lora_v5e-1": ("colab_gemma3_1b_lora", "v5e:1x1", []),
     "qwen3-1.7b-qlora_v5e-1": ("colab_qwen3_1.7b_qlora", "v5e:1x1", []),
+    "qwen3-30b-a3b_v5p-64": ("qwen3_30b_a3b_v5p", "v5p:2x4x4", []),
     "1.5b_v5e-8": ("qwen2.5-math-1.5b", "v5e:2x4", []),
     "7b_v5e-64": (SEVEN, "v5e:8x8", []),
     "7b_v6e-32": (SEVEN, "v6e:4x8", EIGHT),

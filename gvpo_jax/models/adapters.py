@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.config import TARGETS, ModelConfig
+from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
 from gvpo_jax.models.export import new_folder, write_about
 from gvpo_jax.models.hf_files import READABLE, open_file, read_json, write_json
 from gvpo_jax.models.hf_tensors import check_finite, tensor_specs
 from gvpo_jax.models.load import LoadedModel, download
 from gvpo_jax.models.lora import KERNEL, A, B, Lora, Params, adapter_shapes, init_adapter
+from gvpo_jax.models.lora_targets import TARGETS
 from gvpo_jax.parallel.layout import place_params, shardings
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models.lora_targets import TARGETS
 from gvpo_jax.settings import setting
 
 if TYPE_CHECKING:  # a misspelt config should not wait for Flax
@@ -12,12 +13,6 @@ if TYPE_CHECKING:  # a misspelt config should not wait for Flax
 
     from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
     from gvpo_jax.models.lora import Lora, Params
-
-# Layers that may have an adapter, and their names in the models of transformers.
-TARGETS = {
-    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
-    "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gvpo_jax.models.lora import adapt
 from gvpo_jax.models.quantized import promote
 from gvpo_jax.models.rope import rotations
 from gvpo_jax.models.shape import PLAIN, DecoderConfig, DecoderOptions, Params, Remat
-from gvpo_jax.models.stacking import Places, Stacking, places_of
+from gvpo_jax.models.stacking import Places, Stacking, stacking_of
 from gvpo_jax.ops.attention import Int8, Prefix, Stored, stored
 from gvpo_jax.ops.experts import Routing
 from gvpo_jax.ops.packing import PackedTokens
@@ -224,8 +224,8 @@ class DecoderFns:
 
 def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> DecoderFns:
     """The methods of a decoder as functions of its parameters."""
-    places, in_float32 = places_of(config), () if config.norm == "rounded" else ("scale",)
-    graph, stacked_graph = _graph(config, options), _graph(config, options, places)
+    stacking = stacking_of(config, options.dtype)
+    graph, stacked_graph = _graph(config, options), _graph(config, options, stacking.places)
 
     def routed(name: str, params: Params, *arrays: Any) -> Any:
         params = options.params(params)
@@ -247,9 +247,9 @@ def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> Decod
         chunk_bytes=options.chunk_bytes,
         packed_hidden=without_routing("packed_hidden"),
         logit_cap=config.final_logit_softcapping,
-        in_float32=in_float32,
+        in_float32=stacking.in_float32,
         routed=None if config.experts is None else routed,
-        stacking=Stacking(places, in_float32, options.dtype) if options.scan_layers else None,
+        stacking=stacking if options.scan_layers else None,
     )
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.models.config import TARGETS
+from gvpo_jax.models.lora_targets import TARGETS
 from gvpo_jax.models.quantized import is_quantized, widen
 from gvpo_jax.precision import float_type
 

@@ -82,6 +82,16 @@ class Stacking:
         return x if keeps else x.astype(self.dtype)
 
 
+def stacking_of(c: DecoderConfig, dtype: Any) -> Stacking:
+    """That of a decoder which computes in `dtype`."""
+    return Stacking(places_of(c), in_float32(c), dtype)
+
+
+def in_float32(c: DecoderConfig) -> tuple[str, ...]:
+    """The last names of parameters that are used in float32 whatever the dtype."""
+    return () if c.norm == "rounded" else ("scale",)
+
+
 def _kind(c: DecoderConfig, layer: int) -> tuple[Any, ...]:
     """What tells a layer's computation from another's."""
     dense = c.experts is None or layer in c.experts.dense_layers

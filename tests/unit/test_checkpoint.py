@@ -157,8 +157,6 @@ def call_it_another_step(folder):
     shutil.copytree(other, folder)
 
 
-# Orbax leaves coroutines behind where a read fails, and Python 3.12 reports their end.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, empty, forge_checksum, flip_a_counter])
 def test_a_broken_step_is_passed_over_and_can_be_written_again(tmp_path, damage, caplog):
     with Checkpoints(tmp_path, keep=3) as checkpoints:

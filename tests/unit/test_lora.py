@@ -28,7 +28,6 @@ from gvpo_jax.memory import memory_needed
 from gvpo_jax.models import load_model
 from gvpo_jax.models.adapters import as_peft, export_adapter, read_adapter
 from gvpo_jax.models.blocks import MLP
-from gvpo_jax.models.config import TARGETS
 from gvpo_jax.models.debug import debug_config
 from gvpo_jax.models.decoder import (
     DecoderConfig,
@@ -40,6 +39,7 @@ from gvpo_jax.models.decoder import (
 )
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.lora import Lora, adapt, adapter_shapes, init_adapter, join, merge
+from gvpo_jax.models.lora_targets import TARGETS
 from gvpo_jax.models.shape import Experts
 from gvpo_jax.parallel.layout import LAYOUT, path_name
 from gvpo_jax.rewards.debug import letter_share

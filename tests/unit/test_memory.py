@@ -54,6 +54,19 @@ def test_the_published_sizes_of_a_model_of_7b():
     assert needed["keys and values"] == 2 * 28 * 4 * 128 * 2 * (8 * 512 + 32 * 1024)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_layers_that_are_scanned_are_held_once_more_in_the_computations_dtype(dtype, width):
+    c = override(Config(), model__dtype=dtype, mesh__fsdp=1, model__scan_layers=True)
+    needed = memory_needed(c, debug_config(), c.mesh.mesh())
+    layers = init_params(debug_config(), 0)["layers"]
+    assert needed["stacked layers"] == width * sum(x.size for x in jax.tree.leaves(layers))
+    without = {name: size for name, size in needed.items() if name != "stacked layers"}
+    assert peak(needed, together=True) == peak(without, together=True) + needed["stacked layers"]
+    assert without == memory_needed(
+        override(c, model__scan_layers=False), debug_config(), c.mesh.mesh()
+    )
+
+
 def test_keys_and_values_of_layers_that_differ():
     """Wider heads where there is no window, and a last layer that has none of its own."""
     windows = (4, None, None)
