@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -86,14 +85,15 @@ def memory_needed(
     copied = 2 if half and config.reference.name != "ema" else 1
     sampled, data = [0], config.data
     if data.eval_size and (data.eval_path or data.tasks):
-        sampled += [_cache(config, model, config.eval.batch_size, config.eval.num_generations)]
+        eval_ = config.eval
+        sampled += [_cache(config, model, mesh, eval_.batch_size, eval_.num_generations)]
     if trains and not data.groups_path:
         rollout = batch_sizes(config)["rollout"]
-        sampled += [_cache(config, model, rollout.groups, rollout.k)]
+        sampled += [_cache(config, model, mesh, rollout.groups, rollout.k)]
     kept = {
         "parameters": base + trained,
         "reference": trained // copied,
-        "keys and values": max(sampled) // group_shards(mesh),
+        "keys and values": max(sampled),
     }
     if max(sampled) and (merged := merged_bytes(config, mesh, frozen, params)):
         kept["merged weights"] = merged
@@ -105,7 +105,7 @@ def memory_needed(
         "parameters": base + (2 * trained if config.rollout.lookahead else trained),
         "optimizer state": device_bytes(shapes_on(mesh, jax.eval_shape(optimizer.init, params))),
         "gradients": trained * min(config.train.micro_batches, 2),  # a part's, and their sum
-        "activations": _activations(config, model) // group_shards(mesh),
+        "activations": _activations(config, model, mesh),
     }
 
 
@@ -134,8 +134,11 @@ def device_memory(mesh: Mesh) -> int | None:
     return min(found) // len(mesh.local_devices) if found else None
 
 
-def _cache(config: Config, model: DecoderConfig, groups: int, k: int) -> int:
-    """Of so many prompts with k completions each, sampled at once in this process."""
+def _cache(config: Config, model: DecoderConfig, mesh: Mesh, groups: int, k: int) -> int:
+    """On one device, of so many prompts with k completions each, sampled at once in this process.
+
+    Groups are cut over the devices, and heads along `tensor` where they divide.
+    """
     if config.servers.kind != "none":
         return 0
     data, rollout = config.data, config.rollout
@@ -143,8 +146,10 @@ def _cache(config: Config, model: DecoderConfig, groups: int, k: int) -> int:
     kept = rollout.cache_dtype
     width = jnp.dtype(config.model.dtype if kept == "model" else kept).itemsize
     tokens = groups * data.max_prompt_length + rows * rollout.max_completion_length
-    own = (i for i in range(model.num_layers) if model.source(i) is None)
-    return 2 * sum(math.prod(model.heads(i)) for i in own) * width * tokens
+    tensor = rollout.tensor or mesh.shape["tensor"]
+    own = (model.heads(i) for i in range(model.num_layers) if model.source(i) is None)
+    features = sum(n * d // (1 if n % tensor else tensor) for n, d in own)
+    return 2 * features * width * tokens // (mesh.size // tensor)
 
 
 def _stacked(config: Config, model: DecoderConfig, mesh: Mesh, *trees: Params) -> int:
@@ -157,21 +162,24 @@ def _stacked(config: Config, model: DecoderConfig, mesh: Mesh, *trees: Params) -
     return device_bytes(shapes_on(mesh, stacked))
 
 
-def _activations(config: Config, model: DecoderConfig) -> int:
+def _activations(config: Config, model: DecoderConfig, mesh: Mesh) -> int:
     """What a forward pass of a micro-batch keeps for the backward one, and a chunk of logits.
 
-    Where layers are computed again, one of them is there whole.
+    On one device. Where layers are computed again, one of them is there whole.
     """
     sizes, train = batch_sizes(config)["score"], config.train
     tokens = sizes.groups * (sizes.p + sizes.k * sizes.t // train.completion_parts)
-    d, heads = model.hidden_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    whole = 6 * d + 2 * heads + 4 * model.inner_width
+    tensor = mesh.shape["tensor"]  # along which heads and what is inside an MLP are cut
+    d, inner = model.hidden_size, model.inner_width // tensor
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor
+    whole = 6 * d + 2 * heads + 4 * inner
     per_layer = {
         "none": whole,
-        "dots": 3 * d + heads + 2 * model.inner_width,
+        "dots": 3 * d + heads + 2 * inner,
         "layer": d,
     }[config.model.remat]
     again = whole - per_layer
     width = jnp.dtype(config.model.dtype).itemsize
     logits = min(4 * tokens * model.vocab_size, CHUNK_BYTES)
-    return tokens * (model.num_layers * per_layer + again) * width + logits
+    kept = tokens * (model.num_layers * per_layer + again) * width + logits
+    return kept // group_shards(mesh)

@@ -128,6 +128,17 @@ def test_more_devices_hold_less_each():
     assert device_memory(one.mesh.mesh()) // 8 == device_memory(eight.mesh.mesh())
 
 
+def test_heads_are_cut_along_tensor_where_they_divide():
+    def cache(name, **mesh):
+        c = override(Config(), **{f"mesh__{axis}": n for axis, n in mesh.items()})
+        return memory_needed(c, model_shape(name), c.mesh.mesh())["keys and values"]
+
+    # 2 key-value heads, and 3
+    divides, does_not = "Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M"
+    assert cache(divides, fsdp=4, tensor=2) == cache(divides, fsdp=8)
+    assert cache(does_not, fsdp=4, tensor=2) == 2 * cache(does_not, fsdp=8)
+
+
 def told(monkeypatch, capfd, available, *, trains=True, **settings):
     """What is said of Qwen2.5 0.5B (1.84 GiB of parameters) where a device has so many GiB."""
     monkeypatch.setattr(memory, "device_memory", lambda mesh: int(available * GIB))
