@@ -21,7 +21,7 @@ _VALUE = re.compile(rf"[-+]?\\?\$?{_DECIMAL}{_POWER_OF_TEN}\\?%?")
 _FRACTION = re.compile(r"[-+]?(?:\d*\\frac\{?(\d+?)\}?\{?(\d+)\}?|(\d+)/(\d+))")
 
 
-def math_verify_reward(*, deadline: float = 10.0, workers: int = 2) -> Callable[..., list[Any]]:
+def math_verify_reward(*, deadline: float = 30.0, workers: int = 2) -> Callable[..., list[Any]]:
     r"""Make a reward function that compares the answer with the column `solution` as mathematics.
 
     The answer is what math-verify extracts: \boxed{}, "the answer is", or else the last expression.
@@ -29,7 +29,8 @@ def math_verify_reward(*, deadline: float = 10.0, workers: int = 2) -> Callable[
     is a number, a number (or a fraction in lowest terms) is asked for, and an expression that
     stands in the question counts only if it is the solution as written. `solution` may be a number,
     LaTeX, or a text with \boxed{} or "####". It runs in child processes; a call past `deadline`
-    seconds fails its row, and so does a solution that can't be parsed.
+    seconds fails its row, and so does a solution that can't be parsed. The first call of a process
+    takes seconds, on a slow or busy machine many.
     """
     pool = WorkerPool(
         f"{__name__}:check_answer", deadline=deadline, workers=workers, imports=["math_verify"]

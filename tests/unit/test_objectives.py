@@ -37,6 +37,7 @@ BIGRAM = SimpleNamespace(
     chunk_bytes=2**29,
     logit_cap=None,
     routed=None,
+    stacking=None,
 )
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 
