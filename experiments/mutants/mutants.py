@@ -430,7 +430,7 @@ MUTANTS = (
         "models/stacking.py",
         "return c.window(layer), layer in c.no_rope_layers, dense",
         "return c.window(layer), dense",
-        (f"{SCAN}::test_an_update_is_the_same[no positions]",),
+        (f"{SCAN}::test_an_update_is_the_same[no_positions]",),
     ),
     Mutant(
         "gradients of stacked layers given back in the wrong order",

@@ -36,9 +36,9 @@ LOCAL = dataclasses.replace(PLAIN, local_rope_theta=100.0, norms="both", norm="o
 MODELS = {
     "alike": PLAIN,
     "windows": dataclasses.replace(LOCAL, num_layers=7, windows=(*(3, None) * 3, 3), qk_norm=True),
-    "no positions": dataclasses.replace(PLAIN, num_layers=4, no_rope_layers=(1, 3)),
+    "no_positions": dataclasses.replace(PLAIN, num_layers=4, no_rope_layers=(1, 3)),
     "experts": dataclasses.replace(PLAIN, experts=Experts(5, 2, 12, True, (0,), shared_size=7)),
-    "shared keys": dataclasses.replace(
+    "shared_keys": dataclasses.replace(
         LOCAL, num_layers=7, windows=(*(3, None) * 3, 3), shared_layers=2, shared_width=2,
         per_layer_width=5, full_head_dim=8, keys_as_values=True, value_norm=True, layer_scalar=True,
     ),
@@ -46,9 +46,9 @@ MODELS = {
 PLACES = {
     "alike": ((0, 1, 2),),
     "windows": ((0, 2, 4), (1, 3, 5), (6,)),
-    "no positions": ((0, 2), (1, 3)),
+    "no_positions": ((0, 2), (1, 3)),
     "experts": ((0,), (1, 2)),
-    "shared keys": ((0, 2), (1, 3), (4,), (5,), (6,)),
+    "shared_keys": ((0, 2), (1, 3), (4,), (5,), (6,)),
 }
 FORM = Lora(2, 4.0, ("q", "down"))
 
@@ -107,9 +107,9 @@ def test_the_scan_goes_over_whole_periods_of_layers_that_are_alike(name):
 CASES = {
     "alike": {"micro_batches": 2, "remat": "dots"},
     "windows": {"packed_size": 48, "remat": "layer"},
-    "no positions": {"completion_parts": 3},
+    "no_positions": {"completion_parts": 3},
     "experts": {"packed_size": 48, "router_aux_coef": 0.5},
-    "shared keys": {"packed_size": 48},
+    "shared_keys": {"packed_size": 48},
 }
 
 
