@@ -9,6 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import transformers
+from test_families import FAMILIES, SHAPE, random_model
+from test_gguf_families import CHANGES, write
+from test_models_load import small_bpe
 
 ROOT = Path(__file__).parents[2]
 QUICK = os.environ["GVPO_TESTS_XLA_FLAGS"]  # one device, little of LLVM: where nothing is timed
@@ -106,6 +110,22 @@ def test_quantized_base(tmp_path):
         assert kl["nf4"] == sorted(kl["nf4"])
         sizes = {(r["kind"], r["tile"]): r["bits_per_weight"] for r in rows}
         assert sizes["nf4", 64] == 4 + 32 / 64
+
+
+def test_gemma3_270m(tmp_path):
+    sizes = {"vocab_size": len(small_bpe()[0]), "max_position_embeddings": 256}
+    values = SHAPE | FAMILIES["gemma3_text"] | CHANGES["gemma3_text"] | sizes
+    model = random_model(transformers.AutoConfig.for_model("gemma3_text", **values))
+    write(tmp_path / "x.gguf", model)
+    model.config.save_pretrained(tmp_path)
+    out = tmp_path / "out.json"
+    run("gemma3_270m", tmp_path, "--out", out)
+    (row,) = json.loads(out.read_text())["texts"]
+    assert row["tokens"] > 5
+    assert row["logits"] < 1e-4
+    assert row["log_probs"] < 1e-4
+    assert row["same_ids"]
+    assert row["same_greedy"]
 
 
 def test_bench(tmp_path):
