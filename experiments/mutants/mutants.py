@@ -372,8 +372,8 @@ MUTANTS = (
     Mutant(
         "the reference of an adapter without its base",
         "training/programs.py",
-        "whole = join(frozen, params)",
-        "whole = join(jax.tree.map(jnp.zeros_like, frozen), params)",
+        "join(stacked(model, frozen), ",
+        "join(jax.tree.map(jnp.zeros_like, stacked(model, frozen)), ",
         LORA,
     ),
     Mutant(

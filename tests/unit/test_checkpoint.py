@@ -16,6 +16,9 @@ from gvpo_jax.training import checkpoint
 from gvpo_jax.training.checkpoint import Checkpoints, fingerprint
 from gvpo_jax.training.step import TrainState
 
+# Where a read fails, Orbax leaves coroutines and futures behind, whose loop is closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def tree(seed, sharding=None):
     rng = np.random.default_rng(seed)
