@@ -161,7 +161,6 @@ def export_adapter(
     }
     with new_folder(folder) as new:
         save_file(arrays, new / _WEIGHTS, metadata={"format": "pt"})
-        (new / _WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
         write_json(new / _SETTINGS, settings)
         write_about(new, loaded, about or {})
     return folder

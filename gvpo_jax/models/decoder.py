@@ -225,7 +225,8 @@ class DecoderFns:
 def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> DecoderFns:
     """The methods of a decoder as functions of its parameters."""
     stacking = stacking_of(config, options.dtype)
-    graph, stacked_graph = _graph(config, options), _graph(config, options, stacking.places)
+    graph = _graph(config, options)
+    stacked_graph = _graph(config, options, stacking.places) if options.scan_layers else graph
 
     def routed(name: str, params: Params, *arrays: Any) -> Any:
         params = options.params(params)

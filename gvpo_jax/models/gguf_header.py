@@ -11,7 +11,7 @@ from pathlib import Path
 # Bytes of a value, by the number of its type; those of variable length are below.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
-# No tokenizer has more texts, nor more merges; `gguf` takes some 30 s for so many.
+# No tokenizer has more texts, merges or scores; `gguf` takes some 30 s for so many.
 _MOST = 2**20
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
@@ -61,17 +61,17 @@ class _Header:
     def _array(self) -> None:
         kind = self._u32()
         if kind in _SIZES:
-            self._bytes(_SIZES[kind] * self._count(_SIZES[kind], "numbers", most=None))
+            self._bytes(_SIZES[kind] * self._count(_SIZES[kind], "numbers"))
         elif kind == _TEXT:
             for _ in range(self._count(8, "texts")):
                 self._text("a text")
         else:
             raise ValueError(f"an array of values of type {kind} is not read")
 
-    def _count(self, each: int, of_what: str, most: int | None = _MOST) -> int:
+    def _count(self, each: int, of_what: str) -> int:
         """A number of things that take at least so many bytes each."""
         count = self._u64()
-        if count * each > self._left or (most is not None and count > most):
+        if count > min(_MOST, self._left // each):
             raise ValueError(f"it claims {count} {of_what}, more than there can be")
         return count
 

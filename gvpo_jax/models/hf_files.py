@@ -82,7 +82,6 @@ def write_safetensors(
             file = SINGLE_NAME
         arrays = {name: np.ascontiguousarray(tensors.read(name), dtype=kind) for name in names}
         save_file(arrays, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}

@@ -62,6 +62,8 @@ def disagreement(a: np.ndarray, b: np.ndarray, lengths: np.ndarray) -> tuple[int
 def chosen_in_scoring(model: DecoderFns, params, prompts, prompt_lengths, completions):
     """Experts of all completion tokens but the last, `[g, k, t - 1, l, c]`, as in training."""
     assert model.routed is not None
+    if model.stacking is not None:
+        params = model.stacking.stack(params)
     arrays = prompts, prompt_lengths, completions
     _, (_, routings) = model.routed("completion_hidden", params, *arrays)
     return _stacked(routings)

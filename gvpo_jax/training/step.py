@@ -309,6 +309,7 @@ def train_step(
     grads, (logps, load) = gradient(params, batch, advantages_gk)
     if model.stacking is not None:
         grads = model.stacking.unstack(grads)
+    grads = jax.tree.map(lambda x, param: x.astype(param.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = _metrics(logps, batch, beta, state.step)
@@ -322,9 +323,9 @@ def train_step(
 
 def stacked(model: Any, params: Params | None) -> Params:
     """The parameters as `token_logps` and the gradient take them: layers that are alike in one."""
-    if model.stacking is None or not params:
-        return params or {}
-    return model.stacking.stack(params)
+    if params is None:
+        return {}
+    return params if model.stacking is None else model.stacking.stack(params)
 
 
 def _wide(tree):
@@ -361,7 +362,7 @@ def _in_two_passes(logps_of, loss_of, balance, parts, params, batch: Batch, adva
         part, part_weights = part_and_weights
         _, backward = jax.vjp(lambda p: logps_of_part(p, part), params)
         grads = backward((part_weights, weights_of_load))[0]
-        return jax.tree.map(jnp.add, total, grads), None
+        return jax.tree.map(jnp.add, total, _wide(grads)), None
 
     grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, _wide(params)), (pieces, weights))
     return grads, (logps_gkt, load)

@@ -427,9 +427,10 @@ def test_a_gguf_files_counts_must_fit_into_it(tiny, tmp_path, place, form, numbe
         (struct.pack("<IQ", 8, 2**40), "claims 1099511627776 texts"),
         (struct.pack("<IQ", 4, 2**40), "claims 1099511627776 numbers"),
         (struct.pack("<IQ", 8, 2**20 + 1) + bytes(8 * 2**20 + 8), "claims 1048577 texts"),
+        (struct.pack("<IQ", 1, 2**20 + 1) + bytes(2**20 + 1), "claims 1048577 numbers"),
         (struct.pack("<IQ", 9, 1) * 3000, "an array of values of type 9"),
     ],
-    ids=["texts", "numbers", "empty texts", "nested"],
+    ids=["texts", "numbers", "empty texts", "many numbers", "nested"],
 )
 def test_a_gguf_files_arrays_must_fit_into_it(tiny, tmp_path, more, told):
     path = tmp_path / "x.gguf"
