@@ -252,7 +252,7 @@ MUTANTS = (
     Mutant(
         "only the last part of every group differentiated, where groups are cut",
         "training/step.py",
-        "jax.tree.map(jnp.add, total, grads)",
+        "jax.tree.map(jnp.add, total, _wide(grads))",
         "grads",
         STEP,
     ),
