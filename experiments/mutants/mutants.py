@@ -447,6 +447,15 @@ MUTANTS = (
         (f"{SCAN}::test_in_bfloat16_norms_in_float32_stay_so_in_the_stack",),
     ),
     Mutant(
+        "gradients of parts added up in the dtype of the stacked layers",
+        "training/step.py",
+        "return jax.tree.map(lambda x: x.astype(float_type(x)), tree)",
+        "return tree",
+        (
+            f"{SCAN}::test_gradients_of_parts_add_up_in_float32_where_layers_are_stacked_in_bfloat16",
+        ),
+    ),
+    Mutant(
         "the bits of nf4 codes read in the wrong order",
         "models/quantized.py",
         "for bit in range(4):",

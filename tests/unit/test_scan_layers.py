@@ -140,6 +140,29 @@ def test_experts_in_scoring_are_those_of_each_layer_and_compiled_once():
     assert routers == {0: 4, 1: 2}  # two layers with experts, of prompts and of completions
 
 
+@pytest.mark.parametrize("parts", ["micro_batches", "completion_parts"])
+def test_gradients_of_parts_add_up_in_float32_where_layers_are_stacked_in_bfloat16(parts):
+    params, optimizer = init_params(PLAIN, 0), optax.sgd(1.0)
+    step = functools.partial(
+        train_step,
+        model=decoder_fns(PLAIN, DecoderOptions(dtype=jnp.bfloat16, scan_layers=True)),
+        optimizer=optimizer,
+        objective=gvpo(beta=0.2),
+        beta=0.2,
+        **{parts: 2},
+    )
+    program = jax.make_jaxpr(step)(init_state(params, optimizer), batch()).jaxpr
+    kernel = (3, *params["layers"][0]["mlp"]["up"]["kernel"].shape)  # of three layers
+    sums = [
+        variable.aval.dtype
+        for equation in program.eqns
+        if equation.primitive.name in ("scan", "while")
+        for variable in equation.outvars
+        if variable.aval.shape == kernel
+    ]
+    assert set(sums) == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_what_the_optimizer_keeps_has_the_dtype_of_the_parameters(scan):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(PLAIN, 0))
