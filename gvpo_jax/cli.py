@@ -262,11 +262,11 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path:
-    from gvpo_jax.config_file import no_such
+    from gvpo_jax.config_file import no_run
 
     folder = Path(arguments.run_dir)
     if not folder.is_dir():
-        raise no_such(folder)
+        raise no_run(folder)
     return folder
 
 

@@ -62,6 +62,11 @@ class Config:
         _check_loss(self)
         _check_sources(self)
         _check_servers(self)
+        if self.model.lora.rank is None and self.rollout.adapter != "merged":
+            raise UserError(
+                f"rollout.adapter={self.rollout.adapter} is for models with an adapter: give "
+                "model.lora.rank, or leave it out"
+            )
         train, rewards = self.train, self.rewards
         if train.batch_size % train.micro_batches:
             raise UserError(

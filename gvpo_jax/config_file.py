@@ -259,16 +259,22 @@ def _find(path: Path) -> Path:
     for folder in _PACKAGED:
         if path.parent in (Path(), Path("configs")) and (folder / name).is_file():
             return folder / name
-    raise no_such(path)
+    raise _no_such(path)
 
 
-def no_such(path: Path) -> UserError:
+def no_run(path: Path) -> UserError:
+    """The mistake of a command that is given no run folder, and takes nothing else."""
+    what = "is a file" if path.is_file() else "is no folder"
+    runs = [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]
+    hint = f"; did you mean {path.parent / near[0]}?" if (near := _near(path.name, runs)) else ""
+    return UserError(
+        f"{path} {what}; this command takes a run folder, the run.dir that training wrote, such as "
+        f"runs/run{hint}"
+    )
+
+
+def _no_such(path: Path) -> UserError:
     """The mistake of a command that is given neither a config nor a run folder."""
-    if path.is_file():
-        return UserError(
-            f"{path} is a file; this command takes a run folder, the run.dir that training wrote, "
-            "such as runs/run"
-        )
     packaged = sorted({file.stem for folder in _PACKAGED for file in folder.glob("*.yaml")})
     beside = [file.name for file in path.parent.glob("*.yaml")]
     beside += [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]

@@ -1,6 +1,7 @@
 """A trainer's model, ready on its mesh: loaded here, handed over loaded, or from elsewhere."""
 
 import dataclasses
+import sys
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any
@@ -12,15 +13,17 @@ from jax.sharding import Mesh
 from gvpo_jax.config import Config
 from gvpo_jax.errors import UserError
 from gvpo_jax.memory import check_memory
-from gvpo_jax.models.adapters import check_start, start
+from gvpo_jax.models.adapters import base_warning, check_start, start
 from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
 from gvpo_jax.models.hf_config import check_length
 from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 from gvpo_jax.models.own import OwnModel
 from gvpo_jax.models.quantized import is_quantized
+from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.parallel.layout import group_shards, path_name, place_params
 from gvpo_jax.rollout.inprocess import SamplingModel
 from gvpo_jax.rollout.make import check_layout, sampling_model
+from gvpo_jax.rundir.formats import one_line
 from gvpo_jax.training.checkpoint import fingerprint
 from gvpo_jax.training.policy import copy
 
@@ -76,6 +79,8 @@ def prepare(
         check_layout(c.rollout, shape, mesh)
         check_memory(c, shape, mesh, trains=trains)
 
+    if (odd := base_warning(c.model)) and is_first():
+        print(f"gvpo-jax: warning: {one_line(odd)}", file=sys.stderr, flush=True)
     if model is None:
         model = load_model(
             c.model.name,

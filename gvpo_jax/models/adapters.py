@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def start(
     return loaded, jax.jit(init, out_shardings=shardings(mesh, shapes))()
 
 
+def base_warning(model: ModelConfig) -> str | None:
+    """What is odd about the base of a config's adapter, told before the base is read.
+
+    Raises:
+        UserError: the adapter's settings say that it can't be read, as `read_adapter`.
+    """
+    lora = model.lora.form()
+    if lora is None or model.adapter is None:
+        return None
+    folder, settings = _open(model.adapter, lora)
+    base = settings.get("base_model_name_or_path")
+    if not base or _bare(str(base)) == _bare(model.name):
+        return None
+    return (
+        f"{folder} was trained beside {base}, and model.name is {model.name}: beside other weights "
+        "an adapter does something else"
+    )
+
+
 def as_peft(shape: DecoderConfig, lora: Lora | None) -> Lora | None:
     """The form of an adapter that PEFT's files hold as it is; None: they can't, or is none."""
     with contextlib.suppress(UserError):
@@ -88,15 +108,7 @@ def read_adapter(name: str, shape: DecoderConfig, lora: Lora) -> Params:
         UserError: there is none, it is of another form or another model, it asks for what is not
             computed here, or it is broken.
     """
-    local = Path(name).expanduser()
-    folder = local if local.exists() else download(name, [_SETTINGS, _WEIGHTS])
-    settings = read_json(folder / _SETTINGS)
-    if settings is None:
-        raise UserError(f"{folder} holds no {_SETTINGS}, so it is not a PEFT adapter")
-    _refuse_unsupported(folder / _SETTINGS, settings)
-    if settings.get("r") != lora.rank:
-        rank = settings.get("r")
-        raise UserError(f"{folder} is an adapter of rank {rank}: give model.lora.rank={rank}")
+    folder, settings = _open(name, lora)
     root = math.sqrt(lora.rank) if settings.get("use_rslora") else lora.rank
     factor = settings.get("lora_alpha", 8) / root / lora.scale
     tensors = _read_tensors(folder)
@@ -164,6 +176,30 @@ def export_adapter(
         write_json(new / _SETTINGS, settings)
         write_about(new, loaded, about or {})
     return folder
+
+
+def _open(name: str, lora: Lora) -> tuple[Path, dict[str, Any]]:
+    """The folder of an adapter of this form, and its settings."""
+    local = Path(name).expanduser()
+    if not local.exists() and name.startswith((".", "/", "~")):
+        raise UserError(f"model.adapter={name}: there is no such folder")
+    folder = local if local.exists() else download(name, [_SETTINGS, _WEIGHTS])
+    settings = read_json(folder / _SETTINGS)
+    if settings is None:
+        raise UserError(
+            f"model.adapter={name}: {folder} holds no {_SETTINGS}, so it is not a PEFT adapter"
+        )
+    _refuse_unsupported(folder / _SETTINGS, settings)
+    if settings.get("r") != lora.rank:
+        rank = settings.get("r")
+        raise UserError(f"{folder} is an adapter of rank {rank}: give model.lora.rank={rank}")
+    return folder, settings
+
+
+def _bare(name: str) -> str:
+    """A model's name without owner, folders, and what it is quantised to."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower().removesuffix(".gguf")
+    return re.sub(r"([-.](unsloth|bnb-[48]bit|i?q\d\w*|f16|bf16|f32))+$", "", last)
 
 
 def _check_mixture(shape: DecoderConfig, lora: Lora | None) -> None:

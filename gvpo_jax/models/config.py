@@ -53,6 +53,15 @@ class LoraConfig:
             )
         return tuple(name for name in TARGETS if name in named)
 
+    def given(self) -> list[str]:
+        """Its settings that are not left at their defaults, by their full names."""
+        default = LoraConfig()
+        changed = {
+            "model.lora.alpha": self.alpha != default.alpha,
+            "model.lora.targets": self.names() != default.names(),
+        }
+        return [name for name, differs in changed.items() if differs]
+
     def form(self) -> "Lora | None":
         """The adapter's form; None: there is none."""
         from gvpo_jax.models.lora import Lora
@@ -113,6 +122,11 @@ class ModelConfig:
             raise UserError(
                 f"model.adapter={self.adapter} is trained on with LoRA: give model.lora.rank, that "
                 "of the adapter"
+            )
+        if self.lora.rank is None and (given := self.lora.given()):
+            raise UserError(
+                f"{', '.join(given)}: without model.lora.rank the whole model is trained, and has "
+                "no adapter; give model.lora.rank, or leave it out"
             )
         if self.lora.rank is None and self.quantization != "none":
             raise UserError(

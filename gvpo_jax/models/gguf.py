@@ -5,6 +5,7 @@ rows of a Llama's q and k for its own rotary layout. It adds 1 to the norms of G
 a layer lie in one tensor. Quantized weights are expanded to float32 with NumPy.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from gvpo_jax.models.gguf_tokenizer import build_tokenizer, end_token_ids
 from gvpo_jax.models.hf_config import config_json, decoder_config
 from gvpo_jax.models.hf_files import ModelFiles, check_fetched
 from gvpo_jax.models.hf_tensors import TensorSource
+from gvpo_jax.models.rope import RopeScaling, frequencies, stretched
 
 # Our parameters by llama.cpp's names: outside of layers, and behind blk.N.
 _OUTER = {
@@ -51,6 +53,8 @@ _NAMES = {
     "ffn_up_shexp": "mlp/shared/up",
     "ffn_down_shexp": "mlp/shared/down",
 }
+# Of Llama 3.1 to 3.3: low_freq_factor, high_freq_factor, original_max_position_embeddings.
+_LLAMA_3 = (1.0, 4.0, 8192)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ def read_gguf(path: Path) -> ModelFiles:
     tensors = dict(every)
     if len(tensors) < len(every):
         raise UserError(f"{path}: a tensor is there twice; its files are of different models")
+    factors = tensors.pop("rope_freqs.weight", None)
     config = _config(path, family, metadata, tensors)
+    if factors is not None:
+        config = _scaled(path, config, factors)
     try:
         tokenizer = build_tokenizer(str(path), metadata, config.max_position_embeddings)
         ends = end_token_ids(metadata)
@@ -151,7 +158,7 @@ def _config(
     def get(key: str) -> Any:
         return metadata.get(f"{family.gguf}.{key}")
 
-    _refuse_unsupported(path, family, get, tensors)
+    _refuse_unsupported(path, family, get)
     layers, hidden, heads = (
         _positive(path, family, key, get(key))
         for key in ("block_count", "embedding_length", "attention.head_count")
@@ -215,16 +222,11 @@ def _gemma(get: Callable[[str], Any]) -> dict[str, Any]:
     return values
 
 
-def _refuse_unsupported(
-    path: Path, family: Family, get: Callable[[str], Any], tensors: Mapping[str, _Tensor]
-) -> None:
+def _refuse_unsupported(path: Path, family: Family, get: Callable[[str], Any]) -> None:
     gemma = family.gguf == "gemma3"
     scalings = (None, "none", "linear") if gemma else (None, "none")
-    if get("rope.scaling.type") not in scalings or "rope_freqs.weight" in tensors:
-        raise UserError(
-            f"{path}: scaled rotary embeddings are not read from .gguf files; "
-            "load the model's safetensors folder instead"
-        )
+    if get("rope.scaling.type") not in scalings:
+        raise _unread_scaling(path)
     if get("attention.sliding_window") and not gemma:
         raise UserError(f"{path}: sliding window attention is not supported")
     if get("expert_count") and "num_experts" not in family.silent:
@@ -234,6 +236,24 @@ def _refuse_unsupported(
     rotated, width = get("rope.dimension_count"), get("attention.key_length")
     if rotated and width and rotated != width:
         raise UserError(f"{path}: only {rotated} of {width} head dimensions rotate: not supported")
+
+
+def _scaled(path: Path, config: DecoderConfig, stored: _Tensor) -> DecoderConfig:
+    """With Llama 3's scaling, of which llama.cpp keeps what each frequency is divided by."""
+    factors = stored.read()
+    scaling = RopeScaling(round(float(factors.max()), 3), *_LLAMA_3)
+    freqs = frequencies(config.rope_theta, config.head_dim)
+    expected = freqs / stretched(freqs, scaling)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise _unread_scaling(path)
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def _unread_scaling(path: Path) -> UserError:
+    return UserError(
+        f"{path}: these scaled rotary embeddings are not read from .gguf files; load the model's "
+        "safetensors folder instead"
+    )
 
 
 def _source(path: Path, config: DecoderConfig, tensors: Mapping[str, _Tensor]) -> TensorSource:

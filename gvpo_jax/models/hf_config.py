@@ -148,14 +148,28 @@ def _supported() -> str:
 
 
 def _family(values: Values) -> Family:
-    architectures, model_type = values.get("architectures"), values.get("model_type")
-    if not architectures and model_type in all_families():
-        return all_families()[str(model_type)]
-    for family in all_families().values():
-        if architectures == [family.architecture]:
-            return family
-    found = " ".join(architectures) if architectures else model_type
-    raise bad(f"model type {found} is not supported; supported are {_supported()}")
+    """By the model type, as transformers does; by the architecture where none is given."""
+    families, architectures = all_families(), values.get("architectures")
+    model_type = values.get("model_type")
+    if model_type is None:
+        for family in families.values():
+            if architectures == [family.architecture]:
+                return family
+        found = (
+            f", and architecture {' '.join(architectures)} is not supported"
+            if architectures
+            else ""
+        )
+        raise bad(f"there is no model_type{found}; supported are {_supported()}")
+    if model_type not in families:
+        raise bad(f"model_type {model_type} is not supported; supported are {_supported()}")
+    family = families[model_type]
+    if architectures and architectures != [family.architecture]:
+        raise bad(
+            f"architectures {' '.join(architectures)} of model_type {model_type} is not supported, "
+            f"only {family.architecture}"
+        )
+    return family
 
 
 def _activation(values: Values, family: Family) -> str:

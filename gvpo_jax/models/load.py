@@ -155,11 +155,16 @@ def download(name: str, patterns: Sequence[str] = _DOWNLOADED) -> Path:
             "with hf auth login, or set HF_TOKEN"
         ) from error
     except Exception as error:  # offline, no such repository, no permission, disk full
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         meant = "did you mean debug? " if difflib.get_close_matches(name, ["debug"]) else ""
+        mend = "try again, or give a folder"
+        if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+            mend = "correct the name; of a private one, log in with hf auth login"
+        elif isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            mend = f"run hf download {name} while online, or give a folder"
         raise UserError(
             f"{meant}{name} is no folder here and could not be downloaded from the Hugging Face "
-            f"hub: {reason}"
+            f"hub: {reason}; {mend}"
         ) from error
     return Path(folder)
 

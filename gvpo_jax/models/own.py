@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from gvpo_jax.errors import UserError
 from gvpo_jax.models.decoder import DecoderFns
 from gvpo_jax.models.load import checked_stop_ids
 
@@ -35,6 +36,15 @@ class OwnModel:
     max_length: int
     stop_token_ids: tuple[int, ...] = ()
     name: str = "own model"
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the tokenizer is none of transformers."""
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise UserError(
+                "OwnModel(tokenizer=...) takes a tokenizer of transformers, such as "
+                "AutoTokenizer.from_pretrained(...) or PreTrainedTokenizerFast(...), got "
+                f"{type(self.tokenizer).__name__}"
+            )
 
     def stop_ids(self, more: Sequence[int] = ()) -> tuple[int, ...]:
         """Every token that ends a completion, and `more`.

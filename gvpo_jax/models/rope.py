@@ -90,10 +90,9 @@ class Rope(NamedTuple):
 
 def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int) -> Rope:
     """The angles of each position."""
-    half = dims // 2
-    freqs = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half, freqs = dims // 2, frequencies(theta, dims)
     if isinstance(scaling, RopeScaling):
-        freqs = _stretch(freqs, scaling)
+        freqs = stretched(freqs, scaling)
     elif isinstance(scaling, LinearScaling):
         freqs = freqs / scaling.factor
     elif isinstance(scaling, ProportionalScaling):
@@ -116,6 +115,12 @@ def rotations(positions_gkt, theta: float, scaling: Scaling | None, dims: int) -
     return Rope(cos, sin, growth)
 
 
+def frequencies(theta: float, dims: int) -> jax.Array:
+    """In radians a token, unscaled, `[dims/2]`."""
+    half = dims // 2
+    return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
 def rotate(x_gkthd, rope: Rope):
     """The first `dims` of each head turned by the angles, the others as they are."""
     cos, sin = (a.astype(x_gkthd.dtype) for a in rope[:2])
@@ -127,7 +132,7 @@ def rotate(x_gkthd, rope: Rope):
     return jnp.concatenate(turned, axis=-1)
 
 
-def _stretch(freqs, scaling: RopeScaling):
+def stretched(freqs, scaling: RopeScaling):
     """Llama-3 scaling: long waves slowed by `factor`, short ones kept, a linear blend between."""
     wavelengths = 2 * jnp.pi / freqs
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -198,13 +198,16 @@ def test_a_hub_name_that_cant_be_downloaded(train, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     line = train("model.name=no-such-org/no-such-model")
-    assert "could not be downloaded from the Hugging Face hub: no net\n" in line
+    assert "could not be downloaded from the Hugging Face hub: no net; try again" in line
 
 
 def test_an_unknown_architecture(train, model_folder):
     edit_json(model_folder / "config.json", architectures=["MambaForCausalLM"])
     line = train(f"model.name={model_folder}")
-    assert "config.json: model type MambaForCausalLM is not supported; supported are" in line
+    assert (
+        "config.json: architectures MambaForCausalLM of model_type llama is not supported, only"
+        in line
+    )
 
 
 def test_a_missing_tensor(train, model_folder):
@@ -254,13 +257,17 @@ def test_a_folder_that_is_no_run(refused, tmp_path, command):
 
 
 def test_all_commands_answer_alike_to_what_is_not_there(refused):
-    told = {
-        refused(command, "nope") for command in ("train", "eval", "report", "inspect", "export")
-    }
-    assert len(told) == 1
-    assert "there is no config file nope and no run folder: a run folder is the run.dir" in min(
-        told
-    )
+    (both,) = {refused(command, "nope") for command in ("train", "eval")}
+    assert "there is no config file nope and no run folder: a run folder is the run.dir" in both
+    (runs,) = {refused(command, "nope") for command in ("report", "inspect", "export")}
+    assert "nope is no folder; this command takes a run folder, the run.dir that tra" in runs
+    assert "config" not in runs
+
+
+def test_a_run_folder_of_nearly_that_name_is_named(refused, tmp_path):
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "config.yaml").write_text("{}")
+    assert f"; did you mean {tmp_path / 'sums'}?" in refused("export", tmp_path / "sum")
 
 
 def test_flags_of_other_programs_are_told_how_settings_are_written(refused):

@@ -362,7 +362,7 @@ def test_a_family_names_tokens_that_stop(gemma3):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "gemma3n"}, "model type gemma3n is not supported; supported are gemma2, "),
+        ({"model_type": "gemma3n"}, "model_type gemma3n is not supported; supported are gemma2, "),
         (
             {"architectures": ["VL"], "text_config": {"model_type": "qwen2_5_vl_text"}},
             "VL is multimodal, and its language model, 'qwen2_5_vl_text', is not supported; ",

@@ -26,8 +26,9 @@ from gvpo_jax.config_file import load_config, override, to_yaml
 from gvpo_jax.errors import UserError
 from gvpo_jax.memory import memory_needed
 from gvpo_jax.models import load_model
-from gvpo_jax.models.adapters import as_peft, export_adapter, read_adapter
+from gvpo_jax.models.adapters import as_peft, base_warning, export_adapter, read_adapter
 from gvpo_jax.models.blocks import MLP
+from gvpo_jax.models.config import LoraConfig, ModelConfig
 from gvpo_jax.models.debug import debug_config
 from gvpo_jax.models.decoder import (
     DecoderConfig,
@@ -463,6 +464,55 @@ def test_adapters_that_do_not_fit_are_a_line(adapter, tmp_path, tensors, setting
     odd = changed(folder, tmp_path / "odd", tensors, **settings)
     with pytest.raises(UserError, match=message):
         Trainer(config(tmp_path, model__name=str(base), model__adapter=str(odd), **LORA))
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "odd"),
+    [
+        ("Qwen/Qwen3-0.6B", "models/Qwen3-0.6B/", False),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "x/SmolLM2-135M-Instruct.Q4_1.gguf", False),
+        ("unsloth/gemma-3-1b-it-unsloth-bnb-4bit", "google/gemma-3-1b-it", False),
+        (None, "org/name", False),
+        ("org/one", "org/other", True),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", True),
+    ],
+)
+def test_an_adapter_of_another_base_is_told(tmp_path, base, name, odd):
+    """By the base's name alone: of equal sizes it would fit."""
+    settings = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    model = ModelConfig(name=name, adapter=str(tmp_path), lora=LoraConfig(rank=4))
+    told = base_warning(model)
+    assert (told is not None) == odd
+    if told:
+        assert told.startswith(f"{tmp_path} was trained beside {base}, and model.name is {name}: ")
+
+
+def test_the_base_is_warned_of_in_training(adapter, tmp_path, capsys):
+    base, folder = adapter
+    odd = changed(folder, tmp_path / "odd", base_model_name_or_path="org/\x1bother")
+    Trainer(config(tmp_path, model__name=str(base), model__adapter=str(odd), **LORA))
+    told = capsys.readouterr().err
+    assert told.startswith(f"gvpo-jax: warning: {odd} was trained beside org/\\x1bother, and mod")
+
+
+def test_an_adapter_is_looked_for_before_its_base(tmp_path):
+    settings = {"model__name": "org/never-asked-for", **LORA}
+    with pytest.raises(UserError, match=r"^model\.adapter=/gone: there is no such folder$"):
+        Trainer(config(tmp_path, model__adapter="/gone", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model__lora__alpha": 8}, r"^model\.lora\.alpha: without model\.lora\.rank the whole"),
+        ({"model__lora__targets": ["q"]}, r"^model\.lora\.targets: without"),
+        ({"rollout__adapter": "apart"}, r"^rollout\.adapter=apart is for models with an adapter"),
+    ],
+)
+def test_settings_of_an_adapter_need_its_rank(tmp_path, settings, told):
+    with pytest.raises(UserError, match=told):
+        config(tmp_path, **settings)
 
 
 def test_an_adapter_that_is_none_is_a_line(adapter, tmp_path, capsys):

@@ -116,12 +116,20 @@ def test_sliding_window_that_no_layer_uses_is_fine():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["BertForMaskedLM"]}, "model type BertForMaskedLM is not supported"),
+        (
+            {"architectures": ["BertForMaskedLM"], "model_type": "qwen2"},
+            "architectures BertForMaskedLM of model_type qwen2 is not supported, only Qwen2For",
+        ),
+        ({"model_type": "apertus"}, "model_type apertus is not supported; supported are"),
+        (
+            {"architectures": ["BertForMaskedLM"]},
+            "no model_type, and architecture BertForMaskedLM is not supported; supported are gem",
+        ),
         (
             {"architectures": None, "model_type": "gemma"},
             "gemma is not .* qwen2, qwen2_moe",
         ),
-        ({"architectures": None}, "not supported"),
+        ({"architectures": None}, "there is no model_type; supported are"),
         (
             {"hidden_act": "relu"},
             "hidden_act 'relu' is not supported, only 'silu', 'swish', 'gelu'",
@@ -604,5 +612,13 @@ def test_failing_download_is_one_line(monkeypatch):
         raise OSError("no network\nand a page of advice")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(UserError, match=r"org/name .* could not be downloaded .*: no network$"):
+    told = r"org/name .* could not be downloaded .*: no network; try again, or give a folder$"
+    with pytest.raises(UserError, match=told):
+        load_model("org/name")
+
+
+def test_offline_without_an_earlier_download_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"; run hf download org/name while online, or give a fo"):
         load_model("org/name")

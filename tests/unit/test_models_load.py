@@ -274,7 +274,16 @@ def small_bpe():
 
 
 def write_gguf(
-    path, model, *, pre="qwen2", changes=None, renamed=None, split=0, ids=None, sentencepiece=None
+    path,
+    model,
+    *,
+    pre="qwen2",
+    changes=None,
+    renamed=None,
+    split=0,
+    ids=None,
+    sentencepiece=None,
+    rope_factors=None,
 ):
     config = model.config
     arch = config.model_type
@@ -315,6 +324,8 @@ def write_gguf(
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             array = llama_cpp_order(name, tensor, config) if arch == "llama" else tensor
             writer.add_tensor((renamed or {}).get(name, gguf_name(name)), array)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -367,6 +378,27 @@ def test_gguf_exports_to_transformers(gguf_pair, tmp_path):
     for text in TEXTS:
         assert tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+LLAMA3_1_ROPE = LLAMA3_ROPE | {"rope_theta": 5e5, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_scaling_is_told_by_what_it_divides(tmp_path, factor):
+    """llama.cpp keeps a factor for each frequency, and not what they were made of."""
+    rope = LLAMA3_1_ROPE | {"factor": factor}
+    model = torch_model("llama", vocab_size=len(small_bpe()[0]), rope_parameters=rope)
+    width = model.config.head_dim
+    plain = 5e5 ** -(torch.arange(0, width, 2) / width)
+    factors = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)
+    assert factors.min() < 1.01 < factors[4] < factors[5] == factor
+    write_gguf(tmp_path / "x.gguf", model, rope_factors=factors)
+    model.save_pretrained(tmp_path)
+    debug_tokenizer().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path / "x.gguf")).config == load_model(str(tmp_path)).config
+    write_gguf(tmp_path / "x.gguf", model, rope_factors=factors * np.float32(1.01))
+    with pytest.raises(UserError, match="these scaled rotary embeddings are not read from"):
+        load_model(str(tmp_path / "x.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,11 @@ def test_a_run_is_that_of_the_same_model_loaded(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
+def test_a_tokenizer_of_others_is_refused():
+    with pytest.raises(UserError, match=r"takes a tokenizer of transformers, .* got NoneType$"):
+        OwnModel(plain_functions(lambda *_: None, lambda _: None), {}, None, 64)
+
+
 def test_a_run_of_an_own_model_goes_on_bitwise(tmp_path):
     _, own = debug_as_own()
     Trainer(config(tmp_path / "whole", train__steps=3), own).train(ROWS, letter_share)
