@@ -71,10 +71,7 @@ sequence_logps = lambda params, batch: params - 1.0
 """,
     "docs/models.md": """
 import jax.numpy as jnp
-from gvpo_jax.config import Config
-from gvpo_jax.config_file import override
 from gvpo_jax.models.debug import debug_tokenizer
-config = override(Config(), data__max_prompt_length=32, rollout__max_completion_length=8)
 params, tokenizer = {"table": jnp.ones((260, 4))}, debug_tokenizer()
 hidden = lambda params, tokens: params["table"][tokens]
 head = lambda params: params["table"]
