@@ -14,6 +14,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
 from gvpo_jax.data.batch import Batch
 from gvpo_jax.models import load_model
+from gvpo_jax.models.config import LoraConfig, ModelConfig
 from gvpo_jax.models.decoder import (
     DecoderConfig,
     DecoderOptions,
@@ -119,6 +120,11 @@ def test_an_update_is_the_same(name):
     assert_same_update(MODELS[name], **CASES[name])
 
 
+@pytest.mark.parametrize("name", ["experts", "shared_keys"])
+def test_an_update_with_padding_is_the_same(name):
+    assert_same_update(MODELS[name])
+
+
 def test_an_adapters_update_is_the_same():
     shapes = adapter_shapes(param_shapes(PLAIN), FORM)
     rng = np.random.default_rng(1)
@@ -199,16 +205,52 @@ def test_in_bfloat16_norms_in_float32_stay_so_in_the_stack():
     assert stacked["input_norm"]["scale"].dtype == jnp.float32
 
 
-def test_stacked_layers_are_cut_as_each_of_them_is():
+# Of sizes that divide over eight devices.
+EIGHTHS = {
+    "alike": PLAIN,
+    "experts": dataclasses.replace(PLAIN, experts=Experts(8, 2, 16, True, (0,), shared_size=8)),
+    "shared_keys": dataclasses.replace(MODELS["shared_keys"], per_layer_width=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "path", "spec"),
+    [
+        ("alike", {}, "attn/q/kernel", ("fsdp", "tensor")),
+        ("alike", {"lora": LoraConfig(rank=2)}, "mlp/down/lora_a", ("tensor", None)),
+        (
+            "alike",
+            {"lora": LoraConfig(rank=2), "quantization": "int8"},
+            "attn/o/kernel",
+            ("tensor", "fsdp"),
+        ),
+        ("experts", {}, "mlp/experts/up/kernel", None),
+        ("shared_keys", {}, "mlp/up/kernel", ("fsdp", "tensor")),
+    ],
+)
+def test_stacked_layers_are_cut_as_each_of_them_is(name, options, path, spec):
+    """Kernels, adapters, quantised kernels and experts: all but the first axis, of layers."""
     mesh = MeshConfig(data=1, fsdp=2, tensor=4).mesh(jax.devices())
-    params = {"layers": init_params(PLAIN, 0)["layers"]}
-    stacking = decoder_fns(PLAIN, DecoderOptions(scan_layers=True)).stacking
+    shape = EIGHTHS[name]
+    stacking = decoder_fns(shape, DecoderOptions(scan_layers=True)).stacking
     assert stacking is not None
-    cut = shardings(mesh, jax.eval_shape(stacking.stack, params))[STACKED][0]
-    for path, sharding in jax.tree.leaves_with_path(shardings(mesh, params)["layers"][0]):
-        found = functools.reduce(lambda tree, key: tree[key.key], path, cut)
-        assert tuple(found.spec) == (None, *sharding.spec), path_name(path)
-    assert tuple(cut["attn"]["q"]["kernel"].spec) == (None, "fsdp", "tensor")
+    checked = []
+    for params in ModelConfig(**options).param_shapes(shape):
+        if "layers" not in params:
+            continue
+        stacked = jax.eval_shape(stacking.stack, {"layers": params["layers"]})
+        for place, layers in enumerate(stacking.places):
+            cut = shardings(mesh, stacked)[STACKED][place]
+            each = shardings(mesh, {"layers": params["layers"]})["layers"][layers[0]]
+            front = (None,) if len(layers) > 1 else ()
+            for (name, a), b in zip(
+                jax.tree.leaves_with_path(cut), jax.tree.leaves(each), strict=True
+            ):
+                assert tuple(a.spec) == (*front, *b.spec), path_name(name)
+                checked += [tuple(b.spec)] if path_name(name).startswith(path) else []
+    assert checked
+    assert spec is None or spec in checked
+    assert any(any(axis is not None for axis in found) for found in checked)
 
 
 def test_a_trainer_with_quantised_weights_learns_the_same_on_a_mesh():
