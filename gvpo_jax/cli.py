@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         "memory and time. Needs the extra compile.",
         "gvpo-jax compile qwen2.5-math-1.5b --topology v5e:4x4",
     )
-    compiling.add_argument("config", help="a YAML config, or a run folder")
-    compiling.add_argument("--topology", required=True, help="chip and shape, e.g. v5e:4x4")
+    compiling.add_argument("config", nargs="?", help="a YAML config, or a run folder")
+    compiling.add_argument("--topology", help="chip and shape, e.g. v5e:4x4")
     compiling.add_argument("--slices", type=int, default=1, help="of that topology; default: 1")
     compiling.add_argument(
         "--model-config", metavar="FILE", help="a config.json to take in place of model.name"
@@ -145,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compile this program alone; may be given twice",
     )
     compiling.add_argument("--out", metavar="FILE", help="where to write the report as JSON")
+    compiling.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="compile nothing, but compare two reports of --out",
+    )
     for command in (train, evaluate, compiling):
         command.add_argument(
             "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loss.beta=0.2"
@@ -243,6 +249,16 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
+    if arguments.diff:
+        if arguments.config or arguments.topology:
+            raise UserError("--diff compares two reports: leave out the config and --topology")
+        from gvpo_jax.tpu_compile.text import diff, read_report
+
+        print(diff(*map(read_report, arguments.diff)))
+        return 0
+    if not arguments.config or not arguments.topology:
+        missing = "--topology CHIP:SHAPE" if arguments.config else "a config"
+        raise UserError(f"compile needs {missing}; see gvpo-jax compile --help")
     config = _config(arguments)
     from gvpo_jax.tpu_compile.report import compile_run, write_report
     from gvpo_jax.tpu_compile.text import as_text

@@ -5,14 +5,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|(?:true|false)_computation)=%?([\w.\-]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
@@ -39,6 +39,18 @@ class Collective:
     wire_bytes: float  # received by each device, over all runs, by the usual ring algorithms
 
 
+class Transfer(NamedTuple):
+    """One run of one collective operation, or of a part of it."""
+
+    name: str  # of the instruction
+    channel: str  # which all its parts share
+    kind: str
+    devices: int
+    between_slices: bool
+    bytes: float
+    wire_bytes: float
+
+
 @dataclass(frozen=True)
 class Buffer:
     """Something in memory: bytes of one, how many alike, its shape and where it comes from."""
@@ -61,28 +73,28 @@ def collectives(hlo: str, *, devices: int, slices: int = 1, trips: int = 1) -> l
         slices: that the devices lie in, in order.
         trips: of a loop whose number of rounds the text does not tell.
     """
-    computations = _computations(hlo)
+    computations = computations_of(hlo)
     runs = _runs(computations, trips)
-    seen: dict[str, tuple[float, tuple[str, int, bool], tuple[float, float]]] = {}
+    seen: dict[str, tuple[float, Transfer]] = {}
     for name, lines in computations.items():
         count = runs.get(name, 0.0)
         for line in lines:
-            if found := _collective(name, line, devices, slices):
-                channel, key, sizes = found
-                if channel not in seen or seen[channel][0] < count:
-                    seen[channel] = (count, key, sizes)
+            found = transfer_of(name, line, devices, slices)
+            if found and seen.get(found.channel, (0.0,))[0] < count:
+                seen[found.channel] = (count, found)
     totals: dict[tuple[str, int, bool], Any] = defaultdict(lambda: np.zeros(3))
-    for count, key, sizes in seen.values():
-        totals[key] += count * np.array([1, *sizes])
+    for count, one in seen.values():
+        key = one.kind, one.devices, one.between_slices
+        totals[key] += count * np.array([1, one.bytes, one.wire_bytes])
     rows = [Collective(*key, int(n), size, wire) for key, (n, size, wire) in totals.items()]
     return sorted(rows, key=lambda row: -row.wire_bytes)
 
 
 def loops(hlo: str) -> dict[str, int | None]:
     """Name of each loop's body -> how often it runs there, None where the text does not tell."""
-    computations = _computations(hlo)
+    computations = computations_of(hlo)
     return {
-        body[1]: _trips(line, computations)
+        body[1]: trips_of(line, computations)
         for lines in computations.values()
         for line in lines
         if " while(" in line and (body := _BODY.search(line))
@@ -119,7 +131,7 @@ def memory(assignment: str, hlo: str) -> tuple[dict[str, int], list[Buffer]]:
     return sums, _largest(allocations, _origins(hlo))
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def computations_of(hlo: str) -> dict[str, list[str]]:
     """Name -> lines; the entry is also there as "ENTRY"."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -146,12 +158,13 @@ def _runs(computations: dict[str, list[str]], trips: int) -> dict[str, float]:
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [part.strip().lstrip("%") for part in branches.split(",")]
-            rounds = (_trips(line, computations) or trips) if " while(" in line else 1
+            rounds = (trips_of(line, computations) or trips) if " while(" in line else 1
             todo += [(target, times * rounds) for target in called]
     return runs
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+def trips_of(line: str, computations: dict[str, list[str]]) -> int | None:
+    """How often the loop of this line runs; None: the text does not tell."""
     if known := _TRIPS.search(line):
         return int(known[1])
     # On TPU the count is gone from the text; a loop runs until its counter reaches a constant.
@@ -163,13 +176,13 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
     return max(bounds) or None
 
 
-def _collective(computation: str, line: str, devices: int, slices: int):
-    """Its channel, (kind, devices, between_slices) and (bytes, wire_bytes); None: it is none."""
-    found = _INSTRUCTION.match(line)
+def transfer_of(computation: str, line: str, devices: int, slices: int) -> Transfer | None:
+    """The communication that a line of this computation is; None: it is none."""
+    found = INSTRUCTION.match(line)
     if not found:
         return None
     name, shape, opcode, _ = found.groups()
-    arrays = [_size(*array) for array in _ARRAY.findall(shape)]
+    arrays = [array_bytes(*array) for array in arrays_of(shape)]
     kind = opcode.removesuffix("-start")
     if opcode == "recv" and (over := _BETWEEN_SLICES.search(line)):
         kind, size = over[2].lower().replace("_", "-"), arrays[0]  # (result, ...)
@@ -191,7 +204,7 @@ def _collective(computation: str, line: str, devices: int, slices: int):
     wire = size * received.get(kind, 1)
     # Channels of sends and receives are counted by themselves.
     channel = None if opcode == "recv" else re.search(r"channel_id=(\d+)", line)
-    return (channel[1] if channel else name), (kind, group, between), (size, wire)
+    return Transfer(name, channel[1] if channel else name, kind, group, between, size, wire)
 
 
 def _count(ranges: str) -> int:
@@ -237,18 +250,23 @@ def _ints(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-def _size(dtype: str, dims: str) -> float:
-    """Bytes; a type's first number is its bits: bf16, f8e4m3fn, s4."""
+def arrays_of(text: str) -> list[tuple[str, list[int]]]:
+    """Dtype and shape of each array that a text names."""
+    return [(dtype, _ints(dims)) for dtype, dims in _ARRAY.findall(text)]
+
+
+def array_bytes(dtype: str, shape: list[int]) -> float:
+    """Bytes of an array; a type's first number is its bits: bf16, f8e4m3fn, s4."""
     digits = re.search(r"\d+", dtype)
     bits = 8 if dtype == "pred" else int(digits[0]) if digits else 0
-    return bits / 8 * math.prod(_ints(dims))
+    return bits / 8 * math.prod(shape)
 
 
 def _origins(hlo: str) -> dict[str, str]:
     """Instruction -> the JAX operation or the argument that it comes from."""
     found = {}
     for line in hlo.splitlines():
-        if (head := _INSTRUCTION.match(line)) and (origin := _OP_NAME.search(line)):
+        if (head := INSTRUCTION.match(line)) and (origin := _OP_NAME.search(line)):
             found[head[1]] = origin[1].replace("\\'", "'")
     return found
 

@@ -23,6 +23,7 @@ from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.known import model_shape
 from gvpo_jax.rundir.files import write_text
 from gvpo_jax.tpu_compile.advice import to_fit, to_speed_up
+from gvpo_jax.tpu_compile.clock import clock_of
 from gvpo_jax.tpu_compile.hlo import collectives, loops, memory
 from gvpo_jax.tpu_compile.lowering import Program, batch_sizes, run_programs
 from gvpo_jax.tpu_compile.roofline import CHIPS, RESERVED, Chip, Work, estimate, program_work
@@ -44,6 +45,9 @@ ASSUMPTIONS = (
     "ici, dcn: bytes received by ring algorithms, with all links of a chip busy, none waiting",
     "time: the largest of the four, as if they overlapped perfectly; MFU: model FLOP over peak in "
     "that time, so an upper bound",
+    "clock: the cycles that the compiler gives its own schedule, loops as often as they run, of "
+    "branches the dearest; Pallas kernels by their products at half of the peak or by their bytes; "
+    "collectives as far as the schedule does not hide them",
     "every prompt and every completion has its greatest length",
 )
 
@@ -151,6 +155,11 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
         dcn_bytes=sum(c.wire_bytes for c in traffic if c.between_slices),
     )
     slowest = limits[bound]
+
+    def mfu(seconds: float) -> float | None:
+        return work.model / devices / chip.flops / seconds if seconds else None
+
+    clock = clock_of(hlo, chip, devices=devices, slices=slices, trips=program.loop)
     peak, usable = held["total"] + program.beside, chip.hbm - RESERVED
     return {
         "name": program.name,
@@ -166,7 +175,8 @@ def _row(program: Program, chip: Chip, work: Work, devices: int, slices: int) ->
         "collectives": [dataclasses.asdict(c) for c in traffic],
         "seconds": limits | {"estimate": slowest},
         "bound": bound,
-        "mfu": work.model / devices / chip.flops / slowest if slowest else None,
+        "mfu": mfu(slowest),
+        "clock": clock and dataclasses.asdict(clock) | {"mfu": mfu(clock.seconds)},
     }
 
 

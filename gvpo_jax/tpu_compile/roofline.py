@@ -18,6 +18,7 @@ class Chip:
     ici_bandwidth: float
     # Bytes/s that a chip receives from other slices: its share of its host's network cards.
     dcn_bandwidth: float
+    clock: float  # cycles/s
 
 
 _GIB = 1 << 30
@@ -25,12 +26,14 @@ RESERVED = _GIB // 4  # of HBM, by the runtime: XLA:TPU offers 15.75 GiB of a v5
 
 # From https://cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (key specifications); dcn: network
 # cards of a host (v4 and v5p: 200 Gbit/s for 4 chips; v5e: 2 x 100 Gbit/s for 8; v6e: 4 x 200
-# Gbit/s for 8).
+# Gbit/s for 8). clock: the peak over what the matrix units multiply and add in a cycle, which the
+# compiler's own cycles of a large product show: four units of 128 x 128 in a v4's core and in a
+# v5e, twice as many in a v5p, and of 256 x 256 in a v6e.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * _GIB, 275e12, 1228e9, 150e9, 6.25e9),
-    "v5e": Chip(16 * _GIB, 197e12, 819e9, 200e9, 3.125e9),
-    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 600e9, 6.25e9),
-    "v6e": Chip(32 * _GIB, 918e12, 1640e9, 400e9, 12.5e9),
+    "v4": Chip(32 * _GIB, 275e12, 1228e9, 150e9, 6.25e9, 1.05e9),
+    "v5e": Chip(16 * _GIB, 197e12, 819e9, 200e9, 3.125e9, 1.5e9),
+    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 600e9, 6.25e9, 1.75e9),
+    "v6e": Chip(32 * _GIB, 918e12, 1640e9, 400e9, 12.5e9, 1.75e9),
 }
 
 

@@ -1,6 +1,10 @@
 """A compile report as a person reads it."""
 
+from pathlib import Path
 from typing import Any
+
+from gvpo_jax.errors import UserError
+from gvpo_jax.models.hf_files import read_json
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -36,6 +40,7 @@ def _program_lines(row: dict[str, Any]) -> list[str]:
         f"hbm {s['hbm']:.3g}, ici {s['ici']:.3g}, dcn {s['dcn']:.3g}); MFU at most "
         f"{100 * (row['mfu'] or 0):.1f}%",
     ]
+    lines += _clock_lines(row.get("clock"))
     for c in row["collectives"][:6]:
         where = ", between slices" if c["between_slices"] else ""
         lines.append(
@@ -49,6 +54,78 @@ def _program_lines(row: dict[str, Any]) -> list[str]:
             f"    {b['count']} x {_gib(b['bytes'])} GiB {b['shape'][:60]} {b['origin'][-100:]}"
             for b in row["largest"]
         ]
+    return lines
+
+
+def read_report(file: str) -> dict[str, Any]:
+    """A report that `--out` wrote.
+
+    Raises:
+        UserError: the file is none.
+    """
+    report = read_json(Path(file))
+    if report is None:
+        raise UserError(f"there is no file {file}")
+    try:
+        for row in report["programs"]:
+            _numbers(row)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file} is no report of gvpo-jax compile --out") from error
+    return report
+
+
+def diff(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Two reports beside each other: memory, times and the dearest lines of each program."""
+    lines = [f"{'':60} {'A':>10} {'B':>10} {'B / A':>7}"]
+    others = {row["name"]: row for row in b["programs"]}
+    for row in a["programs"]:
+        if (other := others.get(row["name"])) is None:
+            continue
+        lines.append(row["name"])
+        first, second = _numbers(row), _numbers(other)
+        for name in dict.fromkeys([*first, *second]):
+            lines.append(_diff_line(name, first.get(name), second.get(name)))
+    alone = others.keys() ^ {row["name"] for row in a["programs"]}
+    lines += [f"only in one of them: {', '.join(sorted(alone))}"] if alone else []
+    return "\n".join(lines)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    numbers = {
+        "GiB a chip": row["hbm"]["peak"] / (1 << 30),
+        "compiled in, s": row["compile_seconds"],
+        "at least, ms": 1e3 * row["seconds"]["estimate"],
+    }
+    if clock := row.get("clock"):
+        numbers["by the compiler's clock, ms"] = 1e3 * clock["seconds"]
+        numbers["MFU by it, %"] = 100 * (clock["mfu"] or 0)
+        numbers |= {f"  {name}, ms": 1e3 * s for name, s in clock["parts"].items()}
+        numbers |= {f"    {source}, ms": 1e3 * s for source, s in clock["sources"].items()}
+    return numbers
+
+
+def _diff_line(name: str, a: float | None, b: float | None) -> str:
+    ratio = f"{b / a:7.2f}" if a and b is not None else ""
+    shown = ["-" if x is None else f"{x:.4g}" for x in (a, b)]
+    return f"  {name[:58]:58} {shown[0]:>10} {shown[1]:>10} {ratio}".rstrip()
+
+
+def _clock_lines(clock: dict[str, Any] | None) -> list[str]:
+    """Of the compiler's own time; of reports without one, that there is none."""
+    if clock is None:
+        return ["  the compiler's own time: this libtpu gives no cycles, so the bounds are all"]
+    whole = clock["seconds"]
+    parts = sorted(clock["parts"].items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {100 * s / whole:.0f}%" for name, s in parts if s)
+    lines = [
+        f"  by the compiler's clock {whole:.3g} s, MFU {100 * (clock['mfu'] or 0):.1f}%: {shares}"
+    ]
+    for name, (count, seconds) in clock["kernels"].items():
+        lines.append(f"    of these {seconds:.3g} s in {count} x {name}, by a model")
+    lines += [
+        f"    {100 * seconds / whole:4.1f}% {source}"
+        for source, seconds in clock["sources"].items()
+    ]
     return lines
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from gvpo_jax.models.decoder import param_shapes
 from gvpo_jax.models.known import KNOWN, model_shape
 from gvpo_jax.tpu_compile import report as compile_report
 from gvpo_jax.tpu_compile import roofline
+from gvpo_jax.tpu_compile.clock import clock_of
 from gvpo_jax.tpu_compile.hlo import Collective, collectives, loops, memory
 from gvpo_jax.tpu_compile.lowering import batch_sizes, run_programs
 from gvpo_jax.tpu_compile.report import compile_run
@@ -131,6 +133,30 @@ def test_every_program_of_a_run_is_compiled(report):
             row["seconds"][limit] for limit in ("compute", "hbm", "ici", "dcn")
         )
         assert 0 < row["mfu"] < 1
+        clock = row["clock"]
+        assert clock["seconds"] == pytest.approx(sum(clock["parts"].values()))
+        assert clock["seconds"] > clock["cycles"] / 1.5e9 > 0
+        assert 0 < clock["mfu"] < row["flops"]["model"] / 4 / 197e12 / clock["seconds"] * 1.001
+        assert 0 < len(clock["sources"]) <= 10
+    update = program(report, "train step")["clock"]["parts"]
+    assert all(update[part] > 0 for part in ("products", "logits", "optimizer", "collectives"))
+    assert report["programs"][1]["clock"]["parts"]["optimizer"] == 0
+
+
+@pytest.mark.parametrize(("chip", "topology"), [("v5e", "1x1"), ("v5p", "2x2x1"), ("v6e", "1x1")])
+def test_a_products_time_is_what_its_cycles_say_and_near_the_peak(chip, topology):
+    """One instruction, so that nothing has to be added up; also the proof of the clock rates."""
+    _, devices = compile_report._devices(f"{chip}:{topology}", 1)
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((4096, 4096), "bfloat16", sharding=place)
+    text = jax.jit(lambda a, b: a @ b).lower(x, x).compile().as_text()
+    (cycles,) = map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))
+    clock = clock_of(text, roofline.CHIPS[chip])
+    assert clock is not None
+    assert clock.cycles == cycles
+    assert clock.parts["products"] == clock.seconds == cycles / roofline.CHIPS[chip].clock
+    at_peak = 2 * 4096**3 / roofline.CHIPS[chip].flops
+    assert at_peak < clock.seconds < 1.2 * at_peak
 
 
 def expected_bytes():
@@ -389,7 +415,7 @@ def test_flops_follow_the_six_per_parameter_rule():
 
 
 def test_the_estimate_is_the_slowest_limit():
-    chip = roofline.Chip(hbm=1, flops=10.0, hbm_bandwidth=5.0, ici_bandwidth=2.0, dcn_bandwidth=1.0)
+    chip = roofline.Chip(1, 10.0, 5.0, 2.0, 1.0, clock=1.0)
     limits, bound = roofline.estimate(chip, flops=30, hbm_bytes=20, ici_bytes=6, dcn_bytes=1)
     assert limits == {"compute": 3, "hbm": 4, "ici": 3, "dcn": 1}
     assert bound == "hbm"
@@ -400,6 +426,7 @@ def test_the_report_reads_well(report):
     assert "v5e:2x2: 4 chips, mesh data 1 x fsdp 4 x tensor 1" in text
     assert "Assumptions:" in text
     assert "all-gather over 4" in text
+    assert text.count("  by the compiler's clock ") == 4
 
 
 def test_saved_reports_are_of_the_configs_as_they_are(tmp_path):
