@@ -1,6 +1,7 @@
 """Log-probabilities of tokens from hidden states, without ever holding logits of every position."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 2**29
+_LANES = 128  # rows of the head that a block is a multiple of
 
 
 def token_logprobs(
@@ -26,6 +28,8 @@ def token_logprobs(
     where: jax.Array | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     kept_bytes: int = 0,
+    vocabulary_blocks: bool = False,
+    head_layout: Callable[[jax.Array], jax.Array] = lambda x: x,
     cap: float | None = None,
 ) -> jax.Array:
     """Log softmax(hidden @ head.T)[target] for every position, exact, in float32.
@@ -35,16 +39,22 @@ def token_logprobs(
     take grows neither with T nor with V. The leading axes stay whole, so that a batch sharded over
     devices stays where it is. Reverse-mode derivatives only.
 
+    With `vocabulary_blocks` it is the head that is cut: all positions, and so many of its rows at
+    once. Its gradient is then written once, and not added to for each chunk: faster on TPUs.
+
     Args:
         hidden: `[..., T, D]` final hidden states, each the one that predicts its target.
         head: `[V, D]` output embedding.
         targets: `[..., T]` token ids in [0, V).
         where: `[..., T]` booleans, positions that are asked for: what the others get means nothing,
-            and chunks after the last of them are not computed. Hidden states are finite all the
-            same. Default: all.
+            and chunks of positions after the last of them are not computed. Hidden states are
+            finite all the same. Default: all.
         chunk_bytes: what the float32 logits of a chunk may take, on all devices together; a chunk
-            has one position of each row at least.
+            has one position of each row at least, and a block 128 rows of the head.
         kept_bytes: what they may take where one chunk is all, if that is more.
+        vocabulary_blocks: whether the head is cut, into blocks of half as many logits as a chunk.
+            Where two chunks of positions are enough, these are.
+        head_layout: lays out the head's gradient over devices while blocks are written to it.
         cap: of the logits, c * tanh(logits / c); None: as they are.
 
     Returns:
@@ -60,6 +70,10 @@ def token_logprobs(
         )
     t = targets.shape[-1]
     logits_bytes = max(targets.size * len(head) * 4, 1)
+    if vocabulary_blocks and logits_bytes > max(kept_bytes, 2 * chunk_bytes):
+        rows = chunk_bytes // 2 * len(head) // logits_bytes // _LANES * _LANES
+        width = min(max(rows, _LANES), len(head))
+        return _in_blocks(hidden, head, targets, width, head_layout, cap)
     most = t if logits_bytes <= kept_bytes else max(chunk_bytes * t // logits_bytes, 1)
     width = max(-(-t // max(-(-t // most), 1)), 1)  # chunks of about one length
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
@@ -119,11 +133,8 @@ def _backward(cap, kept, cotangents):
     def chunk(hidden, targets, total, cotangent, logits):
         if logits is None:
             logits = soft_cap(einsum_f32("...d,vd->...v", hidden, table), cap)
-        ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-        d = jnp.where(ids == targets[..., None], 1, 0) - jnp.exp(logits - total[..., None])
-        if cap is not None:  # the slope of the cap, from its value
-            d = d * (1 - (logits / cap) ** 2)
-        d = (cotangent[..., None] * d).astype(hidden.dtype)
+        d = _d_logits(logits, _ids(0, logits), targets, total, cotangent, cap)
+        d = d.astype(hidden.dtype)
         d_hidden = einsum_f32("...v,vd->...d", d, table).astype(hidden.dtype)
         axes = "abcefg"[: targets.ndim]
         return d_hidden, einsum_f32(f"{axes}d,{axes}v->dv", hidden, d)
@@ -134,6 +145,78 @@ def _backward(cap, kept, cotangents):
 
 
 _in_chunks.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _in_blocks(hidden, head, targets, width, layout, cap):
+    """Log-probs `[...]`, from so many rows of the head at a time."""
+    return _forward_blocks(hidden, head, targets, width, layout, cap)[0]
+
+
+def _forward_blocks(hidden, head, targets, width, _, cap):
+    def add(start, rows, so_far):
+        """Of the logits so far: the largest, the sum of exp(logit - largest), the target's."""
+        largest, total, picked = so_far
+        table = rows.astype(hidden.dtype)
+        logits = soft_cap(einsum_f32("...d,vd->...v", hidden, table), cap)
+        new = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        total = total * jnp.exp(largest - new)
+        total += jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
+        is_target = _ids(start, logits) == targets[..., None]
+        return new, total, picked + jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = jnp.full_like(zeros, -jnp.inf), zeros, zeros
+    largest, total, picked = _over_blocks(add, head, width, start)
+    total = largest + jnp.log(total)
+    return picked - total, (hidden, head, targets, total)
+
+
+def _backward_blocks(width, layout, cap, kept, cotangents):
+    hidden, head, targets, total = kept
+    axes = "abcefg"[: targets.ndim]
+
+    def add(start, rows, so_far):
+        d_hidden, d_head = so_far
+        table = rows.astype(hidden.dtype)
+        logits = soft_cap(einsum_f32("...d,vd->...v", hidden, table), cap)
+        d = _d_logits(logits, _ids(start, logits), targets, total, cotangents, cap)
+        d = d.astype(hidden.dtype)
+        d_rows = einsum_f32(f"{axes}v,{axes}d->vd", d, hidden)
+        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, layout(d_rows), start, axis=0)
+        return d_hidden + einsum_f32("...v,vd->...d", d, table), d_head
+
+    # Every row of the second is written once.
+    start = jnp.zeros(hidden.shape, jnp.float32), layout(jax.lax.empty(head.shape, jnp.float32))
+    d_hidden, d_head = _over_blocks(add, head, width, start)
+    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None
+
+
+_in_blocks.defvjp(_forward_blocks, _backward_blocks)
+
+
+def _over_blocks(add, table, width, so_far):
+    """`add(first row, rows, so_far)` for all blocks of a table; the last one may be narrower."""
+    whole, rest = divmod(len(table), width)
+
+    def step(i, so_far):
+        rows = jax.lax.dynamic_slice_in_dim(table, i * width, width)
+        return add(i * width, rows, so_far)
+
+    so_far = jax.lax.fori_loop(0, whole, step, so_far)
+    return add(whole * width, table[whole * width :], so_far) if rest else so_far
+
+
+def _ids(start, logits):
+    return start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+def _d_logits(logits, ids, targets, total, cotangents, cap):
+    """The gradient of the logits before the cap."""
+    d = jnp.where(ids == targets[..., None], 1, 0) - jnp.exp(logits - total[..., None])
+    if cap is not None:  # the slope of the cap, from its value
+        d = d * (1 - (logits / cap) ** 2)
+    return cotangents[..., None] * d
 
 
 def _work_off(chunk, where, arrays):

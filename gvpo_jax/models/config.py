@@ -195,7 +195,8 @@ def _functions(
 
     from gvpo_jax.models.decoder import DecoderOptions, decoder_fns
     from gvpo_jax.models.quantized import with_quantized
-    from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
+    from gvpo_jax.ops.chunks import chunks_on
+    from gvpo_jax.ops.cpu import product_on
     from gvpo_jax.ops.experts import experts_on
     from gvpo_jax.ops.kernels import attention_on
     from gvpo_jax.parallel.layout import constrain_activation, group_shards, shardings
@@ -212,7 +213,7 @@ def _functions(
         ),
         experts=experts_on(mesh),
         product=with_quantized(product_on(mesh)),
-        chunk_bytes=chunk_bytes_on(mesh),
+        **chunks_on(mesh),
         shards=group_shards(mesh),
         lora=lora,
         scan_layers=scan_layers,

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from gvpo_jax.logprobs import CHUNK_BYTES
 from gvpo_jax.ops.attention import Prefix, causal, on_each_device
 
 AT_ONCE = 2**24  # bytes of scores, on a CPU
@@ -23,11 +22,6 @@ def product_on(mesh: Mesh) -> Callable[..., jax.Array]:
         return jax.lax.dot_general
     # The name is what `model.remat=dots` knows it by: policies do not look into custom gradients.
     return lambda x, weights, *_, **defaults: checkpoint_name(_product(x, weights), "product")
-
-
-def chunk_bytes_on(mesh: Mesh) -> int:
-    """Of logits that a device of this mesh holds at once, where they are more than it keeps."""
-    return CHUNK_BYTES // 4 if mesh.devices.flat[0].platform == "cpu" else CHUNK_BYTES
 
 
 @on_each_device

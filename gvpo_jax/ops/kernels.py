@@ -30,8 +30,8 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
 
     Args:
         mesh: where the arrays lie.
-        name: "auto" takes splash on TPU and cuDNN on GPU for bfloat16, and else XLA: the kernels
-            multiply float32 arrays as bfloat16 or not at all.
+        name: "auto" takes splash on TPU, but for short sequences, and cuDNN on GPU for bfloat16,
+            and else XLA: the kernels multiply float32 arrays as bfloat16 or not at all.
         dtype: of the computation.
         head_dim: of the model.
 
@@ -41,7 +41,8 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
     platform = mesh.devices.flat[0].platform
     low = jnp.dtype(dtype) == jnp.bfloat16
     if low and platform == "tpu" and name in ("auto", "splash"):
-        return functools.partial(on_tpu, mesh)
+        splash_here = functools.partial(on_tpu, mesh)
+        return functools.partial(_by_size, splash_here) if name == "auto" else splash_here
     if low and _has_cudnn(mesh, head_dim) and name in ("auto", "cudnn"):
         return functools.partial(on_gpu, mesh)
     if name in ("auto", "xla"):
@@ -51,6 +52,17 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
         f"model.attention={name} needs {home}, and model.dtype=bfloat16; here are "
         f"{platform.upper()} devices and {jnp.dtype(dtype).name}; auto chooses by itself"
     )
+
+
+def _by_size(splash_here, queries_gkthd, keys_gknsd, values_gknsd, prefix, **options):
+    """See `attention.causal`: XLA's where the scores of a head would fit one tile of splash.
+
+    By the compiler's clock that is where it is faster (experiments/tpu_compile/README.md).
+    """
+    seen = keys_gknsd.shape[3] + (0 if prefix is None else prefix.keys.shape[2])
+    short = queries_gkthd.shape[2] * seen <= _LANES**2
+    attention = causal if short else splash_here
+    return attention(queries_gkthd, keys_gknsd, values_gknsd, prefix, **options)
 
 
 def _has_cudnn(mesh: Mesh, head_dim: int) -> bool:

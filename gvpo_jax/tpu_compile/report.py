@@ -78,7 +78,7 @@ def compile_run(
     """
     if slices < 1:
         raise UserError(f"--slices must be at least 1, got {slices}")
-    chip, devices = _devices(topology, slices)
+    chip, devices = tpu_devices(topology, slices)
     model = model_shape(config.model.name, model_config)
     mesh = config.mesh.mesh(devices)
     batch = {name: dataclasses.asdict(sizes) for name, sizes in batch_sizes(config).items()}
@@ -120,7 +120,8 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def _devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
+def tpu_devices(topology: str, slices: int = 1) -> tuple[Chip, Sequence[Any]]:
+    """The kind of chip and the devices of a topology that is not there; see `compile_run`."""
     prepare()
     kind = topology.split(":")[0]
     if kind not in CHIPS or ":" not in topology:

@@ -146,7 +146,7 @@ def test_every_program_of_a_run_is_compiled(report):
 @pytest.mark.parametrize(("chip", "topology"), [("v5e", "1x1"), ("v5p", "2x2x1"), ("v6e", "1x1")])
 def test_a_products_time_is_what_its_cycles_say_and_near_the_peak(chip, topology):
     """One instruction, so that nothing has to be added up; also the proof of the clock rates."""
-    _, devices = compile_report._devices(f"{chip}:{topology}", 1)
+    _, devices = compile_report.tpu_devices(f"{chip}:{topology}")
     place = jax.sharding.SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((4096, 4096), "bfloat16", sharding=place)
     text = jax.jit(lambda a, b: a @ b).lower(x, x).compile().as_text()

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.models import rope
 from gvpo_jax.models.decoder import DecoderConfig, DecoderOptions, decoder_fns, init_params
+from gvpo_jax.models.rope import rotations
+from gvpo_jax.ops import kernels
 from gvpo_jax.ops.attention import Prefix, causal
 from gvpo_jax.ops.cpu import on_cpu, product_on
 from gvpo_jax.ops.kernels import attention_on, on_gpu, on_tpu
@@ -153,3 +156,38 @@ def test_the_kernel_follows_the_devices():
         for name in ("splash", "cudnn"):
             with pytest.raises(UserError, match=f"model.attention={name} needs"):
                 attention_on(mesh, name, dtype, 64)
+
+
+@pytest.mark.parametrize(
+    ("t", "p", "found"), [(31, 64, "xla"), (63, 128, "xla"), (128, 0, "xla"), (127, 256, "splash")]
+)
+def test_on_a_tpu_short_sequences_are_xlas(t, p, found, monkeypatch):
+    def named(name):
+        return lambda *_, window: (name, window)
+
+    monkeypatch.setattr(kernels, "causal", named("xla"))
+    arrays = inputs(t, p, g=1, k=1)
+    assert kernels._by_size(named("splash"), *arrays, window=3) == (found, 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dims", [D, D - 6])
+def test_rotating_by_a_product_gives_the_same_numbers(dtype, dims):
+    """To the last bit, and so do its gradients; also where a part of each head does not turn."""
+    x, *_ = inputs(5, 0, dtype)
+    positions = jnp.arange(5, dtype=jnp.int32)[None, None] + jnp.zeros((G, K, 1), jnp.int32)
+    turned = rotations(positions, 100.0, None, dims)
+    cos, sin = (a.astype(dtype) for a in turned[:2])
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def both(rotate):
+        def total(x):
+            out = rotate(x, cos, sin)
+            return jnp.sum(out.astype(jnp.float32) * weights), out
+
+        (_, out), gradient = jax.value_and_grad(total, has_aux=True)(x)
+        return out, gradient
+
+    halves, product = both(rope._rotate_by_halves), both(rope._rotate_by_product)
+    assert halves[0].dtype == product[0].dtype == dtype
+    jax.tree.map(np.testing.assert_array_equal, halves, product)

@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,75 @@ def numpy_logprobs(hidden, head, targets):
     logits -= logits.max(-1, keepdims=True)
     logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.take_along_axis(logps, targets[..., None], -1)[..., 0]
+
+
+HEAD_2100 = RNG.normal(size=(2100, 8))
+TARGETS_2100 = RNG.integers(0, 2100, (2, 3, 11))
+
+
+@pytest.mark.parametrize("cap", [None, 2.5])
+@pytest.mark.parametrize("rows", [1, 200, 256])  # blocks of 128 and 52, or of 256 and 52
+def test_blocks_of_the_vocabulary_give_values_and_gradients_of_the_plain_formula(rows, cap):
+    hidden, head = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(HEAD_2100, jnp.float32)
+    cotangent = jnp.asarray(RNG.normal(size=TARGETS.shape), jnp.float32)
+    limit = 2 * TARGETS.size * rows * 4
+
+    def blocks(hidden, head):
+        logps = token_logprobs(
+            hidden, head, TARGETS_2100, chunk_bytes=limit, vocabulary_blocks=True, cap=cap
+        )
+        return jnp.sum(cotangent * logps), logps
+
+    def plain(hidden, head):
+        logits = jnp.einsum("gktd,vd->gktv", hidden, head, precision="highest")
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        logps = jax.nn.log_softmax(logits)
+        return jnp.sum(cotangent * jnp.take_along_axis(logps, TARGETS_2100[..., None], -1)[..., 0])
+
+    grad = jax.value_and_grad(blocks, (0, 1), has_aux=True)
+    largest = max(
+        (v.aval.size for e in _loops(jax.make_jaxpr(grad)(hidden, head)) for v in e.outvars),
+    )
+    assert largest <= max(2100 * 8, TARGETS.size * max(rows // 128 * 128, 128))
+    (value, logps), ours = grad(hidden, head)
+    if cap is None:
+        exact = numpy_logprobs(HIDDEN, HEAD_2100, TARGETS_2100)
+        np.testing.assert_allclose(logps, exact, atol=2e-6)
+    expected_value, expected = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    np.testing.assert_allclose(value, expected_value, atol=2e-5)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def _loops(jaxpr):
+    """All equations, those within loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _loops(inner)
+
+
+def test_logits_far_apart_do_not_overflow_from_block_to_block():
+    """The largest comes last, and is beyond what exp can take."""
+    hidden = jnp.ones((1, 2, 1))
+    head = jnp.linspace(-2000, 2000, 2100)[:, None]
+    targets = jnp.array([[2099, 0]])
+    logps = token_logprobs(hidden, head, targets, chunk_bytes=1, vocabulary_blocks=True)
+    step = 4000 / 2099
+    total = -np.log1p(np.exp(-step) / (1 - np.exp(-step)))
+    np.testing.assert_allclose(logps, [[total, total - 4000]], rtol=1e-6, atol=1e-5)
+
+
+def test_memory_of_blocks_does_not_grow_with_the_vocabulary():
+    def temporaries(v):
+        arrays = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((4, 256, 16), (v, 16))]
+        targets = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+        logps = functools.partial(token_logprobs, chunk_bytes=2**21, vocabulary_blocks=True)
+        grad = jax.grad(lambda h, w, y: logps(h, w, y).sum(), (0, 1))
+        compiled = jax.jit(grad).lower(*arrays, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(32768) - temporaries(8192) < 2 * (32768 - 8192) * 16 * 4 + 2**20
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 24, 60, 1024])
