@@ -134,7 +134,12 @@ def table(found: list[dict[str, Any]]) -> str:
     ]
     for row in found:
         part, size, way, *numbers = row.values()
-        lines.append(" | ".join([f"| {part}", size, way, *(f"{x:.3g}" for x in numbers)]) + " |")
+        lines.append(
+            " | ".join(
+                [f"| {part}", size, way, *(f"{x:.2f}" for x in numbers[:2]), f"{numbers[2]:.0f}"]
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 

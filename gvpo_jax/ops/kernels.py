@@ -55,12 +55,12 @@ def attention_on(mesh: Mesh, name: Name, dtype: Any, head_dim: int) -> Attention
 
 
 def _by_size(splash_here, queries_gkthd, keys_gknsd, values_gknsd, prefix, **options):
-    """See `attention.causal`: XLA's where the scores of a head would fit one tile of splash.
+    """See `attention.causal`: XLA's where the scores of a head fill at most half a tile of splash.
 
     By the compiler's clock that is where it is faster (experiments/tpu_compile/README.md).
     """
     seen = keys_gknsd.shape[3] + (0 if prefix is None else prefix.keys.shape[2])
-    short = queries_gkthd.shape[2] * seen <= _LANES**2
+    short = queries_gkthd.shape[2] * seen <= _LANES**2 // 2
     attention = causal if short else splash_here
     return attention(queries_gkthd, keys_gknsd, values_gknsd, prefix, **options)
 

@@ -47,6 +47,12 @@ class MetricsWriter(contextlib.AbstractContextManager):
     ):
         self._run_dir, self._unwritten = Path(run_dir), b""
         self._metrics = self._run_dir / METRICS
+        # In a folder from elsewhere it may lead to any file, also to one that is not there yet.
+        if self._metrics.is_symlink() and not self._metrics.is_char_device():
+            raise UserError(
+                f"{self._metrics} is a symbolic link, and a run would write to where it leads; "
+                "remove the link, or take another run.dir"
+            )
         with usable(self._run_dir):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             board = self._run_dir / "tensorboard"

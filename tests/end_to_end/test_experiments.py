@@ -19,8 +19,8 @@ QUICK = os.environ["GVPO_TESTS_XLA_FLAGS"]  # one device, little of LLVM: where 
 pytestmark = pytest.mark.slow
 
 
-def run(script, *arguments, XLA_FLAGS=QUICK):
-    command = [sys.executable, str(ROOT / "experiments" / script / "run.py"), "--small"]
+def run(script, *arguments, file="run.py", XLA_FLAGS=QUICK):
+    command = [sys.executable, str(ROOT / "experiments" / script / file), "--small"]
     subprocess.run(
         [*command, *map(str, arguments)],
         check=True,
@@ -49,6 +49,29 @@ def test_lora_decode(tmp_path):
     times = json.loads((tmp_path / "results.json").read_text())["ms"]["4"]
     assert times.keys() == {"merged", "apart", "merge"}
     assert times["merge"]["median"] > 0
+
+
+def test_parts_of_an_update_by_the_tpu_compilers_clock(tmp_path):
+    run("tpu_compile", "--out", tmp_path / "parts.json", file="parts.py")
+    saved = json.loads((ROOT / "experiments" / "tpu_compile" / "parts.json").read_text())["rows"]
+    small = json.loads((tmp_path / "parts.json").read_text())["rows"]
+    ways = [{(row["part"], row["way"]) for row in rows} for rows in (saved, small)]
+    assert ways[0] == ways[1]
+    assert all(row["ms"] > 0 for row in [*saved, *small])
+    kernels = {row["way"] for row in small if row["of these kernels, by a model"]}
+    assert kernels == {"splash"}
+
+
+def test_tpu_peers(tmp_path):
+    run("tpu_peers", "--out", tmp_path / "results.json")
+    (rows,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert set(rows) == {"ours", "Tunix"}
+    for row in rows.values():
+        assert row["ms"] == pytest.approx(sum(row["parts, ms"].values()))
+        assert 0 < row["mfu"] < 1
+    page = ROOT / "experiments" / "tpu_peers"
+    ours = json.loads((page / "results.json").read_text())["colab"]["ours"]["ms"]
+    assert f"| colab | ours | {ours:.1f} |" in (page / "README.md").read_text()
 
 
 def test_parity(tmp_path):

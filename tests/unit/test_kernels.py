@@ -159,7 +159,8 @@ def test_the_kernel_follows_the_devices():
 
 
 @pytest.mark.parametrize(
-    ("t", "p", "found"), [(31, 64, "xla"), (63, 128, "xla"), (128, 0, "xla"), (127, 256, "splash")]
+    ("t", "p", "found"),
+    [(31, 64, "xla"), (64, 64, "xla"), (65, 64, "splash"), (63, 128, "splash"), (90, 0, "xla")],
 )
 def test_on_a_tpu_short_sequences_are_xlas(t, p, found, monkeypatch):
     def named(name):

@@ -45,6 +45,20 @@ def test_each_step_is_one_line_on_disk_before_the_next(tmp_path):
     assert strict(lines_of(tmp_path / "run")[1]) == {"step": 2, "reward": 0.25, "num_tokens": 14}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_place_of_the_metrics_is_not_followed(tmp_path, there):
+    """A run folder may come from somebody else."""
+    target = tmp_path / "mine.txt"
+    if there:
+        target.write_text("mine\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a symbolic link.* remove the link, or"):
+        write(tmp_path / "run", [1])
+    assert target.exists() == there
+    assert not there or target.read_text() == "mine\n"
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
         writer.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 1.5})
