@@ -1,7 +1,6 @@
 """Log-probabilities of tokens from hidden states, without ever holding logits of every position."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +28,6 @@ def token_logprobs(
     chunk_bytes: int = CHUNK_BYTES,
     kept_bytes: int = 0,
     vocabulary_blocks: bool = False,
-    head_layout: Callable[[jax.Array], jax.Array] = lambda x: x,
     cap: float | None = None,
 ) -> jax.Array:
     """Log softmax(hidden @ head.T)[target] for every position, exact, in float32.
@@ -54,7 +52,6 @@ def token_logprobs(
         kept_bytes: what they may take where one chunk is all, if that is more.
         vocabulary_blocks: whether the head is cut, into blocks of half as many logits as a chunk.
             Where two chunks of positions are enough, these are.
-        head_layout: lays out the head's gradient over devices while blocks are written to it.
         cap: of the logits, c * tanh(logits / c); None: as they are.
 
     Returns:
@@ -73,7 +70,7 @@ def token_logprobs(
     if vocabulary_blocks and logits_bytes > max(kept_bytes, 2 * chunk_bytes):
         rows = chunk_bytes // 2 * len(head) // logits_bytes // _LANES * _LANES
         width = min(max(rows, _LANES), len(head))
-        return _in_blocks(hidden, head, targets, width, head_layout, cap)
+        return _in_blocks(hidden, head, targets, width, cap)
     most = t if logits_bytes <= kept_bytes else max(chunk_bytes * t // logits_bytes, 1)
     width = max(-(-t // max(-(-t // most), 1)), 1)  # chunks of about one length
     split = functools.partial(_split, axis=targets.ndim - 1, width=width)
@@ -147,13 +144,13 @@ def _backward(cap, kept, cotangents):
 _in_chunks.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _in_blocks(hidden, head, targets, width, layout, cap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _in_blocks(hidden, head, targets, width, cap):
     """Log-probs `[...]`, from so many rows of the head at a time."""
-    return _forward_blocks(hidden, head, targets, width, layout, cap)[0]
+    return _forward_blocks(hidden, head, targets, width, cap)[0]
 
 
-def _forward_blocks(hidden, head, targets, width, _, cap):
+def _forward_blocks(hidden, head, targets, width, cap):
     def add(start, rows, so_far):
         """Of the logits so far: the largest, the sum of exp(logit - largest), the target's."""
         largest, total, picked = so_far
@@ -172,7 +169,7 @@ def _forward_blocks(hidden, head, targets, width, _, cap):
     return picked - total, (hidden, head, targets, total)
 
 
-def _backward_blocks(width, layout, cap, kept, cotangents):
+def _backward_blocks(width, cap, kept, cotangents):
     hidden, head, targets, total = kept
     axes = "abcefg"[: targets.ndim]
 
@@ -183,11 +180,11 @@ def _backward_blocks(width, layout, cap, kept, cotangents):
         d = _d_logits(logits, _ids(start, logits), targets, total, cotangents, cap)
         d = d.astype(hidden.dtype)
         d_rows = einsum_f32(f"{axes}v,{axes}d->vd", d, hidden)
-        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, layout(d_rows), start, axis=0)
+        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, d_rows, start, axis=0)
         return d_hidden + einsum_f32("...v,vd->...d", d, table), d_head
 
     # Every row of the second is written once.
-    start = jnp.zeros(hidden.shape, jnp.float32), layout(jax.lax.empty(head.shape, jnp.float32))
+    start = jnp.zeros(hidden.shape, jnp.float32), jax.lax.empty(head.shape, jnp.float32)
     d_hidden, d_head = _over_blocks(add, head, width, start)
     return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None
 

@@ -561,5 +561,47 @@ MUTANTS = (
         "True,",
         GGUF,
     ),
+    Mutant(
+        "the sum of a block of the vocabulary kept at its old scale",
+        "logprobs.py",
+        "total = total * jnp.exp(largest - new)",
+        "total = total + 0",
+        ("tests/unit/test_logprobs.py",),
+    ),
+    Mutant(
+        "the head's gradient of every block of the vocabulary written to the first rows",
+        "logprobs.py",
+        "d_head, d_rows, start, axis=0",
+        "d_head, d_rows, 0, axis=0",
+        ("tests/unit/test_logprobs.py",),
+    ),
+    Mutant(
+        "halves of a head swapped by a product without the sign",
+        "models/rope.py",
+        "jnp.concatenate([-sin, sin], axis=-1)",
+        "jnp.concatenate([sin, sin], axis=-1)",
+        ("tests/unit/test_kernels.py::test_rotating_by_a_product_gives_the_same_numbers",),
+    ),
+    Mutant(
+        "loops counted once by the compiler's clock",
+        "tpu_compile/clock.py",
+        "trips_of(line, self.computations) or self.trips",
+        "1",
+        ("tests/unit/test_clock.py",),
+    ),
+    Mutant(
+        "transfers that do not wait for each other",
+        "tpu_compile/clock.py",
+        "free = arrives[key] = max(now, free) + seconds",
+        "arrives[key] = now + seconds",
+        ("tests/unit/test_clock.py",),
+    ),
+    Mutant(
+        "any scaling of rotary positions in GGUF taken for Llama 3's",
+        "models/gguf.py",
+        "not np.allclose(factors, expected, rtol=1e-4)",
+        "False",
+        ("tests/unit/test_models_load.py::test_llama_3s_scaling_is_told_by_what_it_divides",),
+    ),
 )
 SMALL = MUTANTS[:3]

@@ -196,7 +196,7 @@ class DecoderFns:
         head: `params -> [V, D]`, the output embedding.
         shards: parts that the devices cut a batch into, group by group.
         chunk_bytes: of logits that a device holds at once, where they are more than it keeps.
-        vocabulary_blocks, head_layout: see `gvpo_jax.logprobs.token_logprobs`.
+        vocabulary_blocks: see `gvpo_jax.logprobs.token_logprobs`.
         logit_cap: of all logits, see `gvpo_jax.logprobs.soft_cap`.
         in_float32: the last names of parameters that are used in float32 whatever the dtype of the
             computation, and so are kept in it.
@@ -217,7 +217,6 @@ class DecoderFns:
     shards: int = 1
     chunk_bytes: int = CHUNK_BYTES
     vocabulary_blocks: bool = False
-    head_layout: Callable[[jax.Array], jax.Array] = lambda x: x
     packed_hidden: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     logit_cap: float | None = None
     in_float32: tuple[str, ...] = ()
@@ -250,7 +249,6 @@ def decoder_fns(config: DecoderConfig, options: DecoderOptions = PLAIN) -> Decod
         shards=options.shards,
         chunk_bytes=options.chunk_bytes,
         vocabulary_blocks=options.vocabulary_blocks,
-        head_layout=options.head_layout,
         packed_hidden=without_routing("packed_hidden"),
         logit_cap=config.final_logit_softcapping,
         in_float32=stacking.in_float32,

@@ -156,7 +156,7 @@ class DecoderOptions:
         experts: see `gvpo_jax.ops.experts.of_tokens`.
         product: `jax.lax.dot_general` of activations and a layer's weights; one with a gradient of
             its own gives what it returns the `checkpoint_name` "product".
-        chunk_bytes, vocabulary_blocks, head_layout, shards: see `decoder.DecoderFns`.
+        chunk_bytes, vocabulary_blocks, shards: see `decoder.DecoderFns`.
         lora: the form of the adapter that the parameters hold beside the model's; None: they don't.
         scan_layers: whether scoring and updates scan over stacked layers, see `models.stacking`.
     """
@@ -171,7 +171,6 @@ class DecoderOptions:
     product: Callable[..., jax.Array] = jax.lax.dot_general
     chunk_bytes: int = CHUNK_BYTES
     vocabulary_blocks: bool = False
-    head_layout: Callable[[jax.Array], jax.Array] = lambda x: x
     shards: int = 1
     lora: Lora | None = None
     scan_layers: bool = False

@@ -1,13 +1,10 @@
 """How logits are cut on each kind of device, where they are more than a device keeps."""
 
-import functools
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gvpo_jax.logprobs import CHUNK_BYTES
-from gvpo_jax.parallel.layout import shardings
 
 
 def chunks_on(mesh: Mesh) -> dict[str, Any]:
@@ -20,11 +17,4 @@ def chunks_on(mesh: Mesh) -> dict[str, Any]:
     return {
         "chunk_bytes": CHUNK_BYTES // 4 if platform == "cpu" else CHUNK_BYTES,
         "vocabulary_blocks": platform == "tpu" and mesh.shape["tensor"] == 1,
-        "head_layout": functools.partial(_as_the_embedding, mesh),
     }
-
-
-def _as_the_embedding(mesh: Mesh, x: jax.Array) -> jax.Array:
-    """Rows of a head's gradient, cut over the devices as an embedding's are."""
-    lies = shardings(mesh, {"embed": {"embedding": x}})["embed"]["embedding"]
-    return jax.lax.with_sharding_constraint(x, lies)

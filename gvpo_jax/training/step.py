@@ -183,7 +183,6 @@ def _token_logps(model, params, run, batch, packed_size):
     head_vd, shards = model.head(params), model.shards
     limits = {"chunk_bytes": model.chunk_bytes * shards, "kept_bytes": CHUNK_BYTES * shards}
     limits |= {"cap": model.logit_cap, "vocabulary_blocks": model.vocabulary_blocks}
-    limits["head_layout"] = model.head_layout
     if packed_size is None or model.packed_hidden is None:
         hidden, routings = run("completion_hidden", prompts, prompt_lengths, completions)
         return token_logprobs(hidden, head_vd, completions, **limits), routings, None
