@@ -109,7 +109,8 @@ def caught_by(done: subprocess.CompletedProcess[str]) -> str | None:
     """The test that found a result wrong; code that merely crashes has not been caught by one."""
     if done.returncode == 0:
         return None
-    failed = re.search(r"^FAILED (\S+) - (?:AssertionError|assert)", done.stdout, re.MULTILINE)
+    wrong = r"^FAILED (\S+) - (?:AssertionError|assert|Failed: DID NOT RAISE)"
+    failed = re.search(wrong, done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
         return failed[1]
     print(f"the mutant does not run\n{done.stdout[-4000:]}{done.stderr[-2000:]}", file=sys.stderr)
