@@ -89,8 +89,9 @@ class ModelConfig:
     )
     attention: Literal["auto", "xla", "splash", "cudnn"] = setting(
         "auto",
-        "Of prompts, scoring and training. auto: in bfloat16 splash on TPU and cuDNN on GPU, else "
-        "XLA. Splash computes sliding windows and soft caps itself; cuDNN windows, XLA its caps.",
+        "Of prompts, scoring and training. auto: in bfloat16 splash on TPU, but for short "
+        "sequences, and cuDNN on GPU, else XLA. Splash computes sliding windows and soft caps "
+        "itself; cuDNN windows, XLA its caps.",
         free=True,
     )
     scan_layers: bool = setting(
