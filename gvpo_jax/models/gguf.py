@@ -240,11 +240,12 @@ def _refuse_unsupported(path: Path, family: Family, get: Callable[[str], Any]) -
 
 def _scaled(path: Path, config: DecoderConfig, stored: _Tensor) -> DecoderConfig:
     """With Llama 3's scaling, of which llama.cpp keeps what each frequency is divided by."""
-    factors = stored.read()
+    factors, freqs = stored.read(), frequencies(config.rope_theta, config.head_dim)
+    if factors.shape != freqs.shape:
+        raise _unread_scaling(path)
     scaling = RopeScaling(round(float(factors.max()), 3), *_LLAMA_3)
-    freqs = frequencies(config.rope_theta, config.head_dim)
     expected = freqs / stretched(freqs, scaling)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+    if not np.allclose(factors, expected, rtol=1e-4):
         raise _unread_scaling(path)
     return dataclasses.replace(config, rope_scaling=scaling)
 

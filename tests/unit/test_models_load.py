@@ -396,9 +396,10 @@ def test_llama_3s_scaling_is_told_by_what_it_divides(tmp_path, factor):
     model.save_pretrained(tmp_path)
     debug_tokenizer().save_pretrained(tmp_path)
     assert load_model(str(tmp_path / "x.gguf")).config == load_model(str(tmp_path)).config
-    write_gguf(tmp_path / "x.gguf", model, rope_factors=factors * np.float32(1.01))
-    with pytest.raises(UserError, match="these scaled rotary embeddings are not read from"):
-        load_model(str(tmp_path / "x.gguf"))
+    for odd in (factors * np.float32(1.01), factors[1:], factors * np.float32(np.nan)):
+        write_gguf(tmp_path / "x.gguf", model, rope_factors=odd)
+        with pytest.raises(UserError, match="these scaled rotary embeddings are not read from"):
+            load_model(str(tmp_path / "x.gguf"))
 
 
 @pytest.fixture(scope="module")
