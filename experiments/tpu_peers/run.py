@@ -137,7 +137,9 @@ def tunix_model(work: Work, *, flash: bool, remat: bool) -> Any:
     }
     settings["use_tied_embedding" if "use_tied_embedding" in known else "weight_tying"] = True
     if flash:
-        settings |= {"use_flash_attention": True, "flash_attention_block_size": 512}
+        whole = work.prompt + work.completion  # which the blocks have to divide
+        block = next(size for size in range(512, 0, -128) if whole % size == 0)
+        settings |= {"use_flash_attention": True, "flash_attention_block_size": block}
     if remat:
         settings["remat_config"] = module.RematConfig.BLOCK
     model = {"llama": "Llama3", "qwen2": "Qwen2"}[shape.family]
