@@ -307,7 +307,7 @@ def other_base():
         ({"model__lora__rank": 8}, r"of a run with model.lora.rank=4, model.lora.alpha=8"),
         ({"model__lora__alpha": 16}, r"of a run with model.lora.rank=4, model.lora.alpha=8"),
         ({"model__lora__targets": ["q"]}, r"model.lora.targets=\['q', 'k', 'v', "),
-        ({"model__lora__rank": None}, r"of a run with model.lora.rank=4"),
+        ({"model__lora__rank": None, "model__lora__alpha": 32.0}, r"a run with model.lora.rank=4"),
     ],
 )
 def test_another_adapters_checkpoint_is_refused(trained, tmp_path, settings, message):
