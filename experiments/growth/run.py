@@ -23,7 +23,8 @@ import optax
 
 from gvpo_jax.data.batch import Batch
 from gvpo_jax.models.decoder import DecoderConfig, DecoderOptions, decoder_fns, init_params
-from gvpo_jax.ops.cpu import chunk_bytes_on, product_on
+from gvpo_jax.ops.chunks import chunks_on
+from gvpo_jax.ops.cpu import product_on
 from gvpo_jax.ops.kernels import attention_on
 from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.training.objectives import gvpo
@@ -78,7 +79,7 @@ def update(rounds: int, *, k: int, t: int, p: int, v: int, layers: int) -> dict:
     options = DecoderOptions(  # as a `Policy` computes it on this machine
         attention=attention_on(mesh, "auto", "float32", config.head_dim),
         product=product_on(mesh),
-        chunk_bytes=chunk_bytes_on(mesh),
+        **chunks_on(mesh),
     )
     step = functools.partial(
         train_step,
