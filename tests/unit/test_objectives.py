@@ -1,7 +1,6 @@
 """Every objective through the train step, with a model of one table, which compiles at once."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from test_train_step import MISSING, assert_trees_close, random_batch
 from gvpo_jax.baselines import objective_loss
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.loss import gvpo_loss
+from gvpo_jax.models.decoder import DecoderFns
 from gvpo_jax.training.objectives import LossConfig
 from gvpo_jax.training.step import init_state, token_logps, train_step
 
@@ -30,14 +30,16 @@ def completion_hidden(params, prompts, prompt_lengths, completions):
     return params["table"][jnp.concatenate([first, completions[..., :-1]], axis=-1)]
 
 
-BIGRAM = SimpleNamespace(
+def not_asked(*_):
+    raise AssertionError("a training step does not sample")
+
+
+BIGRAM = DecoderFns(
+    prefill=not_asked,
+    empty_cache=not_asked,
+    decode=not_asked,
     completion_hidden=completion_hidden,
     head=lambda params: params["head"],
-    shards=1,
-    chunk_bytes=2**29,
-    logit_cap=None,
-    routed=None,
-    stacking=None,
 )
 NAMES = ("gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo")
 
