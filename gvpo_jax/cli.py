@@ -124,33 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--trust-rewards", action="store_true", help="run reward files that come with a run folder"
     )
-    compiling = _command(
-        commands,
-        "compile",
-        "compile a run's programs for a TPU that is not there: do they fit?",
-        "Compile what a config trains with for a TPU, on a machine without one, and tell its\n"
-        "memory and time. Needs the extra compile.",
-        "gvpo-jax compile qwen2.5-math-1.5b --topology v5e:4x4",
-    )
-    compiling.add_argument("config", nargs="?", help="a YAML config, or a run folder")
-    compiling.add_argument("--topology", help="chip and shape, e.g. v5e:4x4")
-    compiling.add_argument("--slices", type=int, default=1, help="of that topology; default: 1")
-    compiling.add_argument(
-        "--model-config", metavar="FILE", help="a config.json to take in place of model.name"
-    )
-    compiling.add_argument(
-        "--only",
-        action="append",
-        choices=("train", "reference", "rollout"),
-        help="compile this program alone; may be given twice",
-    )
-    compiling.add_argument("--out", metavar="FILE", help="where to write the report as JSON")
-    compiling.add_argument(
-        "--diff",
-        nargs=2,
-        metavar=("A.json", "B.json"),
-        help="compile nothing, but compare two reports of --out",
-    )
+    compiling = _compile_command(commands)
     for command in (train, evaluate, compiling):
         command.add_argument(
             "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loss.beta=0.2"
@@ -185,6 +159,37 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="store_true", help="write the adapter alone, as PEFT loads it"
     )
     return parser
+
+
+def _compile_command(commands: Any) -> _Parser:
+    compiling = _command(
+        commands,
+        "compile",
+        "compile a run's programs for a TPU that is not there: do they fit?",
+        "Compile what a config trains with for a TPU, on a machine without one, and tell its\n"
+        "memory and time. Needs the extra compile.",
+        "gvpo-jax compile qwen2.5-math-1.5b --topology v5e:4x4",
+    )
+    compiling.add_argument("config", nargs="?", help="a YAML config, or a run folder")
+    compiling.add_argument("--topology", help="chip and shape, e.g. v5e:4x4")
+    compiling.add_argument("--slices", type=int, default=1, help="of that topology; default: 1")
+    compiling.add_argument(
+        "--model-config", metavar="FILE", help="a config.json to take in place of model.name"
+    )
+    compiling.add_argument(
+        "--only",
+        action="append",
+        choices=("train", "reference", "rollout"),
+        help="compile this program alone; may be given twice",
+    )
+    compiling.add_argument("--out", metavar="FILE", help="where to write the report as JSON")
+    compiling.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="compile nothing, but compare two reports of --out",
+    )
+    return compiling
 
 
 def _command(commands: Any, name: str, short: str, description: str, example: str) -> _Parser:
