@@ -8,12 +8,23 @@ LEARNING_RATE = 1e-6
 def train(w, folder, device):
     from workloads import batch
 
+    policy = trainer(w, folder).policy
+    given = trained_on(w)
+    scored = policy.with_reference(given).ref_logps * batch(w).mask
+
+    def update():
+        float(policy.update(given)["loss"])
+
+    return update, scored.sum(-1).reshape(-1).tolist()
+
+
+def trainer(w, folder, **settings):
+    """A trainer of the workload; settings as `SECTION__NAME` beside those that it implies."""
     from gvpo_jax.config import Config
     from gvpo_jax.config_file import override
-    from gvpo_jax.data.batch import Batch
     from gvpo_jax.trainer import Trainer
 
-    settings = {
+    implied = {
         "model__name": str(folder),
         "model__dtype": w.dtype,
         "rollout__num_generations": w.k,
@@ -23,10 +34,18 @@ def train(w, folder, device):
         "optimizer__learning_rate": LEARNING_RATE,
         "mesh__fsdp": 1,
     }
-    policy = Trainer(override(Config(), **settings)).policy
+    return Trainer(override(Config(), **implied | settings))
+
+
+def trained_on(w):
+    """The workload's batch, as `Policy.update` takes it."""
+    from workloads import batch
+
+    from gvpo_jax.data.batch import Batch
+
     arrays, gk = batch(w), (w.g, w.k)
     per_token = np.full(arrays.mask.shape, -np.log(w.vocab), np.float32)
-    given = Batch(
+    return Batch(
         prompts=arrays.prompts,
         prompt_lengths=np.full(w.g, w.p, np.int32),
         completions=arrays.completions,
@@ -38,12 +57,6 @@ def train(w, folder, device):
         source=np.zeros(gk, np.int32),
         version=np.zeros(gk, np.int32),
     )
-    scored = policy.with_reference(given).ref_logps * arrays.mask
-
-    def update():
-        float(policy.update(given)["loss"])
-
-    return update, scored.sum(-1).reshape(-1).tolist()
 
 
 def rollout(w, folder, device):

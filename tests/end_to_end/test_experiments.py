@@ -165,6 +165,20 @@ def test_bench(tmp_path):
     assert "small" in "".join(ElementTree.fromstring(picture).itertext())
 
 
+def test_bench_variants(tmp_path):
+    """What is meant for a GPU, on a CPU: each way is timed, and XLA's counts stand beside it."""
+    script = ROOT / "experiments" / "bench" / "variants.py"
+    out = tmp_path / "variants.json"
+    ways = ("rollout", "as it is", "logits in blocks of the vocabulary")
+    only = [x for way in ways for x in ("--only", way)]
+    command = [sys.executable, str(script), "--workload", "small", "--rounds", "1", "--out", out]
+    subprocess.run([*command, *only], check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK})
+    rows = json.loads(out.read_text())["rows"]
+    assert tuple(rows) == ways
+    assert all(row["ms"] > 0 for row in rows.values()), rows
+    assert all(rows[way]["counted"]["flops"] > 0 for way in ways[1:])
+
+
 def test_trace(tmp_path):
     """Most updates are sent to the devices while they are at work on what comes before.
 
