@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gvpo_jax import __version__
+from gvpo_jax.buckets import is_address
 from gvpo_jax.config_trl import TRL_NAMES
 from gvpo_jax.errors import UserError
 
@@ -42,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = commands.train(config)
             if is_first():
                 print(json.dumps(_on_screen(summary), indent=2))
-                report = Path(config.run.dir) / "report.html"
-                if report.is_file():
-                    print(f"report: {report}")
+                if (config.run.folder / "report.html").is_file():
+                    print(f"report: {config.run.dir}/report.html")
             return 0
     except UserError as error:
         from gvpo_jax.rundir.formats import one_line
@@ -218,7 +218,7 @@ def _on_screen(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    config, of_run = _config(arguments), Path(arguments.config).is_dir()
+    config, of_run = _config(arguments), _is_run(arguments.config)
     from gvpo_jax.commands import evaluate
     from gvpo_jax.config_file import check_rewards
 
@@ -228,29 +228,34 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    folder = _run_folder(arguments)
+    run_dir = _run_folder(arguments)
     from gvpo_jax.report import write_report
+    from gvpo_jax.rundir.bucket import pull, push
 
-    print(write_report(folder))
+    report = write_report(pull(run_dir))
+    push(run_dir)
+    print(f"{report}, and in {run_dir}" if is_address(run_dir) else report)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    folder = _run_folder(arguments)
+    run_dir = _run_folder(arguments)
     from gvpo_jax.commands import inspect
     from gvpo_jax.config_file import open_run
 
-    text, whole = inspect(open_run(folder))
+    text, whole = inspect(open_run(run_dir))
     print(text)
     return 0 if whole else 1
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    folder = _run_folder(arguments)
+    run_dir = _run_folder(arguments)
     from gvpo_jax.commands import export, export_adapter
     from gvpo_jax.config_file import open_run
 
-    config, write = open_run(folder), export_adapter if arguments.adapter else export
-    print(write(config, Path(arguments.folder or folder / "export")))
+    config, write = open_run(run_dir), export_adapter if arguments.adapter else export
+    if is_address(run_dir) and not arguments.folder:
+        raise UserError(f"{run_dir} is in a bucket: give the folder here that is to be written")
+    print(write(config, Path(arguments.folder or Path(run_dir) / "export")))
 
 
 def _compile(arguments: argparse.Namespace) -> int:
@@ -282,19 +287,24 @@ def _compile(arguments: argparse.Namespace) -> int:
     return 0 if report["fits"] else 1
 
 
-def _run_folder(arguments: argparse.Namespace) -> Path:
+def _run_folder(arguments: argparse.Namespace) -> str:
+    """What the command was given; a folder, or an address."""
     from gvpo_jax.config_file import no_run
 
-    folder = Path(arguments.run_dir)
-    if not folder.is_dir():
-        raise no_run(folder)
-    return folder
+    if not _is_run(arguments.run_dir):
+        raise no_run(Path(arguments.run_dir))
+    return arguments.run_dir
+
+
+def _is_run(name: str) -> bool:
+    """Whether it is the place of a run, and no config."""
+    return is_address(name) or Path(name).is_dir()
 
 
 def _config(arguments: argparse.Namespace):
     from gvpo_jax.config_file import load_config, open_run
 
-    if Path(arguments.config).is_dir():
+    if _is_run(arguments.config):
         return open_run(arguments.config, arguments.overrides)
     return load_config(arguments.config, arguments.overrides)
 

@@ -18,6 +18,7 @@ from gvpo_jax.parallel.mesh import all_devices
 from gvpo_jax.rewards import batched
 from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rollout.servers.connect import ServersConfig
+from gvpo_jax.rundir.bucket import push
 from gvpo_jax.rundir.claim import lock, write_evaluation
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
@@ -77,7 +78,8 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
         metrics, records = trainer.evaluate(held_out, reward_funcs)
     if checkpoint and is_first():
         try:
-            write_evaluation(Path(config.run.dir), "latest", records)
+            write_evaluation(config.run.folder, "latest", records)
+            push(config.run.dir)
         except UserError as error:  # the scores are there all the same
             print(f"gvpo-jax: {error}; the answers are not kept", file=sys.stderr)
     return metrics
@@ -85,16 +87,16 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
 
 def inspect(config: Config) -> tuple[str, bool]:
     """A run's checkpoints as a person reads them, and whether all are whole."""
-    run_dir, broken = Path(config.run.dir), {}
+    broken: dict[int, str] = {}
     lines = ["  step      on disk  checkpoint"]
-    if (run_dir / "checkpoints").is_dir():
-        with Checkpoints(run_dir / "checkpoints", read_only=True) as checkpoints:
+    if config.run.checkpoints.is_dir():
+        with Checkpoints(config.run.checkpoints, read_only=True) as checkpoints:
             for step in checkpoints.steps():
                 broken[step] = checkpoints.problem(step)
                 size = f"{checkpoints.size(step) / 2**30:.3f} GiB"
                 lines.append(f"{step:>6}  {size:>11}  {broken[step] or 'whole'}")
     saved = max((step for step, problem in broken.items() if not problem), default=0)
-    head = f"{run_dir}: {saved} of {config.train.updates} updates are saved"
+    head = f"{config.run.dir}: {saved} of {config.train.updates} updates are saved"
     return "\n".join([head, *lines] if broken else [head]), not any(broken.values())
 
 
@@ -125,7 +127,7 @@ def _at_last_checkpoint(config: Config) -> Trainer:
 def _hold_servers(config: Config, stack: contextlib.ExitStack) -> None:
     """See that no training in this run's folder has other weights on the servers meanwhile."""
     try:
-        stack.enter_context(lock(Path(config.run.dir)))
+        stack.enter_context(lock(config.run.dir))
     except UserError as error:
         raise UserError(f"{error}; or sample here: servers.kind=none 'servers.urls=[]'") from None
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gvpo_jax.buckets import is_address
 from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
 from gvpo_jax.data.prompts import DataConfig
@@ -165,6 +166,11 @@ def _check_servers(c: Config) -> None:
     c.servers.check()
     if c.servers.kind == "none":
         return
+    if is_address(c.run.dir) and c.servers.weights_dir is None:
+        raise UserError(
+            f"run.dir={c.run.dir}: servers read new weights from a folder; give "
+            "servers.weights_dir, one that they and this machine see"
+        )
     if c.model.quantization != "none":
         raise UserError(
             f"model.quantization={c.model.quantization} is for sampling in this process: the "
@@ -190,10 +196,12 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
     unused: extras that are not asked for.
     """
     files = c.data.path, c.data.eval_path, c.data.groups_path
+    paths = *files, c.run.dir, c.model.name, c.model.adapter
     funcs = " ".join(c.rewards.funcs)
     tasks = bool(c.data.tasks) or "gvpo_jax.rewards.reasoning_gym:" in funcs
     needed = {
         "gguf": (c.model.name.endswith(".gguf"), "gguf"),
+        "gcs": (any(str(path).startswith("gs://") for path in paths), "gcsfs"),
         "tasks": (tasks, "reasoning_gym"),
         "math": ("gvpo_jax.rewards.math:" in funcs, "math_verify"),
         "qlora": (c.model.quantization != "none", "qwix"),

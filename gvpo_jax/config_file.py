@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
+from gvpo_jax.buckets import is_address
 from gvpo_jax.config import Config
 from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml, shown
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
+from gvpo_jax.rundir.bucket import local, pull
 from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
 from gvpo_jax.rundir.files import write_text
 from gvpo_jax.settings import all_settings, describe
@@ -176,10 +178,10 @@ def check_claim(config: Config) -> Path:
     Raises:
         UserError: it holds something else, or a run of another config.
     """
-    folder = Path(config.run.dir)
+    folder = pull(config.run.dir)
     with usable(folder):
         if not (folder / SETTINGS).is_file():
-            check_not_foreign(folder)
+            check_not_foreign(config.run.dir)
             return folder
         old = load_config(folder / SETTINGS)
         if (old.eval.success_reward, config.eval.success_reward) == (1.0, None):  # defaults, then
@@ -193,21 +195,22 @@ def check_claim(config: Config) -> Path:
         longer = train.updates > old.train.updates and config.optimizer.schedule == "constant"
         if longer:
             keys = [key for key in keys if key != "train.steps"]
-        if keys and has_begun(folder) and not config.run.overwrite:
+        if keys and has_begun(config.run.dir) and not config.run.overwrite:
             there = [f"{key}={shown(operator.attrgetter(key)(old))}" for key in keys]
             grows = config.optimizer.schedule == "constant" and "train.steps" in keys
             hint = " (train.steps may only grow; train.stop_at ends a session)" if grows else ""
             raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(there)}); give "
+                f"{config.run.dir} holds a run with other settings ({', '.join(there)}); give "
                 f"those{hint}, or choose another run.dir, or start over with run.overwrite=true"
             )
     return folder
 
 
-def with_run_date(config: Config, folder: Path) -> Config:
+def with_run_date(config: Config, run_dir: str | Path) -> Config:
     """The config with a date for its chat template: its own, that of the run begun there, today."""
-    day = config.data.template_date
-    goes_on = (folder / SETTINGS).is_file() and has_begun(folder) and not config.run.overwrite
+    day, folder = config.data.template_date, pull(run_dir)
+    begun = (folder / SETTINGS).is_file() and has_begun(str(run_dir))
+    goes_on = begun and not config.run.overwrite
     if day is None and goes_on:
         day = load_config(folder / SETTINGS).data.template_date
     data = dataclasses.replace(config.data, template_date=day or str(config.data.day()))
@@ -220,13 +223,13 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the folder is no run.
     """
-    folder = Path(path)
+    folder = pull(path)
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {SETTINGS}")
+        raise UserError(f"{path} is not a run folder: it has no {SETTINGS}")
     # More epochs are in place of the steps that the first ones took.
     by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
     instead = ["train.steps=null"] if by_epochs else []
-    return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={folder}"])
+    return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={path}"])
 
 
 def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
@@ -237,7 +240,7 @@ def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: it does.
     """
-    folder = Path(path)
+    folder = local(path)
     if any(x.partition("=")[0].strip() == "rewards.funcs" for x in overrides):
         return
     for spec in _read((folder / SETTINGS).read_text("utf-8"), []).rewards.funcs:
@@ -304,6 +307,8 @@ def _with_paths(config: Config, beside: Path | None) -> Config:
 def _input(path: str, key: str, beside: Path | None) -> str | None:
     if not path:
         return None
+    if is_address(path):
+        return path
     wanted = Path(path).expanduser()
     folders = [Path.cwd(), *([beside.absolute()] if beside else [])]
     if found := next((folder / wanted for folder in folders if (folder / wanted).exists()), None):
@@ -352,6 +357,7 @@ def _template(text: str, key: str, beside: Path | None) -> str:
 _RESOLVE = {
     "input": _input,
     "output": _output,
+    "run": _output,
     "model": _model,
     "functions": _functions,
     "template": _template,

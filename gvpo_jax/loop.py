@@ -8,7 +8,6 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from gvpo_jax.parallel.preemption import (
 from gvpo_jax.report import write_report
 from gvpo_jax.rewards.functions import changed_code
 from gvpo_jax.rollout import Engine
+from gvpo_jax.rundir.bucket import push
 from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
 from gvpo_jax.rundir.files import METRICS, read_history, read_summary, sweep_temporary, write_text
 from gvpo_jax.rundir.formats import left_out_text
@@ -75,7 +75,7 @@ class Loop:
             Interrupted: told to end by Ctrl-C; the run is saved.
             UserError: the folder belongs to another run, or what sampling and updates raise.
         """
-        c, run_dir = self.config, Path(self.config.run.dir)
+        c, run_dir = self.config, self.config.run.folder
         total = c.train.updates
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
@@ -119,8 +119,8 @@ class Loop:
         stack.enter_context(contextlib.closing(self.engine))
         from_first_host(lambda: self._open(stack))
         stack.enter_context(contextlib.closing(self.feed))
-        folder = Path(self.config.run.dir) / "checkpoints"
-        checkpoints = Checkpoints(folder, keep=self.config.checkpoint.keep)
+        run, keep = self.config.run, self.config.checkpoint.keep
+        checkpoints = Checkpoints(run.checkpoints, keep=keep)
         stack.enter_context(checkpoints)
         counters = self._resume(checkpoints)
         from_first_host(lambda: self._claim(counters))
@@ -133,9 +133,7 @@ class Loop:
         c, step = self.config, counters.step
         evaluated = from_first_host(lambda: self._is_evaluated(step))
         options = c.log, c.train.updates, self._per_round, self.history
-        log = raise_together(
-            lambda: RunLog(Path(c.run.dir), counters, *options, evaluated=evaluated)
-        )
+        log = raise_together(lambda: RunLog(c.run.folder, counters, *options, evaluated=evaluated))
         stack.enter_context(log)
         stack.enter_context(_saying_what_is_left(log, checkpoints, c.run.overwrite))
         for note in self._opening(counters):
@@ -149,17 +147,17 @@ class Loop:
 
     def _say_it_is_done(self) -> None:
         if is_first():
-            run_dir, steps = Path(self.config.run.dir), self.config.train.updates
-            note = f"{run_dir} has done its {steps} steps already: nothing to do"
+            run, steps = self.config.run, self.config.train.updates
+            note = f"{run.dir} has done its {steps} steps already: nothing to do"
             Progress(steps, steps).note(note)
-            self.history[:] = read_history(run_dir)
+            self.history[:] = read_history(run.folder)
 
     def _end(self, log: RunLog, told: int) -> dict[str, Any]:
         """Evaluate a run that is done, write its summary, and a report; returns the summary.
 
         told: the signal that ends the session, or 0.
         """
-        c, step, run_dir = self.config, log.counters.step, Path(self.config.run.dir)
+        c, step, run_dir = self.config, log.counters.step, self.config.run.folder
         total = c.train.updates
         if told:
             log.note(_why_it_ended(told, step, c.run.overwrite))
@@ -179,6 +177,7 @@ class Loop:
             if step >= total and not told:  # else the evaluation is still to come
                 log.attempt(lambda: write_text(run_dir / "summary.json", text))
             log.attempt(lambda: write_report(run_dir))
+            log.attempt(lambda: push(c.run.dir))
         return summary
 
     def _evaluation_is_due(self, step: int) -> bool:
@@ -190,7 +189,7 @@ class Loop:
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the answers of that evaluation are there."""
-        file = Path(self.config.run.dir) / "eval" / f"{_at(step)}.jsonl"
+        file = self.config.run.folder / "eval" / f"{_at(step)}.jsonl"
         return self._evaluation_is_due(step) and file.is_file()
 
     @property
@@ -200,21 +199,23 @@ class Loop:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Hold the folder against other runs, for all processes of this one."""
-        folder = check_claim(self.config)
-        sweep(stack.enter_context(lock(folder)) / "checkpoints")
+        run, folder = self.config.run, check_claim(self.config)
+        stack.enter_context(lock(run.dir))
+        sweep(run.checkpoints)
         with usable(folder):
             sweep_temporary(folder)
-        if self.config.run.overwrite:
+        if run.overwrite:
             with usable(folder):
                 self.replaces = (folder / METRICS).is_file()
-                clear(folder)
+                clear(run.dir)
 
     def _claim(self, counters: Counters) -> None:
         if counters.step == 0:
             c, per_round = self.config, self._per_round
             first_save = -(-c.checkpoint.every // per_round) * per_round
-            self.lost = check_not_lost(Path(c.run.dir), first_save)
+            self.lost = check_not_lost(c.run.folder, first_save)
         claim(self.config)
+        push(self.config.run.dir)
 
     def _round(self, log: RunLog, told_to_end: Callable[[], int], save: Callable[[], None]) -> None:
         """One rollout, or as many given groups, and the updates on them, as long as it may."""
@@ -272,6 +273,7 @@ class Loop:
             max_completion_length=self.config.rollout.max_completion_length,
         )
         log.evaluation(name, metrics, records)
+        self._push(log)
 
     def _save(self, log: RunLog, checkpoints: Checkpoints) -> None:
         samples = self.feed.state()  # waits for rounds drawn ahead
@@ -281,6 +283,12 @@ class Loop:
         about = {"counters": counters, "data_fingerprint": self.data_fingerprint}
         about["reward_code"] = dict(self.reward_code)
         self.policy.save(checkpoints, log.counters.step, about, samples)
+        self._push(log)
+
+    def _push(self, log: RunLog) -> None:
+        """Have the bucket hold what the run has written so far, if it is in one."""
+        if is_first():
+            log.attempt(lambda: push(self.config.run.dir))
 
     def _resume(self, checkpoints: Checkpoints) -> Counters:
         """Let policy and feed take over the last whole checkpoint; all at 0 where there is none."""
@@ -292,7 +300,7 @@ class Loop:
         counters = self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
         before = counters.evaluations.get("before", {})
         if "eval/reward" not in before:  # version 0.1 saved the accuracy alone
-            rows = from_first_host(lambda: read_history(Path(self.config.run.dir)))
+            rows = from_first_host(lambda: read_history(self.config.run.folder))
             before |= next((row for row in rows if row["step"] == 0), {})
         under_way = restored.samples if counters.step < self.config.train.updates else []
         if found := unpack_round(under_way, self.policy.plan):

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from gvpo_jax.buckets import SCHEMES, is_address
 from gvpo_jax.errors import UserError
 
 _MAX = sys.float_info.max
@@ -22,7 +23,8 @@ def setting(
     below: float | None = None,  # what it must stay under
     hint: str = "",  # what to do about a value out of range
     free: bool = False,
-    path: Literal["", "input", "output", "model", "functions", "template"] = "",  # of such a file
+    # Of such a file; the run's folder may lie in a bucket.
+    path: Literal["", "input", "output", "run", "model", "functions", "template"] = "",
 ) -> Any:
     """A field of a config section.
 
@@ -68,22 +70,31 @@ def check_limits(config: Any) -> None:
     NaN and infinities lie outside, and addresses in a path's place.
     """
     for key, value, _, about in all_settings(config):
-        if about["path"] in ("input", "output", "model") and value is not None:
-            check_path(value, key)
+        if about["path"] in _SCHEMES and value is not None:
+            check_path(value, key, _SCHEMES[about["path"]])
         problem = None if value is None else _problem(value, about)
         if problem:
             text = f"{key} must be {problem}, got {value}"
             raise UserError(f"{text}; {about['hint']}" if about["hint"] else text)
 
 
-def check_path(path: Any, what: str) -> None:
-    """Raise UserError where a path is an address, of which `Path` would make a folder here."""
-    address = re.match(r"[a-zA-Z][\w+.-]+:/", str(path))
-    if address and not str(path).startswith("package://"):
-        raise UserError(
-            f"{what}={path} is an address: give a path on this machine; a bucket can be mounted, "
-            "say with gcsfuse"
-        )
+def check_path(path: Any, what: str, schemes: Sequence[str] = ()) -> None:
+    """Raise UserError where a path is an address, of which `Path` would make a folder here.
+
+    schemes: of addresses that are taken, as gs of gs://bucket/folder.
+    """
+    text = str(path)
+    if not re.match(r"[a-zA-Z][\w+.-]+:/", text) or text.startswith("package://"):
+        return
+    if not is_address(text) or text.partition("://")[0] not in schemes:
+        known = f", or one that begins with {'://, '.join(schemes)}://" if schemes else ""
+        raise UserError(f"{what}={text} is an address: give a path on this machine{known}")
+    if not re.fullmatch(r"\w+://[^/\s]+(/[^\n]*)?", text):
+        raise UserError(f"{what}={text}: give a bucket and a path in it, as in gs://bucket/folder")
+
+
+# Which addresses a setting takes. Orbax saves whole or not at all on disks and on gs:// alone.
+_SCHEMES = {"input": SCHEMES, "model": SCHEMES, "run": ("gs",), "output": ()}
 
 
 def describe(config: Any) -> Iterator[tuple[str, str, str, str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gvpo_jax.buckets import as_path
 from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
 from gvpo_jax.collect.early_signs import data_signs
 from gvpo_jax.collect.evaluate import evaluate
@@ -385,7 +386,7 @@ class Trainer:
         Its optimizer state is not read: an update after this begins with a fresh one. Raises
         UserError where there is no checkpoint.
         """
-        folder, restored = Path(run_dir) / "checkpoints", None
+        folder, restored = as_path(run_dir) / "checkpoints", None
         if folder.is_dir():
             with Checkpoints(folder) as checkpoints:
                 restored = self.policy.load(checkpoints, params_only=True)
@@ -393,7 +394,7 @@ class Trainer:
             raise UserError(f"{run_dir} has no checkpoint yet")
         self._reward_code = restored.extra.get("reward_code", {})
         if self.config.data.template_writes_date(self.tokenizer):
-            self.config = from_first_host(lambda: with_run_date(self.config, Path(run_dir)))
+            self.config = from_first_host(lambda: with_run_date(self.config, run_dir))
         return restored.step
 
     def _loaded(self) -> LoadedModel:
@@ -496,8 +497,8 @@ class Trainer:
     def _keep_date(self) -> None:
         """Where the chat template writes the date: the one that the run began with."""
         if self.config.data.template_writes_date(self.tokenizer):
-            folder = Path(self.config.run.dir)
-            self.config = from_first_host(lambda: with_run_date(self.config, folder))
+            run_dir = self.config.run.dir
+            self.config = from_first_host(lambda: with_run_date(self.config, run_dir))
 
     def _encode(self, rows: Dataset) -> EncodedPrompts:
         return self.config.data.encode(rows, self.tokenizer, self._vocab_size)

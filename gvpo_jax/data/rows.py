@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_jax.buckets import fetch, is_address
 from gvpo_jax.data.files import read_files
 from gvpo_jax.errors import UserError
 
@@ -32,7 +33,8 @@ def load_rows(path: str | Path) -> list[Row]:
     Args:
         path: a file that ends in .jsonl (one JSON object a line), .json (one array of objects, or
             such lines), .jsonl.gz, .json.gz or .parquet; a folder of such files; or a pattern such
-            as `data/train-*.jsonl`. Several files come in the order of their names.
+            as `data/train-*.jsonl`. All of them may be addresses in a bucket, as
+            `gs://bucket/train.jsonl`. Several files come in the order of their names.
 
     Returns:
         `PlacedRow`s.
@@ -41,7 +43,8 @@ def load_rows(path: str | Path) -> list[Row]:
         UserError: naming file and line (row, where there are no lines), for whatever is not a row
             with a usable prompt; or there is no such file, or no row.
     """
-    placed_rows = [(place, _joined(row)) for place, row in read_files(Path(path))]
+    fetched = fetch(str(path)) if is_address(path) else Path(path)
+    placed_rows = [(place, _joined(row)) for place, row in read_files(fetched)]
     for place, row in placed_rows:
         check_row(place, row)
     return [PlacedRow(row, place) for place, row in placed_rows]

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from gvpo_jax.buckets import fetch, is_address
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
@@ -180,7 +181,7 @@ def export_adapter(
 
 def _open(name: str, lora: Lora) -> tuple[Path, dict[str, Any]]:
     """The folder of an adapter of this form, and its settings."""
-    local = Path(name).expanduser()
+    local = fetch(name) if is_address(name) else Path(name).expanduser()
     if not local.exists() and name.startswith((".", "/", "~")):
         raise UserError(f"model.adapter={name}: there is no such folder")
     folder = local if local.exists() else download(name, [_SETTINGS, _WEIGHTS])

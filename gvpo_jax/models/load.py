@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from gvpo_jax.buckets import fetch, is_address
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
@@ -126,6 +127,8 @@ def local_path(name: str) -> Path | None:
     Raises:
         UserError: a path or package that holds neither.
     """
+    if is_address(name):
+        return fetch(name)
     path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_dir():
         return path

@@ -10,9 +10,12 @@ from typing import Any
 
 import filelock
 import jax
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
+from gvpo_jax.buckets import as_path, is_address, remove
 from gvpo_jax.errors import UserError
+from gvpo_jax.rundir.bucket import entries, hold, local
 from gvpo_jax.rundir.files import read_metrics, write_jsonl
 from gvpo_jax.settings import setting
 
@@ -31,9 +34,9 @@ class RunConfig:
 
     dir: str = setting(
         "runs/run",
-        "Holds everything the run writes; a second start on it resumes.",
+        "Holds everything the run writes; a second start on it resumes. gs://bucket/folder too.",
         free=True,
-        path="output",
+        path="run",
     )
     overwrite: bool = setting(
         False,
@@ -47,6 +50,16 @@ class RunConfig:
         "JAX_COMPILATION_CACHE_DIR goes first.",
         free=True,
     )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files are on this machine, see `gvpo_jax.rundir.bucket`."""
+        return local(self.dir)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Where they lie: on this machine, or in the bucket."""
+        return as_path(self.dir) / "checkpoints"
 
     def keep_compiled(self) -> None:
         """Let JAX keep what it compiles, unless it was told a place already."""
@@ -81,48 +94,49 @@ def usable(folder: Path) -> Iterator[None]:
         raise UserError(f"can't use run.dir={folder}: {reason}") from None
 
 
-def check_not_foreign(folder: Path) -> None:
+def check_not_foreign(run_dir: str) -> None:
     """Raise UserError where a folder without settings holds what is no run's, or is no folder."""
-    ours = (_LOCK, "checkpoints", "weights")
-    if folder.exists() and (
-        not folder.is_dir() or any(entry.name not in ours for entry in folder.iterdir())
-    ):
-        raise UserError(f"{folder} exists and is not a run folder; choose another run.dir")
+    ours = {_LOCK, "checkpoints", "weights"}
+    file = not is_address(run_dir) and Path(run_dir).is_file()
+    if file or not ours.issuperset(entries(run_dir)):
+        raise UserError(f"{run_dir} exists and is not a run folder; choose another run.dir")
 
 
-def clear(folder: Path) -> None:
+def clear(run_dir: str | Path) -> None:
     """Remove what a run writes, and nothing else: the folder may hold a user's files too."""
     for name in _WRITTEN:
-        path = folder / name
+        if is_address(run_dir):
+            remove(f"{run_dir}/{name}")
+        path = local(run_dir) / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def has_begun(folder: Path) -> bool:
+def has_begun(run_dir: str) -> bool:
     """Whether there is an update or a checkpoint, and not just a start that failed."""
-    checkpoints = folder / "checkpoints"
-    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
-    return saved or any(line["step"] > 0 for line in read_metrics(folder))
+    saved = any(name.isdigit() for name in entries(f"{run_dir}/checkpoints"))
+    return saved or any(line["step"] > 0 for line in read_metrics(local(run_dir)))
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[Path]:
+def lock(run_dir: str | Path) -> Iterator[Path]:
     """The run folder, made where it is missing, held against other processes meanwhile.
 
     Raises:
         UserError: another process trains in the folder, or it can't be used.
     """
+    folder = local(run_dir)
     with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             held = filelock.FileLock(folder / _LOCK, timeout=0).acquire()
         except filelock.Timeout:
             raise UserError(
-                f"another process is training in {folder}; wait for it, or choose another run.dir"
+                f"another process is training in {run_dir}; wait for it, or choose another run.dir"
             ) from None
-    with held:
+    with held, hold(str(run_dir)) if is_address(run_dir) else contextlib.nullcontext():
         yield folder
 
 

@@ -1,10 +1,10 @@
 """Checkpoints through Orbax, with what it leaves to us: checksums, and skipping broken steps."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import logging
-import shutil
 import struct
 import zipfile
 import zlib
@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from gvpo_jax.buckets import as_path, is_address, size_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import max_over_hosts
 from gvpo_jax.parallel.layout import path_name
@@ -44,8 +46,10 @@ class Checkpoints:
     A context manager that awaits the last save. With `read_only` nothing is made or changed.
     """
 
-    def __init__(self, folder: Path | str, *, keep: int = 2, read_only: bool = False):
-        self._folder = Path(folder).absolute()
+    def __init__(self, folder: epath.PathLike, *, keep: int = 2, read_only: bool = False):
+        self._folder = as_path(folder)
+        if not is_address(folder):
+            self._folder = self._folder.absolute()
         self._broken: set[int] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only
@@ -102,8 +106,10 @@ class Checkpoints:
         return {}
 
     def size(self, step: int) -> int:
-        """Bytes on disk."""
-        files = (self._folder / str(step)).rglob("*")
+        """Bytes on disk, or in the bucket."""
+        if is_address(self._folder):
+            return size_of(f"{self._folder}/{step}")
+        files = Path(self._folder / str(step)).rglob("*")
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def problem(self, step: int) -> str:
@@ -224,10 +230,11 @@ def _verify(expected: Mapping[str, int], trees: Any) -> None:
         raise ValueError(f"checksum of {', '.join([*wrong, *missing][:3])} differs")
 
 
-def sweep(folder: Path | str) -> None:
+def sweep(folder: epath.Path) -> None:
     """Remove what killed saves left half-written; only for the one process that writes there."""
-    for path in Path(folder).glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*.orbax-checkpoint-tmp*") if folder.exists() else ():
+        with contextlib.suppress(OSError):
+            path.rmtree()
 
 
 def fingerprint(tree: Any) -> int:
