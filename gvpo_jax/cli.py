@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--trust-rewards", action="store_true", help="run reward files that come with a run folder"
     )
+    _add_step(evaluate)
     compiling = _compile_command(commands)
     for command in (train, evaluate, compiling):
         command.add_argument(
@@ -155,10 +156,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run_dir", help="a run folder")
     export.add_argument("folder", nargs="?", help="where to write; default: RUN/export")
+    _add_step(export)
     export.add_argument(
         "--adapter", action="store_true", help="write the adapter alone, as PEFT loads it"
     )
     return parser
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    def number(text: str) -> int | str:
+        return text if text == "best" else int(text)
+
+    parser.add_argument(
+        "--step",
+        type=number,
+        metavar="N",
+        help="of this checkpoint; best: of the best held-out score; default: of the last",
+    )
 
 
 def _compile_command(commands: Any) -> _Parser:
@@ -222,9 +236,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     from gvpo_jax.commands import evaluate
     from gvpo_jax.config_file import check_rewards
 
+    if arguments.step is not None and not of_run:
+        raise UserError(f"--step: {arguments.config} is a config; only a run has checkpoints")
     if of_run and not arguments.trust_rewards:
         check_rewards(arguments.config, arguments.overrides)
-    print(json.dumps(_on_screen(evaluate(config, checkpoint=of_run)), indent=2))
+    print(
+        json.dumps(_on_screen(evaluate(config, checkpoint=of_run, step=arguments.step)), indent=2)
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -255,7 +273,7 @@ def _export(arguments: argparse.Namespace) -> None:
     config, write = open_run(run_dir), export_adapter if arguments.adapter else export
     if is_address(run_dir) and not arguments.folder:
         raise UserError(f"{run_dir} is in a bucket: give the folder here that is to be written")
-    print(write(config, Path(arguments.folder or Path(run_dir) / "export")))
+    print(write(config, Path(arguments.folder or Path(run_dir) / "export"), arguments.step))
 
 
 def _compile(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gvpo_jax.config import Config, check_extras
 from gvpo_jax.config_file import check_claim
@@ -56,10 +56,13 @@ def train(config: Config) -> dict[str, Any]:
     return trainer.train(rows, reward_funcs, eval_dataset=held_out)
 
 
-def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
+def evaluate(
+    config: Config, *, checkpoint: bool, step: int | Literal["best"] | None = None
+) -> dict[str, float]:
     """Held-out scores of the model that a config starts from, or of its run's last checkpoint.
 
     checkpoint: the latter, whose answers are kept as eval/latest.jsonl.
+    step: of another checkpoint.
     """
     check_extras(config, unused=["tensorboard"])
     _join(config)
@@ -74,7 +77,7 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
         if checkpoint:
             if config.servers.kind != "none":
                 from_first_host(lambda: _hold_servers(config, stack))
-            trainer.restore(config.run.dir)
+            trainer.restore(config.run.dir, step=step)
         metrics, records = trainer.evaluate(held_out, reward_funcs)
     if checkpoint and is_first():
         try:
@@ -88,39 +91,41 @@ def evaluate(config: Config, *, checkpoint: bool) -> dict[str, float]:
 def inspect(config: Config) -> tuple[str, bool]:
     """A run's checkpoints as a person reads them, and whether all are whole."""
     broken: dict[int, str] = {}
-    lines = ["  step      on disk  checkpoint"]
+    lines = ["  step      on disk   score  checkpoint"]
     if config.run.checkpoints.is_dir():
         with Checkpoints(config.run.checkpoints, read_only=True) as checkpoints:
+            scores = checkpoints.scores()
             for step in checkpoints.steps():
                 broken[step] = checkpoints.problem(step)
                 size = f"{checkpoints.size(step) / 2**30:.3f} GiB"
-                lines.append(f"{step:>6}  {size:>11}  {broken[step] or 'whole'}")
+                score = f"{scores[step]:.3f}" if step in scores else ""
+                lines.append(f"{step:>6}  {size:>11}  {score:>6}  {broken[step] or 'whole'}")
     saved = max((step for step, problem in broken.items() if not problem), default=0)
     head = f"{config.run.dir}: {saved} of {config.train.updates} updates are saved"
     return "\n".join([head, *lines] if broken else [head]), not any(broken.values())
 
 
-def export(config: Config, folder: Path) -> Path:
-    """Write a run's last checkpoint as a model folder that transformers loads."""
-    _at_last_checkpoint(config).save_pretrained(folder)
+def export(config: Config, folder: Path, step: int | Literal["best"] | None = None) -> Path:
+    """Write a run's checkpoint, by default the last, as a model folder that transformers loads."""
+    _at_checkpoint(config, step).save_pretrained(folder)
     return folder
 
 
-def export_adapter(config: Config, folder: Path) -> Path:
-    """Write the adapter of a run's last checkpoint as a folder that PEFT loads."""
+def export_adapter(config: Config, folder: Path, step: int | Literal["best"] | None = None) -> Path:
+    """Write the adapter of a run's checkpoint, by default the last, as a folder for PEFT."""
     if config.model.lora.rank is None:
         raise UserError(
             f"--adapter: the run in {config.run.dir} trains the whole model, without an adapter; "
             "leave --adapter out"
         )
-    _at_last_checkpoint(config).save_adapter(folder)
+    _at_checkpoint(config, step).save_adapter(folder)
     return folder
 
 
-def _at_last_checkpoint(config: Config) -> Trainer:
+def _at_checkpoint(config: Config, step: int | Literal["best"] | None) -> Trainer:
     unsampled = dataclasses.replace(config, servers=ServersConfig())
     trainer = Trainer(unsampled, trains=False)
-    trainer.restore(config.run.dir)
+    trainer.restore(config.run.dir, step=step)
     return trainer
 
 

@@ -63,6 +63,7 @@ class Loop:
     done: int = 0  # updates of it that are done
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
     replaces: bool = False  # another run, which was in the folder
+    score: tuple[int, float] = (0, math.nan)  # the last step with held-out answers, and theirs
     lost: int = 0  # updates of an earlier start that had no checkpoint
     # Is closed by this session's first update: until then a signal may end the process.
     starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
@@ -93,11 +94,11 @@ class Loop:
                     self._round(log, told_to_end, save)
                     if self.round:
                         continue  # told to end, or done, before the round's last update
-                    if crossed(last, counters.step, c.checkpoint.every):
-                        save()
                     if self._evaluation_is_due(counters.step):
                         with _kept(save, counters):
                             self._evaluate(log, _at(counters.step))
+                    if crossed(last, counters.step, c.checkpoint.every):
+                        save()  # with the score, if there is one
             if counters.step:
                 save()
                 checkpoints.wait()  # nothing that fails below costs what was trained
@@ -119,8 +120,10 @@ class Loop:
         stack.enter_context(contextlib.closing(self.engine))
         from_first_host(lambda: self._open(stack))
         stack.enter_context(contextlib.closing(self.feed))
-        run, keep = self.config.run, self.config.checkpoint.keep
-        checkpoints = Checkpoints(run.checkpoints, keep=keep)
+        c = self.config
+        checkpoints = Checkpoints(
+            c.run.checkpoints, keep=c.checkpoint.keep, keep_best=c.checkpoint.keep_best
+        )
         stack.enter_context(checkpoints)
         counters = self._resume(checkpoints)
         from_first_host(lambda: self._claim(counters))
@@ -273,6 +276,7 @@ class Loop:
             max_completion_length=self.config.rollout.max_completion_length,
         )
         log.evaluation(name, metrics, records)
+        self.score = log.counters.step, metrics.get("eval/accuracy", metrics["eval/reward"])
         self._push(log)
 
     def _save(self, log: RunLog, checkpoints: Checkpoints) -> None:
@@ -282,7 +286,9 @@ class Loop:
         counters = dataclasses.asdict(log.counters)
         about = {"counters": counters, "data_fingerprint": self.data_fingerprint}
         about["reward_code"] = dict(self.reward_code)
-        self.policy.save(checkpoints, log.counters.step, about, samples)
+        step, (scored_at, score) = log.counters.step, self.score
+        score = score if step == scored_at else math.nan
+        self.policy.save(checkpoints, step, about, samples, score)
         self._push(log)
 
     def _push(self, log: RunLog) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -379,17 +379,21 @@ class Trainer:
         adapter = to_first_host(self.policy.params)
         from_first_host(lambda: export_adapter(folder, model, adapter, lora, about=about))
 
-    def restore(self, run_dir: Path | str) -> int:
-        """Take over the policy of a run's last whole checkpoint; returns its step.
+    def restore(self, run_dir: Path | str, *, step: int | Literal["best"] | None = None) -> int:
+        """Take over the policy of a run's checkpoint; returns its step.
+
+        step: which; "best": that with the best held-out score, see `checkpoint.keep_best`. Default:
+            the last that is whole.
 
         Where the chat template writes the date, it writes that of the run from now on.
         Its optimizer state is not read: an update after this begins with a fresh one. Raises
-        UserError where there is no checkpoint.
+        UserError where there is no checkpoint, or none of that step.
         """
         folder, restored = as_path(run_dir) / "checkpoints", None
         if folder.is_dir():
-            with Checkpoints(folder) as checkpoints:
-                restored = self.policy.load(checkpoints, params_only=True)
+            with Checkpoints(folder, read_only=True) as checkpoints:
+                found = None if step is None else checkpoints.find(step)
+                restored = self.policy.load(checkpoints, params_only=True, step=found)
         if restored is None:
             raise UserError(f"{run_dir} has no checkpoint yet")
         self._reward_code = restored.extra.get("reward_code", {})

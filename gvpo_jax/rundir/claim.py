@@ -80,7 +80,14 @@ class CheckpointConfig:
     every: int = setting(
         50, "Updates, rounded up to a rollout; the last state is always saved.", least=1, free=True
     )
-    keep: int = setting(2, "Checkpoints that stay on disk.", least=1, free=True)
+    keep: int = setting(2, "Latest checkpoints that stay.", least=1, free=True)
+    keep_best: int = setting(
+        0,
+        "Checkpoints that stay besides: those with the best held-out accuracy, or reward. A step "
+        "that is both evaluated and saved has one, see eval.every.",
+        least=0,
+        free=True,
+    )
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +42,44 @@ class Restored:
 
 
 class Checkpoints:
-    """The latest `keep` numbered checkpoints of one run folder, which is made when missing.
+    """The numbered checkpoints of one run folder, which is made when missing.
 
     A context manager that awaits the last save. With `read_only` nothing is made or changed.
+
+    Args:
+        folder: on this machine, or in a bucket.
+        keep: how many of the latest stay.
+        keep_best: how many of those stay besides that were saved with the best scores.
+        read_only: only look.
     """
 
-    def __init__(self, folder: epath.PathLike, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep: int = 2,
+        keep_best: int = 0,
+        read_only: bool = False,
+    ):
         self._folder = as_path(folder)
         if not is_address(folder):
             self._folder = self._folder.absolute()
         self._broken: set[int] = set()
+        self._keep, self._keep_best = keep, keep_best
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, create=not read_only
+            preservation_policy=None if read_only else self, create=not read_only
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._scores = {step: self._score(step) for step in self.steps()} if keep_best else {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of these stay, as Orbax asks when another is whole."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = [step for step in steps if not math.isnan(self._scores.get(step, math.nan))]
+        scored.sort(key=lambda step: (self._scores[step], step))  # of equal ones the later
+        best = scored[max(len(scored) - self._keep_best, 0) :]
+        kept = {*sorted(steps)[-self._keep :], *best}
+        return [step in kept for step in steps]
 
     def steps(self) -> list[int]:
         """The numbers of all that are there, the newest first."""
@@ -66,11 +91,14 @@ class Checkpoints:
         trees: Mapping[str, Any],
         extra: dict[str, Any],
         samples: Mapping[str, np.ndarray] | None = None,
+        *,
+        score: float = math.nan,
     ) -> None:
         """Save pytrees of arrays and JSON values as one atomic step, written in the background.
 
         Each of the trees is an item of its own, which can be read without the others. `samples` are
         this process's NumPy arrays, whose shapes a later session can't know, e.g. a replay buffer.
+        `score` is what `keep_best` compares, more is better; NaN: there is none.
 
         Raises:
             UserError: an earlier save failed, e.g. for a full disk.
@@ -81,6 +109,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         blob = _to_bytes(samples or {})
+        if not math.isnan(score):
+            extra, self._scores[step] = extra | {"score": score}, score
         extra = _sealed(step, extra | {"checksums": _checksums(dict(trees))})
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
@@ -97,13 +127,31 @@ class Checkpoints:
 
     def about(self) -> dict[str, Any]:
         """The JSON values of the newest checkpoint that has some that can be read; else none."""
-        for step in self.steps():
-            try:
-                args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-                return _unsealed(step, self._manager.restore(step, args=args)["extra"])
-            except Exception:  # `restore` says what is broken
-                continue
-        return {}
+        return next(filter(None, map(self._about, self.steps())), {})
+
+    def find(self, step: int | Literal["best"]) -> int:
+        """The step of that number, or with the best score.
+
+        Raises:
+            UserError: there is none.
+        """
+        there = ", ".join(map(str, sorted(self.steps()))) or "none"
+        if step == "best":
+            scores = self.scores()
+            if not scores:
+                raise UserError(
+                    f"no checkpoint in {self._folder} has a score: a run saves it where eval.every "
+                    f"and checkpoint.every meet; there are {there}"
+                )
+            return max(scores, key=lambda step: (scores[step], step))
+        if step not in self.steps():
+            raise UserError(f"{self._folder} has no checkpoint {step}; there are {there}")
+        return step
+
+    def scores(self) -> dict[int, float]:
+        """Of those that were saved with one."""
+        scores = {step: self._score(step) for step in self.steps()}
+        return {step: score for step, score in scores.items() if not math.isnan(score)}
 
     def size(self, step: int) -> int:
         """Bytes on disk, or in the bucket."""
@@ -134,8 +182,10 @@ class Checkpoints:
             return _first_line(error)
         return ""
 
-    def restore(self, like: Mapping[str, Any], *, without: Sequence[str] = ()) -> Restored:
-        """The newest whole checkpoint.
+    def restore(
+        self, like: Mapping[str, Any], *, without: Sequence[str] = (), step: int | None = None
+    ) -> Restored:
+        """The newest whole checkpoint, or that of a step.
 
         A step that can't be read or whose checksums differ is passed over with a warning. It stays
         on disk until the run saves that step again.
@@ -143,11 +193,13 @@ class Checkpoints:
         Args:
             like: the trees, of `jax.ShapeDtypeStruct` with shardings, as they shall come back.
             without: those that are not read, and the samples neither.
+            step: the one to read.
 
         Raises:
-            UserError: none is whole.
+            UserError: none is whole, or not that one.
         """
-        for step in self.steps():
+        asked = self.steps() if step is None else [step]
+        for step in asked:
             try:
                 return self._read(step, like, without)
             except Exception as error:  # Orbax wraps what it meets in bare exceptions
@@ -155,7 +207,9 @@ class Checkpoints:
                     "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
                 )
                 self._broken.add(step)
-        raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
+        if asked[1:] or not self.steps()[1:]:
+            raise UserError(f"no checkpoint in {self._folder} can be read; start a new run folder")
+        raise UserError(f"checkpoint {asked[0]} in {self._folder} is broken; take another")
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises UserError where it could not be written."""
@@ -174,6 +228,17 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """The JSON values of one; none where they can't be read."""
+        try:
+            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            return _unsealed(step, self._manager.restore(step, args=args)["extra"])
+        except Exception:  # `restore` says what is broken
+            return {}
+
+    def _score(self, step: int) -> float:
+        return self._about(step).get("score", math.nan)
 
     def _read(self, step: int, like: Mapping[str, Any], without: Sequence[str]) -> Restored:
         has = {entry.name for entry in (self._folder / str(step)).iterdir()}

@@ -220,10 +220,12 @@ class Policy:
         step: int,
         extra: dict[str, Any],
         samples: dict[str, np.ndarray],
+        score: float,
     ) -> None:
         """Saves the policy as of now; the initial reference is loaded again, not saved.
 
-        JSON values, `extra`, and this process's arrays, `samples`, are saved along.
+        JSON values, `extra`, and this process's arrays, `samples`, are saved along; for `score` see
+        `Checkpoints.save`.
         """
         kept = ("updates", "refreshed_at", "start_fingerprint")
         own = {name: getattr(self, name) for name in kept}
@@ -232,12 +234,15 @@ class Policy:
         trees = {"params": self.params, "state": self.state.rest()}
         if self._options.name != "initial":
             trees["reference"] = self.reference
-        checkpoints.save(step, trees, extra | own, samples)
+        checkpoints.save(step, trees, extra | own, samples, score=score)
 
-    def load(self, checkpoints: Checkpoints, *, params_only: bool = False) -> Restored | None:
+    def load(
+        self, checkpoints: Checkpoints, *, params_only: bool = False, step: int | None = None
+    ) -> Restored | None:
         """Takes over the newest whole checkpoint, if there is one, in place of what it held.
 
         params_only: what updates need beside the parameters is left on disk.
+        step: that of the checkpoint to take.
 
         Raises:
             UserError: none of those there is whole, or it is of other start weights or of another
@@ -254,7 +259,8 @@ class Policy:
             self._check_start(about)
         del trees
         self._start = self._state = None  # not held beside what takes their place
-        restored = checkpoints.restore(shapes, without=("state",) if params_only else ())
+        without = ("state",) if params_only else ()
+        restored = checkpoints.restore(shapes, without=without, step=step)
         params, about = restored.trees["params"], restored.extra
         if params_only:
             self._start = params

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import shutil
 
 import jax
@@ -37,9 +38,9 @@ def like(state):
     )
 
 
-def save(checkpoints, step, state, extra=None, samples=None):
+def save(checkpoints, step, state, extra=None, samples=None, score=math.nan):
     """A tree as two items, as a policy saves its own."""
-    checkpoints.save(step, items(state), extra or {}, samples)
+    checkpoints.save(step, items(state), extra or {}, samples, score=score)
 
 
 def items(state):
@@ -68,6 +69,46 @@ def test_the_newest_comes_back_bitwise_with_its_extras(tmp_path):
     assert (restored.step, restored.extra) == (3, {"tokens": 30, "name": "x"})
     assert_equal(whole(restored), tree(3))
     assert not (tmp_path / "1").exists()
+
+
+SCORES = {1: 0.5, 2: 0.9, 3: math.nan, 4: 0.9, 5: 0.1, 6: 0.2}
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(1, 0, {6}), (1, 1, {4, 6}), (2, 2, {2, 4, 5, 6}), (1, 9, {1, 2, 4, 5, 6})],
+)
+@pytest.mark.parametrize("session", [1, 6])
+def test_the_best_stay_beside_the_latest(tmp_path, keep, best, left, session):
+    """Of equal scores the later; NaN is none. Also where each is saved by a start of its own."""
+    steps = list(SCORES)
+    for i in range(0, 6, 6 // session):
+        with Checkpoints(tmp_path, keep=keep, keep_best=best) as checkpoints:
+            for step in steps[i : i + 6 // session]:
+                save(checkpoints, step, tree(step), {"x": step}, score=SCORES[step])
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert set(checkpoints.steps()) == left
+        scored = {step: SCORES[step] for step in left if not math.isnan(SCORES[step])}
+        assert checkpoints.scores() == scored
+        found = checkpoints.find("best")
+        assert scored[found] == max(scored.values())
+        restored = restore(checkpoints, tree(0), step=found)
+    assert_equal(whole(restored), tree(found))
+
+
+def test_a_step_that_is_asked_for_is_read_or_it_is_said_why_not(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, tree(step), {})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert restore(checkpoints, tree(0), step=checkpoints.find(1)).step == 1
+        with pytest.raises(UserError, match="has no checkpoint 7; there are 1, 2"):
+            checkpoints.find(7)
+        with pytest.raises(UserError, match=r"has a score: .* there are 1, 2"):
+            checkpoints.find("best")
+        shutil.rmtree(tmp_path / "1" / "params")
+        with pytest.raises(UserError, match=r"checkpoint 1 in .* is broken"):
+            restore(checkpoints, tree(0), step=1)
 
 
 def test_nothing_saved_is_nothing_there(tmp_path):

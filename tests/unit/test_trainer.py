@@ -310,6 +310,28 @@ def test_a_session_that_stops_early_is_gone_on_with_by_naming_the_run(tmp_path):
     assert summary["steps"] == 4
 
 
+def test_the_best_checkpoint_stays_and_is_found(tmp_path, monkeypatch):
+    """The held-out accuracy of steps 1 to 4, of which the second is best."""
+    from gvpo_jax import loop
+
+    told = iter([0.0, 0.2, 0.9, 0.4, 0.4, 0.1])  # before, four steps, after
+
+    def evaluate(*arguments, **options):
+        metrics, records = loop_evaluate(*arguments, **options)
+        return metrics | {"eval/accuracy": next(told)}, records
+
+    loop_evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    settings = {"checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 1}
+    train(tmp_path, **settings, checkpoint__keep_best=1, train__stop_at=3)
+    trainer, _ = train(tmp_path, **settings, checkpoint__keep_best=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    assert trainer.restore(tmp_path, step="best") == 2
+    assert trainer.restore(tmp_path) == 4
+    with pytest.raises(UserError, match="no checkpoint 3; there are 2, 4"):
+        trainer.restore(tmp_path, step=3)
+
+
 def test_two_processes_can_not_train_in_one_folder(tmp_path):
     with lock(tmp_path), pytest.raises(UserError, match="another process"):
         train(tmp_path)
