@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ _NEEDS = {
 }
 SCHEMES = tuple(_NEEDS)
 _ADDRESS = re.compile(r"([a-zA-Z][\w+.-]+)://")
-_STATE = ".mirror.json"
+_RECORD = ".mirror.json"
 
 
 def is_address(path: Any) -> bool:
@@ -41,12 +41,13 @@ def as_path(place: Any) -> "epath.Path":
 
     if is_address(place):
         _keep_no_listings()
+        place = normal(str(place))
     return epath.Path(place)
 
 
 def size_of(address: str) -> int:
     """Bytes of all that lies below an address. Raises UserError where it can't be reached."""
-    with _reaching(address):
+    with reaching(address):
         fs, path = _filesystem(address)
         return sum(about["size"] for about in fs.find(path, detail=True).values())
 
@@ -72,40 +73,48 @@ def fetch(address: str) -> Path:
         raise UserError(
             f"{address} is an address: only {', '.join(SCHEMES)} are read, not {scheme}"
         )
-    above, last = address.rstrip("/"), ""
+    above, last, single = normal(address), "", False
     if glob.has_magic(address):
-        fixed = re.split(r"[*?\[]", address)[0].rpartition("/")[0]
-        above, last = fixed, address.removeprefix(fixed).strip("/")
+        above = re.split(r"[*?\[]", above)[0].rpartition("/")[0]
+        last = normal(address).removeprefix(above).strip("/")
     else:
-        with _reaching(address):
+        with reaching(address):
             fs, path = _filesystem(above)
-            if fs.isfile(path):
+            if single := fs.isfile(path):
                 above, _, last = above.rpartition("/")
-    folder = copy_of(above)
-    mirror = Mirror(above, folder, only=last or None)
-    with alone(folder):
-        mirror.pull()
+    folder = copy_of(above, "fetched")
+    mirror = Mirror(above, folder, [last] if single else None, only=last or None)
+    mirror.pull()
     if not mirror.names():
         raise UserError(f"{address}: there is nothing")
     return folder / last if last else folder
 
 
-def copy_of(address: str) -> Path:
-    """The folder on this machine for what lies below an address."""
-    name = re.sub(r"[^\w.-]+", "-", address.partition("://")[2].strip("/"))[-60:]
-    number = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:8]
-    return cache_folder() / "buckets" / f"{name}-{number}"
+def normal(address: str) -> str:
+    """An address in the one form that all ways of writing it share."""
+    scheme, _, path = address.partition("://")
+    return f"{scheme}://{re.sub('/+', '/', path).strip('/')}"
+
+
+def copy_of(address: str, kind: str) -> Path:
+    """The folder on this machine for what lies below an address; of each kind one of its own."""
+    address = normal(address)
+    name = re.sub(r"[^\w.-]+", "-", address.partition("://")[2])[-60:]
+    number = hashlib.sha256(address.encode()).hexdigest()[:8]
+    return cache_folder() / kind / f"{name}-{number}"
 
 
 @dataclass
 class Mirror:
     """What lies below an address, and a folder here that is to hold the same.
 
-    A file that was changed here since both were level stays as it is, unless it was changed there.
+    Of each file it is known what it was on both sides when they were last level. So a file that was
+    changed on one side alone is copied to the other; changed on both, `pull` takes the bucket's and
+    `push` the folder's. Nothing is removed that was not level before.
 
     Attributes:
         address: of a folder in a bucket.
-        folder: here; its own record of what was level lies in it.
+        folder: here; the record of what was level lies in it.
         entries: the files and folders in it that are meant, by name; None: all.
         only: a name or pattern of files; the others are left alone.
     """
@@ -114,51 +123,46 @@ class Mirror:
     folder: Path
     entries: Sequence[str] | None = None
     only: str | None = None
-    _level: dict[str, list[Any]] = field(default_factory=dict)  # what a file was there, and here
 
     def pull(self) -> None:
-        """Make the folder what the bucket is.
+        """Bring here what has changed there.
 
         Raises:
             UserError: the bucket can't be reached, or the folder not be written.
         """
-        with _reaching(self.address):
+        with reaching(self.address), self._record() as level:
             fs, root = _filesystem(self.address)
-            self._read_state()
             there = self._there(fs, root)
             for name, mark in there.items():
                 file = self.folder / name
-                if file.is_file() and self._level.get(name, [None])[0] == mark:
+                if file.is_file() and level.get(name, [None])[0] == mark:
                     continue
                 file.parent.mkdir(parents=True, exist_ok=True)
                 part = file.with_name(f".{file.name}.{os.getpid()}.tmp")
                 fs.get_file(f"{root}/{name}", str(part))
                 part.replace(file)
-                self._level[name] = [mark, _stamp(file)]
-            for name in self._level.keys() - there.keys():
+                level[name] = [mark, _stamp(file)]
+            for name in [x for x in level if self._counts(x) and x not in there]:
                 (self.folder / name).unlink(missing_ok=True)
-                del self._level[name]
-            self._write_state()
+                del level[name]
 
     def push(self) -> None:
-        """Make the bucket what the folder is.
+        """Bring there what has changed here.
 
         Raises:
             UserError: the bucket can't be reached.
         """
-        with _reaching(self.address):
+        with reaching(self.address), self._record() as level:
             fs, root = _filesystem(self.address)
-            self._read_state()
             here = {name: _stamp(self.folder / name) for name in self.names()}
             for name, stamp in here.items():
-                if self._level.get(name, [None, None])[1] != stamp:
+                if level.get(name, [None, None])[1] != stamp:
                     fs.put_file(str(self.folder / name), f"{root}/{name}")
-            for name in self._level.keys() - here.keys():
-                with contextlib.suppress(FileNotFoundError):
+                    level[name] = [self._there(fs, root, name).get(name), stamp]
+            for name in [x for x in level if self._counts(x) and x not in here]:
+                if self._there(fs, root, name).get(name) == level[name][0]:
                     fs.rm_file(f"{root}/{name}")
-            there = self._there(fs, root)
-            self._level = {name: [there.get(name), stamp] for name, stamp in here.items()}
-            self._write_state()
+                del level[name]
 
     def names(self) -> list[str]:
         """Of the files in the folder."""
@@ -167,71 +171,106 @@ class Mirror:
         return [name for name in names if self._counts(name)]
 
     def _counts(self, name: str) -> bool:
-        if name.endswith(".tmp") or name == _STATE or ".." in name.split("/"):
+        parts = name.split("/")
+        # An empty part at the end is how a console or a mount keeps an empty folder.
+        if {"", ".", ".."} & set(parts) or name.endswith(".tmp") or name == _RECORD:
             return False
-        if self.entries is not None and name.partition("/")[0] not in self.entries:
+        if self.entries is not None and parts[0] not in self.entries:
             return False
         return self.only is None or name == self.only or _matches(name, self.only)
 
-    def _there(self, fs: Any, root: str) -> dict[str, str]:
-        """The files of the bucket, by what tells one version of each from another."""
-        parts = [root] if self.entries is None else [f"{root}/{name}" for name in self.entries]
+    def _there(self, fs: Any, root: str, *names: str) -> dict[str, str]:
+        """The files of the bucket, by what tells one version of each from another.
+
+        names: of those that are asked for; default: all that are meant.
+        """
+        asked = names or self.entries
+        parts = [root] if asked is None else [f"{root}/{name}" for name in asked]
         found = [item for part in parts for item in fs.find(part, detail=True).items()]
-        named = {path.removeprefix(root).strip("/"): about for path, about in found}
-        return {name: _mark(about) for name, about in named.items() if name and self._counts(name)}
+        named = {path.lstrip("/").removeprefix(f"{root.lstrip('/')}/"): x for path, x in found}
+        return {name: _mark(about) for name, about in named.items() if self._counts(name)}
 
-    def _read_state(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads((self.folder / _STATE).read_text())
-            self._level = state if isinstance(state, dict) else {}
+    @contextlib.contextmanager
+    def _record(self) -> Iterator[dict[str, list[Any]]]:
+        """What was level, held against other processes of this machine; kept also on failure."""
+        import filelock
 
-    def _write_state(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{_STATE}.{os.getpid()}.tmp"
-        part.write_text(json.dumps(self._level))
-        part.replace(self.folder / _STATE)
+        with filelock.FileLock(self.folder.with_name(f"{self.folder.name}.lock")):
+            level: dict[str, list[Any]] = {}
+            with contextlib.suppress(OSError, ValueError):
+                read = json.loads((self.folder / _RECORD).read_text())
+                level = read if isinstance(read, dict) else {}
+            try:
+                yield level
+            finally:
+                part = self.folder / f"{_RECORD}.{os.getpid()}.tmp"
+                part.write_text(json.dumps(level))
+                part.replace(self.folder / _RECORD)
 
 
 def entries(address: str) -> list[str]:
-    """The names of the files and folders right below an address.
+    """The names of the files and folders right below an address; of a file none but its own.
 
     Raises:
         UserError: the bucket can't be reached.
     """
-    with _reaching(address):
+    with reaching(address):
         fs, path = _filesystem(address)
         try:
             found = fs.ls(path, detail=False)
         except FileNotFoundError:
             return []
-        return sorted({x.rstrip("/").rpartition("/")[2] for x in found} - {path.rpartition("/")[2]})
+        names = {x.rstrip("/").rpartition("/")[2] for x in found if x.rstrip("/") != path}
+        return sorted(names) if names or not fs.isfile(path) else [path.rpartition("/")[2]]
 
 
-def create(address: str, content: bytes) -> bool:
-    """Write an object if there is none; whether there was none.
+def swap(address: str, old: bytes | None, new: bytes | None) -> bool:
+    """Put `new` in the place of `old`, if that is what the object holds; None: there is no object.
+
+    On Cloud Storage this is one operation: of several that try, one succeeds.
 
     Raises:
         UserError: the bucket can't be reached.
     """
-    with _reaching(address):
-        fs, path = _filesystem(address)
-        try:
-            fs.pipe_file(path, content, mode="create")
-        except FileExistsError:
+    with reaching(address):
+        if address.startswith("gs://"):
+            return _swap_on_gcs(address, old, new)
+        if read(address) != old:
             return False
+        fs, path = _filesystem(address)
+        if new is None:
+            fs.rm_file(path)
+        else:
+            fs.pipe_file(path, new)
     return True
 
 
-def write(address: str, content: bytes) -> None:
-    """Write an object, whether there is one or not. Raises UserError."""
-    with _reaching(address):
-        fs, path = _filesystem(address)
-        fs.pipe_file(path, content)
+def _swap_on_gcs(address: str, old: bytes | None, new: bytes | None) -> bool:
+    from google.api_core import exceptions
+    from google.cloud import storage
+
+    bucket, _, name = address.removeprefix("gs://").partition("/")
+    blob = storage.Client().bucket(bucket).blob(name)
+    try:
+        generation = 0
+        if old is not None:
+            blob.reload()
+            generation = blob.generation
+            if blob.download_as_bytes(if_generation_match=generation) != old:
+                return False
+        if new is None:
+            blob.delete(if_generation_match=generation)
+        else:
+            blob.upload_from_string(new, if_generation_match=generation)
+    except (exceptions.PreconditionFailed, exceptions.NotFound):
+        return False
+    return True
 
 
 def read(address: str) -> bytes | None:
     """What an object holds; None: there is none. Raises UserError."""
-    with _reaching(address):
+    with reaching(address):
         fs, path = _filesystem(address)
         with contextlib.suppress(FileNotFoundError):
             return fs.cat_file(path)
@@ -240,10 +279,10 @@ def read(address: str) -> bytes | None:
 
 def remove(address: str) -> None:
     """Remove an object, or all that lies below an address. Raises UserError."""
-    with _reaching(address):
+    with reaching(address):
         fs, path = _filesystem(address)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        for file in fs.find(path):  # `rm` would take a name such as run[1] for a pattern
+            fs.rm_file(file)
 
 
 def _keep_no_listings() -> None:
@@ -257,12 +296,12 @@ def _filesystem(address: str) -> tuple[Any, str]:
     import fsspec
 
     _keep_no_listings()
-    fs, path = fsspec.url_to_fs(address)
+    fs, path = fsspec.url_to_fs(normal(address))
     return fs, path.rstrip("/")
 
 
 @contextlib.contextmanager
-def _reaching(address: str) -> Iterator[None]:
+def reaching(address: str) -> Iterator[None]:
     """Turns what an unreachable bucket, a missing package or a full disk raise into one line."""
     scheme = address.partition("://")[0]
     try:
@@ -280,19 +319,9 @@ def _reaching(address: str) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Several processes of one machine fetch the same one after the other."""
-    import filelock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
-        yield
-
-
 def _mark(about: dict[str, Any]) -> str:
     names = ("size", "generation", "etag", "ETag", "md5Hash", "created", "mtime", "LastModified")
-    return " ".join(str(about[name]) for name in names if about.get(name) is not None)
+    return " ".join(str(about[x]) for x in (*names, "blob_id") if about.get(x) is not None)
 
 
 def _stamp(file: Path) -> list[int]:

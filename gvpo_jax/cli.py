@@ -1,6 +1,7 @@
 """The command `gvpo-jax`: train, eval, report, inspect, export, compile."""
 
 import argparse
+import contextlib
 import io
 import json
 import sys
@@ -42,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             summary = commands.train(config)
             if is_first():
-                print(json.dumps(_on_screen(summary), indent=2))
-                if (config.run.folder / "report.html").is_file():
-                    print(f"report: {config.run.dir}/report.html")
+                with contextlib.suppress(OSError, ValueError):  # the output is closed, or full
+                    print(json.dumps(_on_screen(summary), indent=2))
+                    if (config.run.folder / "report.html").is_file():
+                        print(f"report: {config.run.dir}/report.html")
             return 0
     except UserError as error:
         from gvpo_jax.rundir.formats import one_line
@@ -251,7 +253,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from gvpo_jax.rundir.bucket import pull, push
 
     report = write_report(pull(run_dir))
-    push(run_dir)
+    push(run_dir, only="report.html")
     print(f"{report}, and in {run_dir}" if is_address(run_dir) else report)
 
 
@@ -307,9 +309,11 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 def _run_folder(arguments: argparse.Namespace) -> str:
     """What the command was given; a folder, or an address."""
-    from gvpo_jax.config_file import no_run
+    from gvpo_jax.config_file import check_run_address, no_run
 
-    if not _is_run(arguments.run_dir):
+    if is_address(arguments.run_dir):
+        check_run_address(arguments.run_dir)
+    elif not Path(arguments.run_dir).is_dir():
         raise no_run(Path(arguments.run_dir))
     return arguments.run_dir
 

@@ -82,7 +82,7 @@ def evaluate(
     if checkpoint and is_first():
         try:
             write_evaluation(config.run.folder, "latest", records)
-            push(config.run.dir)
+            push(config.run.dir, only="eval/latest.jsonl")
         except UserError as error:  # the scores are there all the same
             print(f"gvpo-jax: {error}; the answers are not kept", file=sys.stderr)
     return metrics

@@ -18,10 +18,10 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml, shown
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
-from gvpo_jax.rundir.bucket import local, pull
+from gvpo_jax.rundir.bucket import entries, local, pull
 from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
 from gvpo_jax.rundir.files import write_text
-from gvpo_jax.settings import all_settings, describe
+from gvpo_jax.settings import RUN_SCHEMES, all_settings, check_path, describe
 
 _DATE = "data.template_date"
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
@@ -223,6 +223,8 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the folder is no run.
     """
+    if is_address(path):
+        check_run_address(str(path))
     folder = pull(path)
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{path} is not a run folder: it has no {SETTINGS}")
@@ -230,6 +232,13 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
     instead = ["train.steps=null"] if by_epochs else []
     return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={path}"])
+
+
+def check_run_address(address: str) -> None:
+    """Raise UserError where an address can't be that of a run, or where there is none."""
+    check_path(address, "the run", RUN_SCHEMES)
+    if SETTINGS not in entries(address):
+        raise UserError(f"{address} is not a run folder: it has no {SETTINGS}")
 
 
 def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:

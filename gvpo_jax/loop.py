@@ -64,6 +64,7 @@ class Loop:
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
     replaces: bool = False  # another run, which was in the folder
     score: tuple[int, float] = (0, math.nan)  # the last step with held-out answers, and theirs
+    still_held: Callable[[], None] = lambda: None  # raises where another process has the folder
     lost: int = 0  # updates of an earlier start that had no checkpoint
     # Is closed by this session's first update: until then a signal may end the process.
     starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
@@ -180,7 +181,7 @@ class Loop:
             if step >= total and not told:  # else the evaluation is still to come
                 log.attempt(lambda: write_text(run_dir / "summary.json", text))
             log.attempt(lambda: write_report(run_dir))
-            log.attempt(lambda: push(c.run.dir))
+            self._push(log)
         return summary
 
     def _evaluation_is_due(self, step: int) -> bool:
@@ -203,7 +204,7 @@ class Loop:
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Hold the folder against other runs, for all processes of this one."""
         run, folder = self.config.run, check_claim(self.config)
-        stack.enter_context(lock(run.dir))
+        self.still_held = stack.enter_context(lock(run.dir))
         sweep(run.checkpoints)
         with usable(folder):
             sweep_temporary(folder)
@@ -216,7 +217,7 @@ class Loop:
         if counters.step == 0:
             c, per_round = self.config, self._per_round
             first_save = -(-c.checkpoint.every // per_round) * per_round
-            self.lost = check_not_lost(c.run.folder, first_save)
+            self.lost = check_not_lost(c.run.dir, first_save)
         claim(self.config)
         push(self.config.run.dir)
 
@@ -280,6 +281,7 @@ class Loop:
         self._push(log)
 
     def _save(self, log: RunLog, checkpoints: Checkpoints) -> None:
+        raise_together(self.still_held)
         samples = self.feed.state()  # waits for rounds drawn ahead
         samples |= pack_round(self.round, self.done) if self.round else {}
         log.flush()
@@ -293,8 +295,13 @@ class Loop:
 
     def _push(self, log: RunLog) -> None:
         """Have the bucket hold what the run has written so far, if it is in one."""
+
+        def copy() -> None:
+            self.still_held()
+            push(self.config.run.dir)
+
         if is_first():
-            log.attempt(lambda: push(self.config.run.dir))
+            log.attempt(copy)
 
     def _resume(self, checkpoints: Checkpoints) -> Counters:
         """Let policy and feed take over the last whole checkpoint; all at 0 where there is none."""

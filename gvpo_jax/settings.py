@@ -89,12 +89,17 @@ def check_path(path: Any, what: str, schemes: Sequence[str] = ()) -> None:
     if not is_address(text) or text.partition("://")[0] not in schemes:
         known = f", or one that begins with {'://, '.join(schemes)}://" if schemes else ""
         raise UserError(f"{what}={text} is an address: give a path on this machine{known}")
-    if not re.fullmatch(r"\w+://[^/\s]+(/[^\n]*)?", text):
-        raise UserError(f"{what}={text}: give a bucket and a path in it, as in gs://bucket/folder")
+    plain = r"[^/\s*?\[\]]+" if schemes is RUN_SCHEMES else r"[^/\n]+"
+    if not re.fullmatch(rf"\w+:/(/+{plain})+/*", text) or {".", ".."} & set(text.split("/")):
+        raise UserError(
+            f"{what}={text}: give a bucket and a path in it without blanks, dots alone and "
+            "patterns, as in gs://bucket/folder"
+        )
 
 
 # Which addresses a setting takes. Orbax saves whole or not at all on disks and on gs:// alone.
-_SCHEMES = {"input": SCHEMES, "model": SCHEMES, "run": ("gs",), "output": ()}
+RUN_SCHEMES = ("gs",)
+_SCHEMES = {"input": SCHEMES, "model": SCHEMES, "run": RUN_SCHEMES, "output": ()}
 
 
 def describe(config: Any) -> Iterator[tuple[str, str, str, str, str]]:

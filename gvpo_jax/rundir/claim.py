@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gvpo_jax.buckets import as_path, is_address, remove
 from gvpo_jax.errors import UserError
-from gvpo_jax.rundir.bucket import entries, hold, local
+from gvpo_jax.rundir.bucket import Hold, entries, local
 from gvpo_jax.rundir.files import read_metrics, write_jsonl
 from gvpo_jax.settings import setting
 
@@ -128,8 +128,10 @@ def has_begun(run_dir: str) -> bool:
 
 
 @contextlib.contextmanager
-def lock(run_dir: str | Path) -> Iterator[Path]:
+def lock(run_dir: str | Path) -> Iterator[Callable[[], None]]:
     """The run folder, made where it is missing, held against other processes meanwhile.
+
+    Gives a function that raises UserError where it is not held any more, see `Hold.check`.
 
     Raises:
         UserError: another process trains in the folder, or it can't be used.
@@ -143,26 +145,31 @@ def lock(run_dir: str | Path) -> Iterator[Path]:
             raise UserError(
                 f"another process is training in {run_dir}; wait for it, or choose another run.dir"
             ) from None
-    with held, hold(str(run_dir)) if is_address(run_dir) else contextlib.nullcontext():
-        yield folder
+    with held:
+        if is_address(run_dir):
+            with Hold(str(run_dir)) as there:
+                yield there.check
+        else:
+            yield lambda: None
 
 
-def check_not_lost(folder: Path, first_save: int) -> int:
+def check_not_lost(run_dir: str, first_save: int) -> int:
     """The last update that a run without checkpoints did, which starting anew does again.
 
     Args:
-        folder: the run's.
+        run_dir: the run's folder, or its address.
         first_save: the update behind which its first checkpoint was begun.
 
     Raises:
         UserError: the run got so far that it must have had a checkpoint. Starting anew would
             destroy its results.
     """
+    folder = local(run_dir)
     last = max((line["step"] for line in read_metrics(folder)), default=0)
     # It is written in the background. The second one, as many updates later, waits until it is.
     if (folder / "summary.json").exists() or last > 2 * first_save:
         raise UserError(
-            f"{folder} holds results up to step {last}, but its checkpoints are gone; "
+            f"{run_dir} holds results up to step {last}, but its checkpoints are gone; "
             "choose another run.dir, or remove the folder to start anew"
         )
     return last

@@ -170,7 +170,8 @@ class Progress:
         # What the screen can't show, such as half an emoji, becomes a question mark.
         encoding = self._console.encoding
         line = line.encode(encoding, errors="replace").decode(encoding)
-        with contextlib.suppress(OSError):  # a log on a full disk must not end the training
+        # A log on a full disk, or output that a reward has closed, must not end the training.
+        with contextlib.suppress(OSError, ValueError):
             # No markup or wrapping: a model's text may hold brackets, and logs are read by line.
             self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
             self._console.file.flush()

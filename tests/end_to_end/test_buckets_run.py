@@ -85,8 +85,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk_killed_or_not(cloud, files, tmp_pat
     assert "going on from step" in out
     assert f"report: {RUN}/report.html" in out
 
-    copy = tmp_path / "copy"
-    files.get(f"{BUCKET}/runs/one", str(copy), recursive=True)
+    copy = _copy(files, tmp_path / "copy")
     ours, disk = (without_clocks(read_metrics(x)) for x in (copy, tmp_path / "disk"))
     assert ours == disk
     for name in ("eval/after.jsonl", "completions/step_000003.jsonl"):
@@ -95,8 +94,9 @@ def test_a_run_in_a_bucket_is_that_on_a_disk_killed_or_not(cloud, files, tmp_pat
     names = {Path(path).name for path in files.ls(f"{BUCKET}/runs/one/checkpoints")}
     assert names == {"6", "8"}  # keep: 2
 
+    cloud = cloud | {"XDG_CACHE_HOME": str(tmp_path / "another machine's")}
     assert f"{RUN}: 8 of 8 updates are saved" in run(cloud, "inspect", RUN)
-    assert "nothing to do" in run(cloud, "train", RUN)
+    assert "nothing to do" in run(cloud, "train", f"{RUN}/")
     files.rm_file(f"{BUCKET}/runs/one/report.html")
     assert RUN in run(cloud, "report", RUN)
     assert files.exists(f"{BUCKET}/runs/one/report.html")
@@ -109,8 +109,23 @@ def test_a_run_in_a_bucket_is_that_on_a_disk_killed_or_not(cloud, files, tmp_pat
     assert said.endswith("give the folder here that is to be written")
     said = run(cloud, "train", "debug", *SETTINGS, f"run.dir={RUN}", "loss.beta=0.3", status=2)
     assert "holds a run with other settings (loss.beta=" in said
+    out = run(
+        cloud, "train", "debug", *SETTINGS, f"run.dir={RUN}/", "run.overwrite=true",
+        "loss.beta=0.3", "train.stop_at=2",
+    )  # fmt: skip
+    assert "is replaced" in out
+    assert [x["step"] for x in read_metrics(_copy(files, tmp_path / "new")) if "loss" in x] == [
+        1,
+        2,
+    ]
+    assert [Path(x).name for x in files.ls(f"{BUCKET}/runs/one/checkpoints")] == ["2"]
     said = run(cloud, "train", "debug", f"run.dir=gs://{BUCKET}", status=2)
     assert f"gs://{BUCKET} exists and is not a run folder" in said
+
+
+def _copy(files, folder):
+    files.get(f"{BUCKET}/runs/one", str(folder), recursive=True)
+    return folder
 
 
 @pytest.mark.slow
