@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gvpo_jax.rundir.formats import one_line
 
         print(f"gvpo-jax: error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)[:40]
+        print(f"gvpo-jax: error: {name!r}... is too long a name for a file", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if not error.args:  # else the run has said what is saved
@@ -313,14 +321,14 @@ def _run_folder(arguments: argparse.Namespace) -> str:
 
     if is_address(arguments.run_dir):
         check_run_address(arguments.run_dir)
-    elif not Path(arguments.run_dir).is_dir():
+    elif not os.path.isdir(arguments.run_dir):
         raise no_run(Path(arguments.run_dir))
     return arguments.run_dir
 
 
 def _is_run(name: str) -> bool:
     """Whether it is the place of a run, and no config."""
-    return is_address(name) or Path(name).is_dir()
+    return is_address(name) or os.path.isdir(name)
 
 
 def _config(arguments: argparse.Namespace):

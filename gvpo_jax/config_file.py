@@ -19,7 +19,7 @@ from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, 
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.rundir.bucket import entries, local, pull
-from gvpo_jax.rundir.claim import SETTINGS, check_not_foreign, has_begun, usable
+from gvpo_jax.rundir.claim import SETTINGS, check_name, check_not_foreign, has_begun, usable
 from gvpo_jax.rundir.files import write_text
 from gvpo_jax.settings import RUN_SCHEMES, all_settings, check_path, describe
 
@@ -178,6 +178,7 @@ def check_claim(config: Config) -> Path:
     Raises:
         UserError: it holds something else, or a run of another config.
     """
+    check_name(config.run.dir)
     folder = pull(config.run.dir)
     with usable(folder):
         if not (folder / SETTINGS).is_file():
@@ -263,20 +264,20 @@ def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
 
 
 def _find(path: Path) -> Path:
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not a config file")
     name = path.name if path.suffix else f"{path.name}.yaml"
     for folder in _PACKAGED:
-        if path.parent in (Path(), Path("configs")) and (folder / name).is_file():
+        if path.parent in (Path(), Path("configs")) and os.path.isfile(folder / name):
             return folder / name
     raise _no_such(path)
 
 
 def no_run(path: Path) -> UserError:
     """The mistake of a command that is given no run folder, and takes nothing else."""
-    what = "is a file" if path.is_file() else "is no folder"
+    what = "is a file" if os.path.isfile(path) else "is no folder"
     runs = [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]
     hint = f"; did you mean {path.parent / near[0]}?" if (near := _near(path.name, runs)) else ""
     return UserError(
@@ -320,8 +321,10 @@ def _input(path: str, key: str, beside: Path | None) -> str | None:
         return path
     wanted = Path(path).expanduser()
     folders = [Path.cwd(), *([beside.absolute()] if beside else [])]
-    if found := next((folder / wanted for folder in folders if (folder / wanted).exists()), None):
-        return str(found)
+    # By os.path: for it a name that is too long is one that is not there.
+    there = (str(folder / wanted) for folder in folders if os.path.exists(folder / wanted))
+    if found := next(there, None):
+        return found
     # Or the pattern of several files; the folder's own name is none.
     patterns = [os.path.join(glob.escape(str(folder)), wanted) for folder in folders]
     return next((p for p in patterns if any(glob.iglob(p, recursive=True))), str(wanted))
@@ -336,7 +339,7 @@ def _output(path: str, key: str, beside: Path | None) -> str:
 def _model(name: str, key: str, beside: Path | None) -> str:
     """A folder or file; `debug`, names of packages and of the hub stay as they are."""
     found = _input(name, key, beside) if name != "debug" and "://" not in name else None
-    return found if found and Path(found).exists() else name
+    return found if found and os.path.exists(found) else name
 
 
 def _functions(specs: list[str], key: str, beside: Path | None) -> list[str]:

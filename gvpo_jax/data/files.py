@@ -5,6 +5,7 @@ import glob
 import gzip
 import importlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,12 +32,12 @@ def read_files(path: Path) -> list[tuple[str, Any]]:
 
 def _files(path: Path) -> list[Path]:
     """The file, or those of a folder or pattern in the order of their names."""
-    if path.is_dir():
+    if os.path.isdir(path):  # for it a name that is too long is one that is not there
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]
         if not (found := sorted(x for x in shown if x.name.lower().endswith(_SUFFIXES))):
             raise UserError(f"{path}: no file in this folder ends in {', '.join(_SUFFIXES)}")
         return found
-    if path.exists() or not glob.has_magic(str(path)):
+    if os.path.exists(path) or not glob.has_magic(str(path)):
         return [path]
     if not (found := sorted(map(Path, glob.glob(str(path), recursive=True)))):
         raise UserError(f"{path}: no file has a name of this pattern{_hint(path)}")
@@ -53,7 +54,7 @@ def _read(path: Path) -> Iterable[tuple[str, Any]]:
     name = path.name.lower()
     if not name.endswith(_SUFFIXES):
         raise UserError(f"{path}: data files end in {', '.join(_SUFFIXES)}{_hint(path)}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file{_hint(path)}")
     if name.endswith(".parquet"):
         return _read_parquet(path)

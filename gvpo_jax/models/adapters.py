@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -182,9 +183,9 @@ def export_adapter(
 def _open(name: str, lora: Lora) -> tuple[Path, dict[str, Any]]:
     """The folder of an adapter of this form, and its settings."""
     local = fetch(name) if is_address(name) else Path(name).expanduser()
-    if not local.exists() and name.startswith((".", "/", "~")):
+    if not os.path.exists(local) and name.startswith((".", "/", "~")):
         raise UserError(f"model.adapter={name}: there is no such folder")
-    folder = local if local.exists() else download(name, [_SETTINGS, _WEIGHTS])
+    folder = local if os.path.exists(local) else download(name, [_SETTINGS, _WEIGHTS])
     settings = read_json(folder / _SETTINGS)
     if settings is None:
         raise UserError(

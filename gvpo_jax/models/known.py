@@ -1,5 +1,6 @@
 """The shape of a model from its name, without reading or downloading its weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def model_shape(name: str, config_file: str | None = None) -> DecoderConfig:
 
 
 def _read(path: Path) -> DecoderConfig:
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     values = read_json(file)
     if values is None:
         raise UserError(f"there is no file {file}")

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -130,9 +131,9 @@ def local_path(name: str) -> Path | None:
     if is_address(name):
         return fetch(name)
     path = _package_path(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
-    if path.suffix == ".gguf" or path.is_dir():
+    if path.suffix == ".gguf" or os.path.isdir(path):
         return path
-    if name.startswith((_PACKAGE, ".", "/", "~")) or path.exists():
+    if name.startswith((_PACKAGE, ".", "/", "~")) or os.path.exists(path):
         raise UserError(f"{path} is neither a model folder nor a .gguf file")
     return None
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import shutil
 import sys
 import tempfile
@@ -108,7 +109,7 @@ def _load_module(name: str) -> Any:
 
 
 def _load_file(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"reward file {path}: there is no such file")
     name, source = importable_name(path), path.read_bytes()
     former = sys.modules.get(name)

@@ -101,6 +101,16 @@ def usable(folder: Path) -> Iterator[None]:
         raise UserError(f"can't use run.dir={folder}: {reason}") from None
 
 
+def check_name(run_dir: str) -> None:
+    """Raise UserError where Orbax writes checkpoints that it can't read again."""
+    path = run_dir if is_address(run_dir) else str(Path(run_dir).absolute())
+    if bad := sorted(set("[]\\") & set(path)):
+        raise UserError(
+            f"run.dir={path}: Orbax can't read checkpoints from a folder with {' or '.join(bad)} "
+            "in its path; choose another run.dir"
+        )
+
+
 def check_not_foreign(run_dir: str) -> None:
     """Raise UserError where a folder without settings holds what is no run's, or is no folder."""
     ours = {_LOCK, "checkpoints", "weights"}

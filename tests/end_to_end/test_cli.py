@@ -20,6 +20,7 @@ from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import load_model
 
 FLAGS = "GVPO_TESTS_XLA_FLAGS"
+LONG = "x" * 300  # most file systems take 255
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
 SHORT = ["train.steps=2", "train.batch_size=2", "data.eval_size=2", "eval.every=0", "mesh.fsdp=1"]
 
@@ -103,6 +104,31 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
     other.mkdir()
     (other / "note.txt").write_text("mine")
     assert "notes is not an earlier export" in refused("export", run, other)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", LONG),
+        ("train", DEBUG, f"data.path={LONG}.jsonl"),
+        ("train", DEBUG, f"data.groups_path={LONG}", "data.path=null"),
+        ("train", DEBUG, f"model.name={LONG}"),
+        ("train", DEBUG, f"model.name=./{LONG}.gguf"),
+        ("train", DEBUG, f"model.adapter={LONG}", "model.lora.rank=2"),
+        ("train", DEBUG, f"rewards.funcs=[{LONG}.py:f]"),
+        ("train", DEBUG, f"data.template={LONG}"),
+        ("train", DEBUG, f"run.dir={LONG}"),
+        ("report", LONG),
+        ("inspect", f"{LONG}/{LONG}"),
+        ("export", LONG),
+        ("eval", LONG),
+        ("compile", "debug", "--topology", "v5e:1x1", "--model-config", LONG),
+    ],
+)
+def test_a_name_that_is_too_long_for_a_file_is_one_line(refused, tmp_path, arguments):
+    more = [f"run.dir={tmp_path / 'run'}"] if arguments[:2] == ("train", DEBUG) else []
+    own = any(argument.startswith("run.dir=") for argument in arguments)
+    assert len(refused(*arguments, *([] if own else more))) < 520
 
 
 def _start():

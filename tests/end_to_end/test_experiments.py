@@ -179,6 +179,20 @@ def test_bench_variants(tmp_path):
     assert all(rows[way]["counted"]["flops"] > 0 for way in ways[1:])
 
 
+def test_soak(tmp_path):
+    """Nothing is opened, started or compiled any more in the second half of the saved run."""
+    run("soak", "--out", tmp_path / "results.json")
+    small = json.loads((tmp_path / "results.json").read_text())
+    saved = json.loads((ROOT / "experiments" / "soak" / "results.json").read_text())
+    for results in (small, saved):
+        assert results["rows"][-1]["update"] == results["updates"]
+        assert len(results["rows"]) > 20
+    for what in ("files", "threads", "programs"):
+        assert saved["slopes"][what] == [0, 0, 0], what
+    assert saved["slopes"]["memory"][2] < 20  # MiB for 1,000 updates
+    assert "memory" in (tmp_path / "results.svg").read_text()
+
+
 def test_trace(tmp_path):
     """Most updates are sent to the devices while they are at work on what comes before.
 

@@ -162,6 +162,13 @@ def test_overwriting_refuses_a_folder_of_something_else(config, tmp_path):
     refused(override(config, run__overwrite=True), "not a run folder")
 
 
+@pytest.mark.parametrize("name", ["exp[1]", "a]b", "a\\b"])
+def test_a_folder_whose_checkpoints_could_not_be_read_is_refused_at_once(tmp_path, name):
+    with pytest.raises(UserError, match="Orbax can't read checkpoints from a folder with"):
+        check_claim(override(Config(), run__dir=str(tmp_path / name / "run")))
+    assert not (tmp_path / name).exists()
+
+
 def test_clearing_removes_what_a_run_writes_and_nothing_else(tmp_path):
     ours = ["checkpoints/4/params/x", "completions/step_000001.jsonl", "eval/after.jsonl"]
     ours += ["metrics.jsonl", "summary.json", "report.html", "weights/v1/x"]

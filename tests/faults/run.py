@@ -1,0 +1,388 @@
+"""The fault matrix: what happens to a run, and whether it goes on as if nothing had.
+
+    python tests/faults/run.py                    # the long form: results.json and README
+    python tests/faults/run.py --only "kill -9"   # the faults whose names begin so
+    python tests/faults/run.py --short --out FILE # one case of each fault, as in CI
+
+A case passes if the run then goes on, by the same command, and its files and its last checkpoint
+are bit for bit those of a run that nothing happened to; or if it is refused by one line, with
+status 2 and nothing lost. Each case is a folder of its own; one that fails is kept, and named.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gvpo_jax.rundir.files import read_jsonl, read_metrics
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+STEPS = 6
+SETTINGS = [
+    f"train.steps={STEPS}", "train.batch_size=4", "checkpoint.every=2", "checkpoint.keep=3",
+    "eval.every=2", "data.eval_size=4", "log.completions_every=1", "mesh.fsdp=1", "log.samples=0",
+]  # fmt: skip
+TRAIN = ["-m", "gvpo_jax", "train", "debug", *SETTINGS]
+SIGNALS = {"SIGTERM": 143, "SIGINT": 130}
+
+
+@dataclass
+class Case:
+    """What one trial has: a folder of its own, and the run that nothing happened to."""
+
+    folder: Path
+    whole: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def train(self, *settings: str, **options) -> subprocess.CompletedProcess:
+        return python(*TRAIN, f"run.dir={self.run}", *settings, **options)
+
+    def half(self) -> Path:
+        """A run that stopped at 4 updates; all cases share it."""
+        half = self.whole.parent / "half"
+        if not half.exists():
+            done = python(*TRAIN, f"run.dir={half}", "train.stop_at=4")
+            assert done.returncode == 0, done.stderr
+        return half
+
+    def disturbed(self, phase: str, when: str, count: int, what: str):
+        script = [str(HERE / "disturbed.py"), phase, when, str(count), what, "--"]
+        return python(*script, *TRAIN[2:], f"run.dir={self.run}")
+
+    def goes_on(self) -> None:
+        """By the same command, to the same end."""
+        done = self.train()
+        assert done.returncode == 0, done.stderr[-2000:]
+        self.is_whole()
+
+    def is_whole(self) -> None:
+        for name in ("metrics.jsonl", "eval", "completions"):
+            for file in sorted([self.whole / name, *(self.whole / name).glob("*")]):
+                if file.is_file():
+                    here = self.run / file.relative_to(self.whole)
+                    assert without_clocks(here) == without_clocks(file), f"{here} differs"
+        assert checksums(self.run) == checksums(self.whole), "another checkpoint"
+        assert {x.name for x in self.run.iterdir()} == {x.name for x in self.whole.iterdir()}
+        rubbish = [x for x in self.run.rglob("*") if x.name.endswith(".tmp") or "-tmp" in x.name]
+        assert not rubbish, f"{rubbish} is left"
+
+    def is_refused(self, done: subprocess.CompletedProcess, *words: str) -> str:
+        """By one line that says these words."""
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2, f"status {done.returncode}: {done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr
+        assert len(lines[-1]) <= 500
+        for word in words:
+            assert word in lines[-1], lines[-1]
+        return lines[-1]
+
+
+def python(*arguments: str, timeout: float = 300, **changes: str | None):
+    """A Python program; `changes` are of its environment."""
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | changes
+    environment = {name: value for name, value in variables.items() if value is not None}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=timeout, cwd=ROOT
+    )
+
+
+def without_clocks(file: Path) -> list[dict]:
+    rows = read_metrics(file.parent) if file.name == "metrics.jsonl" else read_jsonl(file)
+    clocks = ("time", "second", "memory")
+    return [{k: v for k, v in row.items() if not any(x in k for x in clocks)} for row in rows]
+
+
+def checksums(run: Path) -> dict:
+    """Of every array in the last checkpoint."""
+    (file,) = (run / "checkpoints" / str(STEPS) / "extra").glob("metadata")
+    return json.loads(file.read_text())["checksums"]
+
+
+# Faults: names, and their cases; a case is what tells it, and what is done.
+
+Cases = Iterable[tuple[str, Callable[[Case], None]]]
+
+
+def killed() -> Cases:
+    """SIGKILL before and after a call, early and late in the run."""
+    calls = {
+        "rollout": (1, 3, 6), "reward": (1, 3, 6), "update": (1, 3, 6), "save": (1, 2, 3),
+        "evaluation": (1, 3, 4), "summary": (1,), "report": (1,),
+    }  # fmt: skip
+    for phase, counts in calls.items():
+        for count in counts:
+            for when in ("before", "after"):
+
+                def case(c: Case, phase=phase, when=when, count=count):
+                    done = c.disturbed(phase, when, count, "SIGKILL")
+                    assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
+                    c.goes_on()
+
+                yield f"{when} {phase} {count}", case
+
+
+def told() -> Cases:
+    """SIGTERM and Ctrl-C, once and twice, in each phase."""
+    for name, status in SIGNALS.items():
+        for times in (1, 2):
+            for phase in ("rollout", "reward", "update", "save", "evaluation", "report"):
+
+                def case(c: Case, name=name, status=status, times=times, phase=phase):
+                    count = {"report": 1, "save": 1}.get(phase, 2)
+                    done = c.disturbed(phase, "before", count, "+".join([name] * times))
+                    at_once = -getattr(signal, name)  # before the first update, or told twice
+                    assert done.returncode in (status, at_once, 0), done.stderr[-500:]
+                    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+                    c.goes_on()
+
+                yield f"{name} x {times} in {phase}", case
+
+
+def damaged() -> Cases:
+    """Each file of the newest checkpoint: cut, removed, a bit flipped."""
+    for number in range(30):
+        for how in ("cut", "removed", "flipped"):
+
+            def case(c: Case, number=number, how=how):
+                shutil.copytree(c.half(), c.run)
+                files = sorted(x for x in (c.run / "checkpoints" / "4").rglob("*") if x.is_file())
+                damage(files[number % len(files)], how)
+                c.goes_on()
+
+            yield f"file {number} {how}", case
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "removed":
+        file.unlink()
+    elif how == "cut" or not content:
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        place = random.Random(str(file.name)).randrange(len(content))
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+
+
+def full() -> Cases:
+    """Writing fails for want of room; what was trained stays."""
+    for phase, count in (("metrics", 2), ("summary", 1), ("report", 1)):
+
+        def case(c: Case, phase=phase, count=count):
+            done = c.disturbed(phase, "before", count, "ENOSPC")
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert "No space left" in done.stdout
+            assert checksums(c.run) == checksums(c.whole)
+
+        yield phase, case
+
+    def saving(c: Case):
+        done = c.disturbed("save", "before", 2, "ENOSPC")
+        assert done.returncode in (1, 2), done.returncode
+        c.goes_on()
+
+    yield "save", saving
+
+
+REWARDS = {
+    "raises": "the judge is away", "too_few": "too_few", "texts": "texts", "exits": "exits",
+    "huge": "the mean reward is", "eats_memory": "MemoryError",
+}  # fmt: skip
+
+
+def rewards() -> Cases:
+    """Reward functions that fail: a line with the reason, and the updates before are saved."""
+    for name, word in REWARDS.items():
+
+        def case(c: Case, name=name, word=word):
+            done = c.train(f"rewards.funcs=[{HERE / 'rewards.py'}:{name}]")
+            said = c.is_refused(done)
+            assert word in said, said
+
+        yield name, case
+
+    def hangs(c: Case):
+        function = f"rewards.funcs=[{HERE / 'rewards.py'}:hangs]"
+        c.is_refused(c.train(function, "rewards.deadline=3"), "hangs")
+
+    yield "hangs, with rewards.deadline", hangs
+    for name in ("closes_output", "closes_descriptor", "forks", "moves_away"):
+
+        def case(c: Case, name=name):
+            done = c.train(f"rewards.funcs=[{HERE / 'rewards.py'}:{name}]")
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert checksums(c.run) == checksums(c.whole)
+
+        yield name, case
+
+
+def folders() -> Cases:
+    """Folders that are odd, or not to be had."""
+
+    def twice(c: Case):
+        arguments = [sys.executable, *TRAIN, f"run.dir={c.run}", "train.steps=400"]
+        first = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+        )
+        while not (c.run / "metrics.jsonl").exists() and first.poll() is None:
+            time.sleep(0.1)
+        c.is_refused(c.train("train.steps=400"), "another process is training")
+        assert first.poll() is None
+        first.kill()
+        first.wait()
+
+    yield "two runs in one", twice
+
+    def odd(c: Case):
+        c.folder = c.folder / "ein Ordner \u2713 mit #:'{*?} Namen"
+        c.folder.mkdir()
+        assert c.train("train.stop_at=3").returncode == 0
+        c.goes_on()
+
+    yield "spaces, signs and letters of all kinds", odd
+
+    def moved(c: Case):
+        assert c.train("train.stop_at=3").returncode == 0
+        there = c.folder / "elsewhere"
+        shutil.move(c.run, there)
+        assert python("-m", "gvpo_jax", "train", str(there)).returncode == 0
+        shutil.move(there, c.run)
+        c.is_whole()
+
+    yield "moved", moved
+
+    def linked(c: Case):
+        (c.folder / "disk").mkdir()
+        c.run.symlink_to(c.folder / "disk")
+        assert c.train("train.stop_at=3").returncode == 0
+        c.goes_on()
+
+    yield "a symbolic link", linked
+
+    def homeless(c: Case):
+        done = c.train(HOME=None, XDG_CACHE_HOME=None, JAX_COMPILATION_CACHE_DIR=None)
+        assert done.returncode == 0, done.stderr[-2000:]
+        c.is_whole()
+
+    yield "HOME unset", homeless
+
+    def a_file(c: Case):
+        c.run.write_text("mine")
+        c.is_refused(c.train(), "is not a run folder")
+        assert c.run.read_text() == "mine"
+
+    yield "a file", a_file
+
+
+def resumed() -> Cases:
+    """Gone on with in another way: refused, or the same."""
+    for setting in (
+        "loss.beta=0.3", "rollout.num_generations=4", "run.seed=5", "model.dtype=bfloat16",
+        "data.max_prompt_length=16", "optimizer.learning_rate=1e-4",
+    ):  # fmt: skip
+
+        def refused(c: Case, setting=setting):
+            assert c.train("train.stop_at=3").returncode == 0
+            c.is_refused(c.train(setting), "holds a run with other settings")
+            c.goes_on()
+
+        yield setting, refused
+    for setting in ("checkpoint.every=1", "log.samples=1", "model.attention=xla"):
+
+        def allowed(c: Case, setting=setting):
+            assert c.train("train.stop_at=3").returncode == 0
+            assert c.train(setting).returncode == 0
+            assert checksums(c.run) == checksums(c.whole)
+
+        yield setting, allowed
+
+
+FAULTS: dict[str, Callable[[], Cases]] = {
+    "kill -9": killed,
+    "signals": told,
+    "checkpoint damaged": damaged,
+    "disk full": full,
+    "rewards that fail": rewards,
+    "folders": folders,
+    "gone on with in another way": resumed,
+}
+
+
+def undisturbed(folder: Path) -> Path:
+    """The run that all are compared with."""
+    done = python(*TRAIN, f"run.dir={folder / 'run'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def trial(case: Callable[[Case], None], whole: Path, folder: Path) -> str:
+    """What went wrong; empty: it passed, and its folder is removed."""
+    folder.mkdir(parents=True)
+    try:
+        case(Case(folder, whole))
+    except (AssertionError, OSError, subprocess.TimeoutExpired, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    shutil.rmtree(folder)
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="gvpo-jax-faults-"))
+    whole = undisturbed(folder / "whole")
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    failed = 0
+    for fault, cases in FAULTS.items():
+        if not fault.startswith(options.only):
+            continue
+        found = {}
+        every = list(cases())
+        for name, case in [every[len(every) // 2]] if options.short else every:
+            problem = trial(case, whole, folder / fault / name.replace("/", "-"))
+            failed += bool(problem)
+            found[name] = problem
+            print(f"{fault}: {name}: {problem or 'passed'}", flush=True)
+        results[fault] = found
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+    if not options.short:
+        page = HERE / "README.md"
+        page.write_text(with_table(page.read_text(), results))
+    if failed:
+        print(f"{failed} failed; their folders are in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return int(bool(failed))
+
+
+def with_table(page: str, results: dict[str, dict[str, str]]) -> str:
+    lines = ["| fault | what | cases | passed |", "|---|---|---|---|"]
+    for fault, found in results.items():
+        what = (FAULTS[fault].__doc__ or "").strip()
+        passed = sum(not problem for problem in found.values())
+        lines.append(f"| {fault} | {what} | {len(found)} | {passed} |")
+    head, _, rest = page.partition("<!-- table -->")
+    return (
+        head + "<!-- table -->\n" + "\n".join(lines) + "\n" + rest[rest.index("<!-- /table -->") :]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
