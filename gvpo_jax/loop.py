@@ -155,6 +155,10 @@ class Loop:
             note = f"{run.dir} has done its {steps} steps already: nothing to do"
             Progress(steps, steps).note(note)
             self.history[:] = read_history(run.folder)
+            if not (run.folder / "report.html").exists():  # killed just before it was drawn
+                with contextlib.suppress(UserError):
+                    write_report(run.folder)
+                    push(run.dir)
 
     def _end(self, log: RunLog, told: int) -> dict[str, Any]:
         """Evaluate a run that is done, write its summary, and a report; returns the summary.

@@ -63,6 +63,14 @@ def test_a_run_killed_before_its_summary_has_its_last_evaluation_once(tmp_path):
     assert (tmp_path / "summary.json").is_file()
 
 
+def test_a_run_killed_before_its_report_gets_it_from_the_next_start(tmp_path):
+    train(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
+    train(tmp_path)
+    assert (tmp_path / "report.html").read_text() == page
+
+
 def failing_from(call):
     """`letter_share` that fails once, at this call."""
     calls = []
