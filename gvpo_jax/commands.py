@@ -20,6 +20,7 @@ from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.bucket import push
 from gvpo_jax.rundir.claim import lock, write_evaluation
+from gvpo_jax.rundir.files import read_scores
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
 
@@ -94,7 +95,7 @@ def inspect(config: Config) -> tuple[str, bool]:
     lines = ["  step      on disk   score  checkpoint"]
     if config.run.checkpoints.is_dir():
         with Checkpoints(config.run.checkpoints, read_only=True) as checkpoints:
-            scores = checkpoints.scores()
+            scores = read_scores(config.run.folder)
             for step in checkpoints.steps():
                 broken[step] = checkpoints.problem(step)
                 size = f"{checkpoints.size(step) / 2**30:.3f} GiB"

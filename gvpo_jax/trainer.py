@@ -47,6 +47,8 @@ from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.servers.engine import http_engine
 from gvpo_jax.rollout.servers.weight_sync import sequence_logps
 from gvpo_jax.rollout.stop import StopStrings
+from gvpo_jax.rundir.bucket import pull
+from gvpo_jax.rundir.files import read_scores
 from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
 from gvpo_jax.training.policy import Policy
@@ -392,7 +394,8 @@ class Trainer:
         folder, restored = as_path(run_dir) / "checkpoints", None
         if folder.is_dir():
             with Checkpoints(folder, read_only=True) as checkpoints:
-                found = None if step is None else checkpoints.find(step)
+                scores = from_first_host(lambda: read_scores(pull(run_dir)))
+                found = None if step is None else checkpoints.find(step, scores)
                 restored = self.policy.load(checkpoints, params_only=True, step=found)
         if restored is None:
             raise UserError(f"{run_dir} has no checkpoint yet")

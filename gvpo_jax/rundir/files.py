@@ -110,6 +110,16 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def read_scores(run_dir: Path) -> dict[int, float]:
+    """The held-out accuracy by step, or reward where there is none; a later line counts."""
+    scores = {}
+    for row in read_history(run_dir):
+        score = row.get("eval/accuracy", row.get("eval/reward"))
+        if isinstance(score, float | int) and not math.isnan(score):
+            scores[row["step"]] = float(score)
+    return scores
+
+
 def read_evaluations(run_dir: Path, last_step: int) -> list[Evaluation]:
     """Held-out answers by step; `after` is taken to be at `last_step`."""
     folder = run_dir / "eval"

@@ -129,29 +129,24 @@ class Checkpoints:
         """The JSON values of the newest checkpoint that has some that can be read; else none."""
         return next(filter(None, map(self._about, self.steps())), {})
 
-    def find(self, step: int | Literal["best"]) -> int:
-        """The step of that number, or with the best score.
+    def find(self, step: int | Literal["best"], scores: Mapping[int, float]) -> int:
+        """The step of that number, or with the best of these scores of steps.
 
         Raises:
             UserError: there is none.
         """
         there = ", ".join(map(str, sorted(self.steps()))) or "none"
         if step == "best":
-            scores = self.scores()
+            scores = {step: scores[step] for step in self.steps() if step in scores}
             if not scores:
                 raise UserError(
-                    f"no checkpoint in {self._folder} has a score: a run saves it where eval.every "
-                    f"and checkpoint.every meet; there are {there}"
+                    f"no checkpoint in {self._folder} has a score: held-out rows are answered "
+                    f"where eval.every and checkpoint.every meet; there are {there}"
                 )
             return max(scores, key=lambda step: (scores[step], step))
         if step not in self.steps():
             raise UserError(f"{self._folder} has no checkpoint {step}; there are {there}")
         return step
-
-    def scores(self) -> dict[int, float]:
-        """Of those that were saved with one."""
-        scores = {step: self._score(step) for step in self.steps()}
-        return {step: score for step, score in scores.items() if not math.isnan(score)}
 
     def size(self, step: int) -> int:
         """Bytes on disk, or in the bucket."""
