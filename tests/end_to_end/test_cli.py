@@ -96,7 +96,7 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
     assert main(["inspect", str(run)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == f"{run}: 2 of 2 updates are saved"
-    assert re.fullmatch(r" +2 +0\.\d{3} GiB +whole", lines[-1])
+    assert re.fullmatch(r" +2 +0\.\d{3} GiB +0\.\d{3} +whole", lines[-1])
     assert main(["export", str(run)]) == 0
     trained = load_file(run / "export" / "model.safetensors")
     assert any(np.any(trained[name] != x) for name, x in _start().items())

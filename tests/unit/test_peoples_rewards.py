@@ -161,9 +161,9 @@ def test_a_run_that_is_overwritten_is_a_new_one(tmp_path):
 def test_runs_of_older_versions_which_know_names_only_go_on(tmp_path, monkeypatch):
     save = Policy.save
 
-    def older(self, checkpoints, step, about, samples):
+    def older(self, checkpoints, step, about, samples, score):
         del about["reward_code"]
-        save(self, checkpoints, step, about, samples)
+        save(self, checkpoints, step, about, samples, score)
 
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "save", older)
