@@ -63,7 +63,9 @@ def test_what_lies_behind_the_last_experts_rows_touches_nothing(monkeypatch):
 
     monkeypatch.setattr(jax.lax, "ragged_dot", with_nan)
     found = jax.jit(jax.value_and_grad(value, tuple(range(5))))(*arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-6), expected, found)
+    # Sums of many products in float32, which two versions of XLA add in different orders.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, expected)
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 290, 2), (0, 0, 0, 0)])

@@ -786,7 +786,7 @@ def test_a_call_that_dies_or_raises_fails_alone_and_the_process_is_kept_or_repla
     assert again == [third]  # processes outlive a map
     assert last == 5.0
     assert re.search("KeyError.*oops", str(raised))
-    assert "pickle" in str(unpicklable)
+    assert re.search("pickle|local object", str(unpicklable))  # by the version of Python
     assert "died with status 3" in str(died)
     assert all(isinstance(x, RewardError) for x in (raised, unpicklable, died))
     with pytest.raises(ProcessLookupError):
@@ -797,7 +797,9 @@ def test_arguments_that_can_not_be_sent_fail_their_row_and_leave_no_process(tric
     pool = WorkerPool(tricks, deadline=60.0, workers=1)
     try:
         first, unsent, again = pool.map([("p", "pid"), ("p", lambda: 0), ("p", "pid")])
-        with pytest.raises(RewardError, match=r"arguments can't be sent to a process: .*pickle"):
+        with pytest.raises(
+            RewardError, match=r"arguments can't be sent to a process: .*(pickle|local object)"
+        ):
             raise unsent
         assert first == again
         assert isinstance(pool.map([("p", threading.Lock())])[0], RewardError)
