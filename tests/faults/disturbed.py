@@ -29,7 +29,7 @@ def main() -> int:
     phase, when, count, what, _, *arguments = sys.argv[1:]
     import importlib
 
-    module, _, name = PHASES[phase][0], None, PHASES[phase][1]
+    module, name = PHASES[phase]
     owner: Any = importlib.import_module(module)
     *outer, name = name.split(".")
     for part in outer:
