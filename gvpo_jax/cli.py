@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     The exit status is 0, 1 if `compile` finds what does not fit or `inspect` what is broken, 2 for
-    the user's mistakes, 130 if interrupted, 143 if ended by SIGTERM, saved where it was training.
+    the user's mistakes, 75 if another host of the run died, 130 if interrupted, 143 if ended by
+    SIGTERM, saved where it was training.
     """
     for stream in (sys.stdout, sys.stderr):  # what they can't show must not end a run
         if isinstance(stream, io.TextIOWrapper):
@@ -50,21 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if (config.run.folder / "report.html").is_file():
                         print(f"report: {config.run.dir}/report.html")
             return 0
-    except UserError as error:
-        from gvpo_jax.rundir.formats import one_line
-
-        print(f"gvpo-jax: error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        name = str(error.filename)[:40]
-        print(f"gvpo-jax: error: {name!r}... is too long a name for a file", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return _ended_by(error)
     except KeyboardInterrupt as error:
         if not error.args:  # else the run has said what is saved
             print(interrupted, file=sys.stderr)
         return 130
+
+
+def _ended_by(error: Exception) -> int:
+    """Says what the user has to know, and gives the status; raises what is nobody's mistake."""
+    from gvpo_jax.parallel import lost_host
+    from gvpo_jax.rundir.formats import one_line
+
+    if what := lost_host.what_was_lost(error):
+        print(f"gvpo-jax: error: {what}", file=sys.stderr, flush=True)
+        lost_host.dismiss_witness()
+        os._exit(lost_host.STATUS)  # JAX would wait for the others, then abort
+    if isinstance(error, UserError):
+        print(f"gvpo-jax: error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)[:40]
+        print(f"gvpo-jax: error: {name!r}... is too long a name for a file", file=sys.stderr)
+        return 2
+    raise error
 
 
 _GOES_ON = (

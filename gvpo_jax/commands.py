@@ -14,6 +14,7 @@ from gvpo_jax.config_file import check_claim
 from gvpo_jax.data.rows import columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
+from gvpo_jax.parallel.lost_host import call_witness
 from gvpo_jax.parallel.mesh import all_devices
 from gvpo_jax.rewards import batched
 from gvpo_jax.rewards.functions import check_columns
@@ -142,3 +143,4 @@ def _join(config: Config) -> None:
     """Start as one of the run's processes; before anything asks for devices."""
     config.distributed.start()
     all_devices()
+    call_witness()

@@ -14,6 +14,7 @@ from types import FrameType
 import jax
 
 from gvpo_jax.parallel.distributed import max_over_hosts
+from gvpo_jax.parallel.lost_host import dismiss_witness
 
 _DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 _AT_ONCE = 0.5  # seconds in which two signals are one, sent to a process and its group say
@@ -148,6 +149,7 @@ def end_when_stuck(message: str, *, seconds: float = 5) -> Iterator[None]:
                 at_once = number in _DEFAULTS and (unwatched or seen[number] > 1)
                 if at_once and not left.wait(seconds):
                     os.write(2, f"{message}\n".encode())
+                    dismiss_witness()
                     os._exit(128 + number)
         os.close(reading)
         os.close(writing)

@@ -205,6 +205,8 @@ class RunLog:
     def flush(self) -> None:
         """Wait for the last update, and write its metrics."""
         self._fetch()
+        if writer := self._writer:
+            self.attempt(writer.reopen)
         self.counters.wall_seconds = self._wall_before + time.perf_counter() - self._session_start
 
     def _fetch(self) -> None:

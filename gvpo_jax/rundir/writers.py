@@ -45,7 +45,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         first_step: int,
         evaluated: bool = True,
     ):
-        self._run_dir, self._unwritten = Path(run_dir), b""
+        self._run_dir = Path(run_dir).absolute()  # a reward function may change the directory
+        self._unwritten = b""
         self._metrics = self._run_dir / METRICS
         # In a folder from elsewhere it may lead to any file, also to one that is not there yet.
         if self._metrics.is_symlink() and not self._metrics.is_char_device():
@@ -72,12 +73,26 @@ class MetricsWriter(contextlib.AbstractContextManager):
                 self._tensorboard.add_scalar(name, float(value), step)
         line = to_json({"step": step, **metrics}) + "\n"
         self._unwritten += line.encode(errors="backslashreplace")
+        if self._file.closed:
+            self.reopen()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"can't write {self._metrics}: {reason}") from None
+
+    def reopen(self) -> None:
+        """Close metrics.jsonl and open it again: in a mounted bucket it shows up only then.
+
+        Raises:
+            UserError: that can't be done.
+        """
+        try:
+            self._file.close()
+            self._file = self._metrics.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"can't write {self._metrics}: {error.strerror or error}") from None
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write completions/step_000010.jsonl, whole or not at all."""

@@ -27,6 +27,10 @@ from gvpo_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
 
+# What a checkpoint is made of. 1, of version 0.1: one item "state", no number. 2: an item for each
+# tree. Whatever comes later, the item `extra` stays JSON sealed by `_sealed`, with this number.
+FORMAT = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -111,7 +115,8 @@ class Checkpoints:
         blob = _to_bytes(samples or {})
         if not math.isnan(score):
             extra, self._scores[step] = extra | {"score": score}, score
-        extra = _sealed(step, extra | {"checksums": _checksums(dict(trees))})
+        extra = extra | {"checksums": _checksums(dict(trees)), "format": FORMAT}
+        extra = _sealed(step, extra)
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
             extra=ocp.args.JsonSave(extra),
@@ -191,12 +196,14 @@ class Checkpoints:
             step: the one to read.
 
         Raises:
-            UserError: none is whole, or not that one.
+            UserError: none is whole, or not that one; or a later version wrote it.
         """
         asked = self.steps() if step is None else [step]
         for step in asked:
             try:
                 return self._read(step, like, without)
+            except UserError:  # it may be whole
+                raise
             except Exception as error:  # Orbax wraps what it meets in bare exceptions
                 _log.warning(
                     "checkpoint %d is broken (%s); trying an earlier one", step, _first_line(error)
@@ -227,36 +234,55 @@ class Checkpoints:
     def _about(self, step: int) -> dict[str, Any]:
         """The JSON values of one; none where they can't be read."""
         try:
-            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            return _unsealed(step, self._manager.restore(step, args=args)["extra"])
+            return self._extra(step)
         except Exception:  # `restore` says what is broken
             return {}
+
+    def _extra(self, step: int) -> dict[str, Any]:
+        """The JSON values of one.
+
+        Raises:
+            UserError: a later version wrote them.
+            ValueError: they are not those that were saved.
+        """
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        extra = _unsealed(step, self._manager.restore(step, args=args)["extra"])
+        if (number := extra.pop("format", FORMAT)) > FORMAT:
+            raise UserError(
+                f"a later version of gvpo-jax wrote checkpoint {step} in {self._folder}: it has "
+                f"format {number}, and this version reads up to {FORMAT}; pip install -U gvpo-jax"
+            )
+        return extra
 
     def _score(self, step: int) -> float:
         return self._about(step).get("score", math.nan)
 
     def _read(self, step: int, like: Mapping[str, Any], without: Sequence[str]) -> Restored:
+        extra = self._extra(step)
         has = {entry.name for entry in (self._folder / str(step)).iterdir()}
         wanted = {name: tree for name, tree in like.items() if name not in without}
-        old = "params" not in has  # of version 0.1, which saved everything as one item
-        if old:
-            train = {"train": TrainState(like["params"], **like["state"])}
-            wanted = {"state": train | {k: v for k, v in like.items() if k == "reference"}}
-        items: dict[str, Any] = {"extra": ocp.args.JsonRestore()}
-        items |= {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        if "samples" in has and not without:  # older versions saved none
+        format_1 = "params" not in has
+        asked = {"state": _trees_of_format_1(like)} if format_1 else wanted
+        items: dict[str, Any] = {name: ocp.args.StandardRestore(x) for name, x in asked.items()}
+        if "samples" in has and not without:  # format 1 has them in some runs only
             as_numpy = {"npz": ocp.RestoreArgs(restore_type=np.ndarray)}
             items["samples"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
-        extra = _unsealed(step, read["extra"])
-        trees = read["state"] if old else {name: read[name] for name in wanted}
+        trees = read["state"] if format_1 else {name: read[name] for name in wanted}
         _verify(extra.pop("checksums"), trees)
-        if old:
+        if format_1:
             train = trees.pop("train")
             trees |= {"params": train.params, "state": train.rest()}
+            extra = {"updates": step} | extra
         rows = np.asarray(read["samples"]["npz"]) if "samples" in items else ()
         samples = [_from_bytes(row.tobytes()) for row in rows]
         return Restored(step, trees, extra, samples)
+
+
+def _trees_of_format_1(like: Mapping[str, Any]) -> dict[str, Any]:
+    """The only item that a checkpoint had."""
+    reference = {name: tree for name, tree in like.items() if name == "reference"}
+    return {"train": TrainState(like["params"], **like["state"])} | reference
 
 
 def _sealed(step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +292,7 @@ def _sealed(step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unsealed(step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The values again; those of version 0.1 have no checksum. Raises ValueError if it differs."""
+    """The values again; those of format 1 have no checksum. Raises ValueError if it differs."""
     content = dict(extra)
     checksum = content.pop("checksum", None)
     if checksum is not None and checksum != _json_checksum(content):

@@ -268,7 +268,7 @@ class Policy:
             self._state = TrainState(params, **restored.trees["state"])
         self.reference = restored.trees.get("reference", self.reference)
         self._reference_fingerprint = self._fingerprint(self.reference)
-        self.updates = about.get("updates", restored.step)  # version 0.1 has no other number
+        self.updates = about["updates"]
         self.refreshed_at = about["refreshed_at"]
         return restored
 

@@ -143,8 +143,23 @@ def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
     for without in ([], ["state"]):
         with Checkpoints(tmp_path) as checkpoints:
             restored = checkpoints.restore(like(trees), without=without)
-        assert (restored.step, restored.extra) == (7, {"refreshed_at": 3})
+        assert (restored.step, restored.extra) == (7, {"refreshed_at": 3, "updates": 7})
         assert_equal(restored.trees, trees)
+
+
+def test_a_checkpoint_of_a_later_format_is_left_alone(tmp_path, monkeypatch):
+    """It may be whole: to go on from an earlier one would throw it away."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, tree(1))
+        monkeypatch.setattr(checkpoint, "FORMAT", 3)
+        save(checkpoints, 2, tree(2))
+    monkeypatch.undo()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="has format 3, and this version reads up to 2; pip"):
+            restore(checkpoints, tree(0))
+        assert "format 3" in checkpoints.problem(2)
+        assert checkpoints.steps() == [2, 1]
+        assert restore(checkpoints, tree(0), step=1).step == 1
 
 
 def cut_less():

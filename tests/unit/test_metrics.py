@@ -388,6 +388,8 @@ def test_metrics_that_found_no_space_are_written_when_there_is_some(tmp_path):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return self.file.write(data[:5] if self.full else data)
 
+        closed = False
+
         def close(self):
             self.file.close()
 
@@ -400,6 +402,24 @@ def test_metrics_that_found_no_space_are_written_when_there_is_some(tmp_path):
         writer.log(2, {"reward": 1.0})
     rows = [strict(line) for line in lines_of(tmp_path)]
     assert rows == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0}]
+
+
+def test_metrics_reopened_go_on_where_they_were(tmp_path, monkeypatch):
+    """Also where the folder can't be reached for a while, and after a change of directory."""
+    monkeypatch.chdir(tmp_path)
+    with MetricsWriter("run", tensorboard=False, first_step=0) as writer:
+        monkeypatch.chdir("/")
+        writer.log(1, {"reward": 0.5})
+        writer.reopen()
+        writer.log(2, {"reward": 0.5})
+        (tmp_path / "run").rename(tmp_path / "away")
+        with pytest.raises(UserError, match=r"can't write .*metrics\.jsonl: No such file"):
+            writer.reopen()
+        with pytest.raises(UserError, match="No such file"):
+            writer.log(3, {"reward": 0.5})
+        (tmp_path / "away").rename(tmp_path / "run")
+        writer.log(4, {"reward": 0.5})
+    assert [strict(line)["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_an_evaluation_that_a_longer_run_has_not_is_dropped(tmp_path):
