@@ -37,7 +37,8 @@ _PRODUCTS = {"convolution", "dot"}
 _HAND_ON = {"models/quantized.py", "ops/cpu.py", "precision.py"}
 # By the file of any frame of an instruction's stack.
 _PLACES = (
-    ("optimizer", re.compile(r"\boptax/|\btraining/optimizer\.py$")),
+    # Not the loop over micro-batches, in which all the rest is.
+    ("optimizer", re.compile(r"\boptax/(?!microbatching/)|\btraining/optimizer\.py$")),
     ("logits", re.compile(r"^logprobs\.py$")),
     ("attention", re.compile(r"^ops/(?:attention|kernels)\.py$|splash_attention|flash_attention")),
 )

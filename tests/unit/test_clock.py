@@ -121,6 +121,16 @@ def test_the_parts_are_what_adding_up_by_hand_gives():
     assert clock.seconds == pytest.approx(clock.cycles / V5E.clock)
 
 
+def test_the_loop_over_micro_batches_is_no_optimizer():
+    """Optax runs it, with the whole of forward and backward pass inside."""
+    everything_in_it = HLO.replace("/home/me/run.py", "/x/optax/microbatching/_microbatching.py")
+    assert everything_in_it != HLO
+    clock, plain = clock_of(everything_in_it, V5E), clock_of(HLO, V5E)
+    assert clock is not None
+    assert plain is not None
+    assert clock.parts == plain.parts
+
+
 def test_lines_of_source_are_those_that_asked():
     """Not the wrapper that every product goes through; and of a fusion, its product's."""
     clock = clock_of(HLO, V5E)
