@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from gvpo_jax import __version__
 from gvpo_jax.buckets import is_address
 from gvpo_jax.config_trl import TRL_NAMES
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             _parser().print_help()
             raise UserError("a COMMAND is missing; see gvpo-jax --help")
+        from gvpo_jax.installed import check_trainer
         from gvpo_jax.parallel.preemption import end_when_stuck
 
+        check_trainer()
         if arguments.command == "train":
             interrupted += _GOES_ON
         with end_when_stuck(interrupted):
@@ -62,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended_by(error: Exception) -> int:
     """Says what the user has to know, and gives the status; raises what is nobody's mistake."""
     from gvpo_jax.parallel import lost_host
-    from gvpo_jax.rundir.formats import one_line
 
     if what := lost_host.what_was_lost(error):
         print(f"gvpo-jax: error: {what}", file=sys.stderr, flush=True)

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from gvpo_jax.config import Config, check_extras
 from gvpo_jax.config_file import check_claim
-from gvpo_jax.data.rows import columns_of
+from gvpo_jax.data.rows import Row, columns_of
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.lost_host import call_witness
 from gvpo_jax.parallel.mesh import all_devices
 from gvpo_jax.rewards import batched
 from gvpo_jax.rewards.functions import check_columns
+from gvpo_jax.rewards.load import load_function
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.bucket import push
 from gvpo_jax.rundir.claim import lock, write_evaluation
@@ -35,7 +36,7 @@ def train(config: Config) -> dict[str, Any]:
     def prepare():
         needed = not offline or config.rewards.funcs
         reward_funcs = config.rewards.functions() if needed else []
-        rows, held_out = config.data.load(config.run.seed)
+        rows, held_out = _rows(config)
         check_claim(config)
         funcs = [batched(func) for func in reward_funcs]
         if not offline:
@@ -69,7 +70,7 @@ def evaluate(
     check_extras(config, unused=["tensorboard"])
     _join(config)
     reward_funcs = config.rewards.functions()
-    _, held_out = config.data.load(config.run.seed)
+    _, held_out = _rows(config)
     if not held_out:
         raise UserError(
             "there are no held-out rows: give data.tasks or data.eval_path, and data.eval_size"
@@ -122,6 +123,17 @@ def export_adapter(config: Config, folder: Path, step: int | Literal["best"] | N
         )
     _at_checkpoint(config, step).save_adapter(folder)
     return folder
+
+
+def _rows(config: Config) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows."""
+    if config.data.filter is None:
+        return config.data.load(config.run.seed)
+    keep = load_function(config.data.filter, "data.filter")
+    rows, held_out = config.data.load(config.run.seed, keep)
+    if is_first():
+        print(f"data.filter leaves {len(rows)} rows, and {len(held_out)} held-out ones", flush=True)
+    return rows, held_out
 
 
 def _at_checkpoint(config: Config, step: int | Literal["best"] | None) -> Trainer:

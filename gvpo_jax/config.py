@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gvpo_jax.buckets import is_address
 from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
+from gvpo_jax.data.hub import is_hub_name
 from gvpo_jax.data.prompts import DataConfig
 from gvpo_jax.data.reasoning_gym import TaskConfig as TaskConfig
 from gvpo_jax.errors import UserError
@@ -206,6 +207,7 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
         "math": ("gvpo_jax.rewards.math:" in funcs, "math_verify"),
         "qlora": (c.model.quantization != "none", "qwix"),
         "servers": (c.servers.kind != "none", "httpx2"),
+        "hub": (any(is_hub_name(file) for file in files[:2] if file), "datasets"),
         "parquet": (any(file and file.endswith(".parquet") for file in files), "pyarrow"),
         "tensorboard": (c.log.tensorboard, "tensorboardX"),
     }

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gvpo_jax.rundir  # noqa: F401  it says what to install where yaml is not there
+
+# isort: split
 import yaml
 
 from gvpo_jax.buckets import is_address
@@ -253,7 +256,8 @@ def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
     folder = local(path)
     if any(x.partition("=")[0].strip() == "rewards.funcs" for x in overrides):
         return
-    for spec in _read((folder / SETTINGS).read_text("utf-8"), []).rewards.funcs:
+    there = _read((folder / SETTINGS).read_text("utf-8"), [])
+    for spec in [*there.rewards.funcs, *filter(None, [there.data.filter])]:
         file = Path(spec.rpartition(":")[0])
         brought = not file.is_absolute() or folder.resolve() in file.resolve().parents
         if file.suffix == ".py" and brought:
@@ -371,6 +375,7 @@ _RESOLVE = {
     "output": _output,
     "run": _output,
     "model": _model,
+    "function": lambda spec, *where: _functions([spec], *where)[0],
     "functions": _functions,
     "template": _template,
 }

@@ -1,4 +1,8 @@
-"""The errors that are the user's to mend."""
+"""The errors that are the user's to mend, and text that can't harm the terminal."""
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(ValueError):
@@ -11,3 +15,15 @@ class UserError(ValueError):
 
 class NotFinite(UserError):
     """The policy's numbers are NaN or infinite: it is not worth saving."""
+
+
+def visible(text: str) -> str:
+    """Control characters as escapes: a model's or a file's text must not steer the terminal."""
+    return _CONTROL.sub(lambda m: "⏎" if m[0] == "\n" else f"\\x{ord(m[0]):02x}", text)
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """A text as one line of at most so many characters, without its middle if it is longer."""
+    line = visible(text)
+    half = (limit - 3) // 2
+    return line if len(line) <= limit else f"{line[:half]}...{line[-half:]}"

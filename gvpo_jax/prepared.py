@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from gvpo_jax.config import Config
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import UserError, one_line
 from gvpo_jax.memory import check_memory
 from gvpo_jax.models.adapters import base_warning, check_start, start
 from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
@@ -23,7 +23,6 @@ from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.parallel.layout import group_shards, path_name, place_params
 from gvpo_jax.rollout.inprocess import SamplingModel
 from gvpo_jax.rollout.make import check_layout, sampling_model
-from gvpo_jax.rundir.formats import one_line
 from gvpo_jax.training.checkpoint import fingerprint
 from gvpo_jax.training.policy import copy
 

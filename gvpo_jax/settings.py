@@ -24,7 +24,7 @@ def setting(
     hint: str = "",  # what to do about a value out of range
     free: bool = False,
     # Of such a file; the run's folder may lie in a bucket.
-    path: Literal["", "input", "output", "run", "model", "functions", "template"] = "",
+    path: Literal["", "input", "output", "run", "model", "function", "functions", "template"] = "",
 ) -> Any:
     """A field of a config section.
 

@@ -56,5 +56,11 @@ def pytest_collection_finish():
 @pytest.fixture
 def x64():
     """Numbers in float64, so that identities hold to rounding."""
-    with jax.enable_x64(True):
-        yield
+    if hasattr(jax, "enable_x64"):
+        with jax.enable_x64(True):
+            yield
+    else:  # before jax 0.8, with which the loss is tested too
+        from jax.experimental import enable_x64
+
+        with enable_x64():
+            yield

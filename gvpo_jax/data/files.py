@@ -1,9 +1,11 @@
 """Files of data: which ones a setting names, and what they hold."""
 
 import codecs
+import csv
 import glob
 import gzip
 import importlib
+import io
 import json
 import os
 import zlib
@@ -14,7 +16,7 @@ from typing import Any
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import check_path
 
-_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 
 
 def read_files(path: Path) -> list[tuple[str, Any]]:
@@ -34,8 +36,8 @@ def _files(path: Path) -> list[Path]:
     """The file, or those of a folder or pattern in the order of their names."""
     if os.path.isdir(path):  # for it a name that is too long is one that is not there
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]
-        if not (found := sorted(x for x in shown if x.name.lower().endswith(_SUFFIXES))):
-            raise UserError(f"{path}: no file in this folder ends in {', '.join(_SUFFIXES)}")
+        if not (found := sorted(x for x in shown if x.name.lower().endswith(SUFFIXES))):
+            raise UserError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return found
     if os.path.exists(path) or not glob.has_magic(str(path)):
         return [path]
@@ -52,8 +54,8 @@ def _hint(path: Path) -> str:
 def _read(path: Path) -> Iterable[tuple[str, Any]]:
     """What should be rows, each with its place."""
     name = path.name.lower()
-    if not name.endswith(_SUFFIXES):
-        raise UserError(f"{path}: data files end in {', '.join(_SUFFIXES)}{_hint(path)}")
+    if not name.endswith(SUFFIXES):
+        raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}{_hint(path)}")
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file{_hint(path)}")
     if name.endswith(".parquet"):
@@ -63,6 +65,8 @@ def _read(path: Path) -> Iterable[tuple[str, Any]]:
         content = gzip.decompress(content) if name.endswith(".gz") else content
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: can't be read: {_one_line(error)}") from None
+    if name.removesuffix(".gz").endswith(".csv"):
+        return _read_csv(path, content)
     start = content.removeprefix(codecs.BOM_UTF8).lstrip()
     array = name.removesuffix(".gz").endswith(".json") and not start.startswith(b"{")
     return (_read_array if array else _read_lines)(path, content)
@@ -88,6 +92,24 @@ def _read_lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         # JSONDecodeError and UnicodeDecodeError are ValueErrors
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not a JSON object on one line: {error}") from None
+
+
+def _read_csv(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    """The first line has the columns' names; all values are texts."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        for row in lines:
+            place = f"{path}:{lines.line_num}"
+            names = lines.fieldnames or []
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{place}: the line has not as many values as the first one has columns "
+                    f"({', '.join(names)}); a value with a comma or a line break needs quotes"
+                )
+            yield place, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as CSV: {_one_line(error)}") from None
 
 
 def _read_parquet(path: Path) -> list[tuple[str, Any]]:

@@ -5,11 +5,12 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from gvpo_jax.data.fingerprints import stable_json
+from gvpo_jax.data.forms import Form
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.data.rows import PlacedRow, Row, as_rows, check_row, check_text, columns_of, load_rows
 from gvpo_jax.errors import UserError
@@ -35,11 +36,30 @@ class DataConfig:
 
     path: str | None = setting(
         None,
-        "Rows with a column `prompt`: .jsonl, .json or .parquet, also .jsonl.gz and .json.gz; a "
-        "folder or a pattern such as data/train-*.jsonl takes all such files by name. Or ...",
+        "Rows with a column `prompt`: .jsonl, .json, .csv (also with .gz) or .parquet; a folder or "
+        "a pattern such as data/train-*.jsonl takes all such files by name; or a dataset of the "
+        "Hugging Face hub such as openai/gsm8k. Or ...",
         path="input",
     )
     eval_path: str | None = setting(None, "Held-out rows, with the same columns.", path="input")
+    name: str | None = setting(None, "The part of a hub's dataset, e.g. main.")
+    split: str = setting("train", "The split of a hub's dataset that path takes.")
+    eval_split: str = setting("test", "The split of a hub's dataset that eval_path takes.")
+    columns: dict[str, str] = setting(
+        {},
+        "Columns under other names: {prompt: question, solution: answer}; a dot leads into a "
+        "column of dicts.",
+    )
+    answer_pattern: str | None = setting(
+        None,
+        "A regular expression for the answer in the column `solution`, e.g. '#### *(.+)': its last "
+        "match takes the place of the column.",
+    )
+    filter: str | None = setting(
+        None,
+        "module:function, or path/file.py:function: it gets a row and says whether it stays.",
+        path="function",
+    )
     tasks: list[TaskConfig] = setting([], "... tasks that rows are drawn from, or ...")
     groups_path: str | None = setting(
         None,
@@ -83,10 +103,12 @@ class DataConfig:
         True, "Each epoch in an order of its own; false: rows in their order, epoch after epoch."
     )
 
-    def load(self, seed: int) -> tuple[list[Row], list[Row]]:
-        """Training rows and held-out rows, from files or from generated tasks.
+    def load(
+        self, seed: int, keep: Callable[[Row], Any] | None = None
+    ) -> tuple[list[Row], list[Row]]:
+        """Training rows and held-out rows, from files, the hub or generated tasks.
 
-        seed: of the training rows that are drawn from tasks.
+        seed: of the training rows that are drawn from tasks. keep: the function `filter`.
 
         Raises:
             UserError: none or several sources are given, or what reading them raises.
@@ -95,13 +117,16 @@ class DataConfig:
         drawn = bool(self.tasks) and not self.groups_path
         if [bool(self.path), bool(self.groups_path), drawn].count(True) != 1:
             raise UserError("give one of data.path, data.groups_path and data.tasks")
+        form = Form(self.columns, self.answer_pattern)
+        form.check()
+        load = functools.partial(load_rows, form=form, keep=keep, name=self.name)
         if path := self.path or self.groups_path:
-            rows = load_rows(path)
+            rows = load(path, split=self.split)
         else:
             rows = reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
         size = self.eval_size
         if self.eval_path and size:
-            return rows, load_rows(self.eval_path)[:size]
+            return rows, load(self.eval_path, split=self.eval_split)[:size]
         if not (self.tasks and size):
             return rows, []
         return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")

@@ -3,10 +3,11 @@
 A row is a plain dict: `prompt` (a string or a list of chat messages) and any other columns, which
 the reward functions receive under their own names. The column `answer_prefix` is text put at the
 start of the answer, after the prompt. A message's content may be a list of text parts,
-`{"type": "text", "text": "..."}`: they are joined.
+`{"type": "text", "text": "..."}`: they are joined. A row without a prompt may have a whole
+conversation, see `gvpo_jax.data.forms.from_talk`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 
 from gvpo_jax.buckets import fetch, is_address
 from gvpo_jax.data.files import read_files
+from gvpo_jax.data.forms import Form, from_talk
+from gvpo_jax.data.hub import is_hub_name, read_hub
 from gvpo_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -27,27 +30,57 @@ class PlacedRow(dict[str, Any]):
         self.place = place  # such as "train.jsonl:3" or "row 3"
 
 
-def load_rows(path: str | Path) -> list[Row]:
-    """Read the rows of a file, or of several one after the other.
+def load_rows(
+    path: str | Path,
+    form: Form | None = None,
+    *,
+    keep: Callable[[Row], Any] | None = None,
+    name: str | None = None,
+    split: str = "train",
+) -> list[Row]:
+    """Read the rows of a file, of several one after the other, or of a dataset of the hub.
 
     Args:
         path: a file that ends in .jsonl (one JSON object a line), .json (one array of objects, or
-            such lines), .jsonl.gz, .json.gz or .parquet; a folder of such files; or a pattern such
-            as `data/train-*.jsonl`. All of them may be addresses in a bucket, as
-            `gs://bucket/train.jsonl`. Several files come in the order of their names.
+            such lines), .csv (names of columns in the first line), these with .gz, or .parquet; a
+            folder of such files; or a pattern such as `data/train-*.jsonl`. All of them may be
+            addresses in a bucket, as `gs://bucket/train.jsonl`. Several files come in the order of
+            their names. Or a name on the Hugging Face hub, such as `openai/gsm8k`.
+        form: how the columns become those of a row.
+        keep: which rows stay: those for which it gives what is true.
+        name: of a part of the hub's dataset, such as `main`.
+        split: of the hub's dataset.
 
     Returns:
         `PlacedRow`s.
 
     Raises:
         UserError: naming file and line (row, where there are no lines), for whatever is not a row
-            with a usable prompt; or there is no such file, or no row.
+            with a usable prompt; or there is no such file or dataset, or no row; or `keep` fails,
+            or keeps none.
     """
-    fetched = fetch(str(path)) if is_address(path) else Path(path)
-    placed_rows = [(place, _joined(row)) for place, row in read_files(fetched)]
-    for place, row in placed_rows:
+    if is_hub_name(str(path)):
+        found: Iterable[tuple[str, Any]] = read_hub(str(path), name, split)
+    else:
+        found = read_files(fetch(str(path)) if is_address(path) else Path(path))
+    form = form or Form()
+    rows = []
+    for place, row in found:
+        row = _joined(form(place, row))
         check_row(place, row)
-    return [PlacedRow(row, place) for place, row in placed_rows]
+        if keep is None or _is_kept(place, row, keep):
+            rows.append(PlacedRow(row, place))
+    if not rows:
+        raise UserError(f"{path}: data.filter keeps no row" if keep else f"{path} holds no rows")
+    return rows
+
+
+def _is_kept(place: str, row: Row, keep: Callable[[Row], Any]) -> bool:
+    try:
+        return bool(keep(dict(row)))
+    except Exception as error:  # the user's function may raise anything
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{place}: data.filter failed: {' '.join(problem.split())}") from error
 
 
 def as_rows(dataset: Any) -> list[Row]:
@@ -176,6 +209,7 @@ def check_row(place: str, row: Any) -> None:
 
 def _joined(row: Any) -> Any:
     """The row with the texts of its messages in one piece each, and its messages in a list."""
+    row = from_talk(row) if isinstance(row, dict) else row
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, np.ndarray):  # as pandas reads it from Parquet
         prompt = prompt.tolist()

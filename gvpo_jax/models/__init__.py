@@ -4,12 +4,15 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from gvpo_jax.installed import check_trainer
+
 if TYPE_CHECKING:
     from gvpo_jax.models.export import export_model
     from gvpo_jax.models.load import LoadedModel, load_model, stop_token_ids
 
 __all__ = ["LoadedModel", "export_model", "load_model", "stop_token_ids"]
 
+check_trainer()
 # Else transformers advises everyone to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,17 +70,23 @@ def load_reward_func(spec: str) -> RewardFunc:
     Raises:
         UserError: there is no such thing.
     """
+    return load_function(spec, "reward")
+
+
+def load_function(spec: str, what: str) -> Callable[..., Any]:
+    """The same for any function; `what` it is, say a reward, opens the messages."""
     where, _, name = spec.rpartition(":")
     if not (where and name):
-        raise UserError(f"reward {spec!r}: write module:function or path/to/file.py:function")
+        raise UserError(f"{what} {spec!r}: write module:function or path/to/file.py:function")
     if "," in where:
-        raise UserError(f"reward {spec!r}: put several in brackets: rewards.funcs=[a.py:f, b.py:g]")
+        raise UserError(f"{what} {spec!r}: put several in brackets: rewards.funcs=[a.py:f, b.py:g]")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
+        is_file = where.endswith(".py")
+        module = _load_file(Path(where), what) if is_file else _load_module(where, what)
     except UserError:
         raise
     except Exception as error:  # the user's module may raise anything
-        raise UserError(f"reward {spec!r}: importing it failed: {describe(error)}") from error
+        raise UserError(f"{what} {spec!r}: importing it failed: {describe(error)}") from error
     func = getattr(module, name, None)
     if not callable(func):
         found = [(key, f) for key, f in vars(module).items() if callable(f)]
@@ -89,7 +96,7 @@ def load_reward_func(spec: str) -> RewardFunc:
             if not inspect.isclass(f) and getattr(f, "__module__", "") == module.__name__
         ]
         known = ", ".join(own) or "none"
-        raise UserError(f"reward {spec!r}: no function {name!r} there; functions: {known}")
+        raise UserError(f"{what} {spec!r}: no function {name!r} there; functions: {known}")
     return func
 
 
@@ -102,15 +109,15 @@ def file_of(spec: str) -> str | None:
     return found.origin if found else None
 
 
-def _load_module(name: str) -> Any:
+def _load_module(name: str, what: str) -> Any:
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        raise UserError(f"reward module {name!r}: there is no such module; or give a file.py path")
+        raise UserError(f"{what} module {name!r}: there is no such module; or give a file.py path")
     return importlib.import_module(name)
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path, what: str) -> Any:
     if not os.path.isfile(path):
-        raise UserError(f"reward file {path}: there is no such file")
+        raise UserError(f"{what} file {path}: there is no such file")
     name, source = importable_name(path), path.read_bytes()
     former = sys.modules.get(name)
     if former and getattr(former, _SOURCE, source) == source:

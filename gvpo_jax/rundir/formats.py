@@ -1,10 +1,7 @@
 """Numbers and durations as people read them."""
 
 import math
-import re
 from collections.abc import Mapping
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 _LEFT_OUT = {
     "training_rows": "prompts skipped: over data.max_prompt_length tokens",
@@ -16,18 +13,6 @@ _LEFT_OUT = {
     "rewards_abstained": "completions that no function gave a reward",
     "groups": "groups with fewer than two rewards",
 }
-
-
-def visible(text: str) -> str:
-    """Control characters as escapes: a model's or a file's text must not steer the terminal."""
-    return _CONTROL.sub(lambda m: "⏎" if m[0] == "\n" else f"\\x{ord(m[0]):02x}", text)
-
-
-def one_line(text: str, limit: int = 500) -> str:
-    """A text as one line of at most so many characters, without its middle if it is longer."""
-    line = visible(text)
-    half = (limit - 3) // 2
-    return line if len(line) <= limit else f"{line[:half]}...{line[-half:]}"
 
 
 def compact(value: float) -> str:

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import UserError, visible
 from gvpo_jax.rundir.claim import usable
 from gvpo_jax.rundir.files import METRICS, read_jsonl, step_files, to_json, write_jsonl, write_text
-from gvpo_jax.rundir.formats import compact, duration, percent, visible
+from gvpo_jax.rundir.formats import compact, duration, percent
 
 _BAR, _WIDE = 20, 120  # columns of the bar, and of a terminal that has room for one
 _BESIDE = 8  # columns of the spinner, the word "step" and spaces

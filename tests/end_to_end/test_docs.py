@@ -50,7 +50,6 @@ SHORTER = ["train.steps=2", "train.batch_size=4", "data.eval_size=2", "mesh.fsdp
 CANNOT_RUN = {
     "python3 -m venv .venv ": "installs; .ci/run trains an update of the quickstart",
     "python3 -m venv .venv-test ": "installs, and runs the tests; .ci/run runs it",
-    "git clone ": "needs the network",
     "pip install ": "installs",
     "VLLM_SERVER_DEV_MODE=1 vllm serve ": "vLLM is not installed with the tests",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve ": "vLLM is not installed with the tests",

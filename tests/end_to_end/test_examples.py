@@ -15,6 +15,7 @@ LEARNED = {
     "plain_jax.py": lambda before, after: after < 0.002 < 1 < before,
     "optax_only.py": lambda before, after: before < 0.1 < 0.9 < after,
     "linen_model.py": lambda before, after: before < 0.2 < 0.9 < after,
+    "nnx_lora.py": lambda before, after: before < 0.2 < 0.9 < after,
     "equinox_model.py": lambda before, after: before < -2 < -0.5 < after,
     "own_transformer.py": lambda before, after: before < 0.3 < 0.45 < after,
 }

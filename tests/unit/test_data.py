@@ -115,7 +115,7 @@ def test_bad_line_is_named_with_its_file(tmp_path, line, problem):
     ("name", "text", "problem"),
     [
         ("empty.jsonl", "\n \n", "no rows"),
-        ("rows.csv", "prompt\n", "end in .jsonl"),
+        ("rows.tsv", "prompt\n", "end in .jsonl"),
         ("broken.parquet", "no parquet", "parquet"),
     ],
 )

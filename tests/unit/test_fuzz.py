@@ -23,7 +23,7 @@ from gvpo_jax.config_file import load_config, override
 from gvpo_jax.config_trl import TRL_NAMES
 from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.data.rows import as_rows, load_rows
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import UserError, one_line
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import decoder_config
 from gvpo_jax.models.hf_files import open_safetensors
@@ -32,7 +32,6 @@ from gvpo_jax.report import write_report
 from gvpo_jax.rewards import compute_rewards
 from gvpo_jax.rollout.servers import dialects
 from gvpo_jax.rundir.files import read_history, read_latest_completions, read_settings, read_summary
-from gvpo_jax.rundir.formats import one_line
 from gvpo_jax.settings import all_settings
 
 MANY = int(os.environ.get("GVPO_FUZZ", "0"))

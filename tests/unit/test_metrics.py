@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gvpo_jax.errors import NotFinite, UserError
+from gvpo_jax.errors import NotFinite, UserError, one_line
 from gvpo_jax.rundir.files import read_metrics
-from gvpo_jax.rundir.formats import compact, duration, one_line, percent, points
+from gvpo_jax.rundir.formats import compact, duration, percent, points
 from gvpo_jax.rundir.log import Counters, LogConfig, RunLog, check_finite
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
 

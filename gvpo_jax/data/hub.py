@@ -1,0 +1,80 @@
+"""Datasets of the Hugging Face hub, through `datasets` (extra `hub`)."""
+
+import contextlib
+import importlib
+import os
+import re
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from gvpo_jax.data.files import SUFFIXES
+from gvpo_jax.errors import UserError
+
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether it can only be a name such as openai/gsm8k: nothing lies there on this machine."""
+    is_file = path.lower().endswith(SUFFIXES)
+    return bool(_NAME.fullmatch(path)) and not is_file and not os.path.exists(path)
+
+
+def read_hub(path: str, name: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a split, each with its place.
+
+    They are downloaded once, into `datasets`' own cache.
+
+    Raises:
+        UserError: there is no such dataset, name or split, or it can't be had from here.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UserError(f'{path}: datasets is missing: pip install "gvpo-jax[hub]"') from None
+    try:
+        with _at_once_if_offline():
+            rows = datasets.load_dataset(path, name, split=split)
+    except Exception as error:  # each of its versions and file formats has its own
+        raise UserError(f"{path}: {_reason(path, error)}") from None
+    return ((f"{path} ({split}): row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _reason(path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    kind = type(error).__name__
+    if isinstance(error, ConnectionError):
+        return f"neither here nor in the cache, and the hub can't be reached: {text}"
+    if kind == "DatasetNotFoundError":
+        return (
+            "there is no such file or folder here, and no such dataset on the hub, or it is "
+            f"private or gated: then log in with hf auth login ({text})"
+        )
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"data.name says which of its parts: {text}"
+    if "split" in text.lower():
+        return f"data.split, or data.eval_split, says which of its splits: {text}"
+    return f"can't be read: {kind}: {text}"
+
+
+@contextlib.contextmanager
+def _at_once_if_offline() -> Iterator[None]:
+    """Spares the half minute in which `datasets` tries again to reach a hub that is not there."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(proxy) for proxy in _PROXIES):
+        yield
+        return
+    where = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = where.port or (443 if where.scheme == "https" else 80)
+    config: Any = importlib.import_module("datasets").config
+    with contextlib.ExitStack() as stack:
+        try:
+            socket.create_connection((where.hostname or "", port), timeout=10).close()
+        except OSError:
+            for module in (constants, config):
+                stack.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
+                setattr(module, "HF_HUB_OFFLINE", True)  # noqa: B010
+        yield
