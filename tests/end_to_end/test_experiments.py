@@ -193,6 +193,17 @@ def test_soak(tmp_path):
     assert "memory" in (tmp_path / "results.svg").read_text()
 
 
+def test_saving(tmp_path):
+    """A save is handed on before it is written."""
+    run("saving", "--out", tmp_path / "results.json")
+    small = json.loads((tmp_path / "results.json").read_text())
+    saved = json.loads((ROOT / "experiments" / "saving" / "results.json").read_text())
+    for row in [*small.values(), *saved.values()]:
+        assert 0 < row["waits"][0] < row["whole after"][0]
+        assert row["beside it"][0] > 0.5
+    assert [round(row["GiB"], 1) for row in saved.values()] == [1.5, 5.8]
+
+
 def test_trace(tmp_path):
     """Most updates are sent to the devices while they are at work on what comes before.
 

@@ -20,7 +20,7 @@ def test_a_run_goes_on_after_each_kind_of_fault(tmp_path):
     assert {fault: [x for x in found.values() if x] for fault, found in results.items()} == {
         fault: [] for fault in results
     }, done.stdout
-    assert len(results) == 7
+    assert len(results) == 9
     assert done.returncode == 0, done.stderr
 
 

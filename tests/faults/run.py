@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -58,9 +59,16 @@ class Case:
             assert done.returncode == 0, done.stderr
         return half
 
-    def disturbed(self, phase: str, when: str, count: int, what: str):
+    def beside(self, name: str, train: Callable[["Case"], object]) -> "Case":
+        """This case, whose run nothing happened to was trained in another way."""
+        other = Case(self.whole.parent / name, self.whole)
+        if not other.run.exists():
+            train(other)
+        return Case(self.folder, other.run)
+
+    def disturbed(self, phase: str, when: str, count: int, what: str, *settings: str):
         script = [str(HERE / "disturbed.py"), phase, when, str(count), what, "--"]
-        return python(*script, *TRAIN[2:], f"run.dir={self.run}")
+        return python(*script, *TRAIN[2:], f"run.dir={self.run}", *settings)
 
     def goes_on(self) -> None:
         """By the same command, to the same end."""
@@ -78,6 +86,35 @@ class Case:
         assert {x.name for x in self.run.iterdir()} == {x.name for x in self.whole.iterdir()}
         rubbish = [x for x in self.run.rglob("*") if x.name.endswith(".tmp") or "-tmp" in x.name]
         assert not rubbish, f"{rubbish} is left"
+
+    def pair(self, *disturbed: str, of: int = 0) -> list[tuple[int, str]]:
+        """Status and errors of two processes, the first first; `disturbed` is one of them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        both = []
+        for i in (0, 1):
+            script = [str(HERE / "disturbed.py"), *disturbed, "--"] if disturbed and i == of else []
+            command = [*(script or TRAIN[:2]), *TRAIN[2:], f"run.dir={self.run}", "mesh.data=2"]
+            command += [f"distributed.coordinator_address={address}", f"distributed.process_id={i}"]
+            command += ["distributed.num_processes=2", "distributed.heartbeat_timeout=10"]
+            both.append(
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+                    cwd=ROOT,
+                )
+            )
+        ended = {}
+        for i in (1 - of, of):
+            _, err = both[i].communicate(timeout=300)
+            ended[i] = both[i].returncode, err
+            if "SIGSTOP" in disturbed:  # it would wait for ever
+                both[of].kill()
+        return [ended[0], ended[1]]
 
     def is_refused(self, done: subprocess.CompletedProcess, *words: str) -> str:
         """By one line that says these words."""
@@ -150,6 +187,55 @@ def told() -> Cases:
                     c.goes_on()
 
                 yield f"{name} x {times} in {phase}", case
+
+
+def told_with_lookahead() -> Cases:
+    """The same with rollouts that are drawn ahead by a thread."""
+    ahead = "rollout.lookahead=1"
+    for name, status in SIGNALS.items():
+        for phase in ("rollout", "reward", "update", "save"):
+
+            def case(c: Case, name=name, status=status, phase=phase):
+                c = c.beside("ahead", lambda c: c.train(ahead))
+                done = c.disturbed(phase, "before", 3 if phase != "save" else 1, name, ahead)
+                at_once = -getattr(signal, name)  # before the first update
+                assert done.returncode in (status, at_once), done.stderr[-500:]
+                assert "Traceback" not in done.stderr, done.stderr[-2000:]
+                assert c.train(ahead).returncode == 0
+                c.is_whole()
+
+            yield f"{name} in {phase}", case
+
+
+def one_of_two() -> Cases:
+    """One of two processes is killed, stopped or told to end; the other ends by a line, too."""
+    line = "start the same command again on all hosts"
+    for of in (0, 1):
+        for name in ("SIGKILL", "SIGSTOP"):
+            for phase in ("rollout", "update", "save"):
+
+                def case(c: Case, of=of, name=name, phase=phase):
+                    c = c.beside("two", lambda c: c.pair())
+                    (status, _), (other, err) = c.pair(phase, "before", "2", name, of=of)[
+                        :: 1 - 2 * of
+                    ]
+                    assert status == -signal.SIGKILL, status
+                    assert other in (75, -signal.SIGABRT), f"status {other}: {err[-1000:]}"
+                    assert line in err, err[-1000:]
+                    assert [status for status, _ in c.pair()] == [0, 0]
+                    c.is_whole()
+
+                yield f"{name} to process {of} in {phase}", case
+        for name, status in SIGNALS.items():
+
+            def case(c: Case, of=of, name=name, status=status):
+                c = c.beside("two", lambda c: c.pair())
+                ended = c.pair("update", "before", "3", name, of=of)
+                assert [x for x, _ in ended] == [status, status], ended
+                assert [status for status, _ in c.pair()] == [0, 0]
+                c.is_whole()
+
+            yield f"{name} to process {of}", case
 
 
 def damaged() -> Cases:
@@ -314,6 +400,8 @@ def resumed() -> Cases:
 FAULTS: dict[str, Callable[[], Cases]] = {
     "kill -9": killed,
     "signals": told,
+    "signals, with lookahead": told_with_lookahead,
+    "one of two processes": one_of_two,
     "checkpoint damaged": damaged,
     "disk full": full,
     "rewards that fail": rewards,
