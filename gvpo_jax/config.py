@@ -61,6 +61,7 @@ class Config:
         check_limits(self)
         self.data.day()
         self.model.check()
+        self.eval.check()
         _check_loss(self)
         _check_sources(self)
         _check_servers(self)

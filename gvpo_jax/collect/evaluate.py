@@ -1,5 +1,6 @@
 """Accuracy or mean reward on held-out prompts: sample, judge, count."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,20 @@ class EvalConfig:
         "A completion with at least this reward counts as right; null: 1 where all rewards are 0 "
         "or 1, and else the mean reward is given in place of accuracy.",
     )
+    pass_at: list[int] = setting(
+        [],
+        "Numbers k for eval/pass@k: the chance that one of k completions is right, estimated from "
+        "all num_generations of them.",
+    )
+
+    def check(self) -> None:
+        """Raise UserError where a k of `pass_at` is none, or more than there are completions."""
+        for k in self.pass_at:
+            if not 1 <= k <= self.num_generations:
+                raise UserError(
+                    f"eval.pass_at has {k}: give numbers from 1 to eval.num_generations, which is "
+                    f"{self.num_generations}"
+                )
 
 
 def evaluate(
@@ -49,9 +64,10 @@ def evaluate(
 
     Returns:
         Metrics, and one record per completion. The metrics are `eval/reward`, the mean over prompts
-        of their mean rewards, and `eval/unscored`; where there is accuracy, `eval/accuracy`. With
-        `_low` and `_high` behind their names accuracy and reward have 95% intervals over prompts,
-        if there are two prompts or more; with `/TASK`, they are those of a task, see `task_names`.
+        of their mean rewards, and `eval/unscored`; where there is accuracy, `eval/accuracy` and an
+        `eval/pass@K` for each of `pass_at`. With `_low` and `_high` behind their names they have
+        95% intervals over prompts, if there are two prompts or more; with `/TASK`, accuracy or
+        reward is that of a task, see `task_names`.
 
     Raises:
         UserError: no completion got a reward, or a reward function failed.
@@ -86,15 +102,29 @@ def evaluate(
         r.pop("correct", None)  # a column of that name would be taken for ours
         if least is not None:
             r["correct"] = r["reward"] is not None and r["reward"] >= least
-    return _summary(records) | {"eval/unscored": float(len(records) - len(given))}, records
+    return _summary(records, options.pass_at) | {
+        "eval/unscored": float(len(records) - len(given))
+    }, records
 
 
-def _summary(records: Sequence[Row]) -> dict[str, float]:
+def pass_at_k(completions: int, right: int, k: int) -> float:
+    """The chance that one of k is right, of so many completions of which so many are right.
+
+    Over all choices of k of them, so its mean is the true one (Chen et al., 2107.03374, eq. 1).
+    """
+    return 1 - math.comb(completions - right, k) / math.comb(completions, k)
+
+
+def _summary(records: Sequence[Row], pass_at: Sequence[int]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     main, *more = ("correct", "reward") if "correct" in records[0] else ("reward",)
-    for column in (main, *more):
-        name = _NAMES[column]
-        interval = mean_interval(_by_prompt(records, column))
+    found = {_NAMES[column]: _by_prompt(records, column) for column in (main, *more)}
+    if more:
+        right = found[_NAMES[main]]
+        for k in pass_at:
+            found[f"eval/pass@{k}"] = [[pass_at_k(len(r), round(sum(r)), k)] for r in right]
+    for name, scores in found.items():
+        interval = mean_interval(scores)
         metrics[name] = interval.mean
         if interval.known:
             metrics |= {f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,15 +26,26 @@ def read_files(path: Path) -> list[tuple[str, Any]]:
     Raises:
         UserError: there is no such file, it is of another kind, is broken or holds nothing.
     """
-    check_path(path, "data")
-    rows = [row for file in _files(path) for row in _read(file)]
+    rows = [row for file in files_of(path) for row in _read(file)]
     if not rows:
         raise UserError(f"{path}: the file holds no rows")
     return rows
 
 
-def _files(path: Path) -> list[Path]:
-    """The file, or those of a folder or pattern in the order of their names."""
+def set_name(file: Path) -> str:
+    """A file's name without its ending and without the number that `datasets` gives a part."""
+    name = file.name.lower()
+    ending = next((x for x in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(x)), "")
+    return re.sub(r"-\d{5}(-of-\d{5})?$", "", file.name[: len(file.name) - len(ending)])
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or those of a folder or pattern in the order of their names.
+
+    Raises:
+        UserError: there is none in the folder, or of the pattern.
+    """
+    check_path(path, "data")
     if os.path.isdir(path):  # for it a name that is too long is one that is not there
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]
         if not (found := sorted(x for x in shown if x.name.lower().endswith(SUFFIXES))):

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from gvpo_jax.data.fingerprints import stable_json
 from gvpo_jax.data.forms import Form
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
-from gvpo_jax.data.rows import PlacedRow, Row, as_rows, check_row, check_text, columns_of, load_rows
+from gvpo_jax.data.rows import (
+    PlacedRow,
+    Row,
+    as_rows,
+    check_row,
+    check_text,
+    columns_of,
+    load_rows,
+    load_sets,
+)
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import setting
 
@@ -74,7 +83,8 @@ class DataConfig:
     train_size: int = setting(1000, "Rows drawn from the tasks.", least=1)
     eval_size: int = setting(
         256,
-        "Held-out rows, drawn from the tasks, or the first ones of eval_path; 0: no evaluation.",
+        "Held-out rows, drawn from the tasks, or the first ones of each file of eval_path; 0: no "
+        "evaluation.",
         least=0,
     )
     eval_seed: int = setting(0, "Held-out rows do not follow run.seed: runs can be compared.")
@@ -126,7 +136,8 @@ class DataConfig:
             rows = reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
         size = self.eval_size
         if self.eval_path and size:
-            return rows, load(self.eval_path, split=self.eval_split)[:size]
+            options = {"form": form, "keep": keep, "name": self.name, "split": self.eval_split}
+            return rows, load_sets(self.eval_path, size, **options)
         if not (self.tasks and size):
             return rows, []
         return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_jax.buckets import fetch, is_address
-from gvpo_jax.data.files import read_files
+from gvpo_jax.data.files import files_of, read_files, set_name
 from gvpo_jax.data.forms import Form, from_talk
 from gvpo_jax.data.hub import is_hub_name, read_hub
 from gvpo_jax.errors import UserError
@@ -73,6 +73,34 @@ def load_rows(
     if not rows:
         raise UserError(f"{path}: data.filter keeps no row" if keep else f"{path} holds no rows")
     return rows
+
+
+def load_sets(path: str | Path, size: int, **options: Any) -> list[Row]:
+    """The first rows of each evaluation set: of a file, a folder, a pattern or a hub's dataset.
+
+    Each file is a set; those that `datasets` numbers, as `test-00000-of-00002`, are one. Of several
+    sets the rows get a column `task`, the file's name, if they have none.
+
+    Args:
+        path: see `load_rows`.
+        size: of each set.
+        **options: see `load_rows`.
+
+    Raises:
+        UserError: see `load_rows`.
+    """
+    if is_hub_name(str(path)):
+        return load_rows(path, **options)[:size]
+    sets: dict[str, list[Row]] = {}
+    for file in files_of(fetch(str(path)) if is_address(path) else Path(path)):
+        sets.setdefault(set_name(file), []).extend(load_rows(file, **options))
+    if len(sets) == 1:
+        return next(iter(sets.values()))[:size]
+    return [
+        PlacedRow({"task": name} | row, getattr(row, "place", ""))
+        for name, rows in sets.items()
+        for row in rows[:size]
+    ]
 
 
 def _is_kept(place: str, row: Row, keep: Callable[[Row], Any]) -> bool:

@@ -12,7 +12,7 @@ from gvpo_jax.config import Config, check_extras
 from gvpo_jax.config_file import load_config, override
 from gvpo_jax.data import hub
 from gvpo_jax.data.forms import Form
-from gvpo_jax.data.rows import as_rows, load_rows
+from gvpo_jax.data.rows import as_rows, load_rows, load_sets
 from gvpo_jax.errors import UserError
 
 GSM8K = {"question": "2 + 2?", "answer": "It is <<2+2=4>>4.\n#### 4"}
@@ -159,6 +159,25 @@ def test_a_filter_is_found_beside_the_config(tmp_path):
     (tmp_path / "mine.py").write_text("hard = bool")
     config = load_config(tmp_path / "my.yaml")
     assert config.data.filter == f"{tmp_path / 'mine.py'}:hard"
+
+
+def test_each_file_of_a_folder_is_an_evaluation_set(tmp_path):
+    for name, count in (("aime2024", 1), ("math500", 3), ("test-00000-of-00002", 2)):
+        write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(count)])
+    write(tmp_path / "test-00001-of-00002.jsonl", [{"prompt": "x", "task": "mine"}])
+    data = override(Config(), data__path=str(tmp_path), data__eval_path=str(tmp_path)).data
+    rows, held_out = data.load(0)
+    assert all(set(row) <= {"prompt", "task"} for row in rows)
+    assert sum("task" in row for row in rows) == 1
+    tasks = [row["task"] for row in held_out]
+    assert tasks == ["aime2024", *["math500"] * 3, "test", "test", "mine"]
+    assert len(held_out) == len(rows) == 7
+    first = override(Config(), data__path="x", data__eval_size=2).data
+    only = load_sets(tmp_path / "math500.jsonl", 2)
+    assert [row["prompt"] for row in only] == ["math500 0", "math500 1"]
+    assert "task" not in only[0]
+    assert len(load_sets(tmp_path, first.eval_size)) == 1 + 2 + 2
+    assert load_sets(tmp_path, 2)[1].place == f"{tmp_path / 'math500.jsonl'}:1"
 
 
 # The hub.
