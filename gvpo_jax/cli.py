@@ -66,9 +66,14 @@ def _ended_by(error: Exception) -> int:
     from gvpo_jax.parallel import lost_host
 
     if what := lost_host.what_was_lost(error):
-        print(f"gvpo-jax: error: {what}", file=sys.stderr, flush=True)
-        lost_host.dismiss_witness()
-        os._exit(lost_host.STATUS)  # JAX would wait for the others, then abort
+        try:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                sys.stdout.flush()
+            with contextlib.suppress(OSError, ValueError):
+                print(f"gvpo-jax: error: {what}", file=sys.stderr, flush=True)
+            lost_host.dismiss_witness()
+        finally:
+            os._exit(lost_host.STATUS)  # JAX would wait for the others, then abort
     if isinstance(error, UserError):
         print(f"gvpo-jax: error: {one_line(str(error))}", file=sys.stderr)
         return 2

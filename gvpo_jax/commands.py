@@ -132,7 +132,8 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     keep = load_function(config.data.filter, "data.filter")
     rows, held_out = config.data.load(config.run.seed, keep)
     if is_first():
-        print(f"data.filter leaves {len(rows)} rows, and {len(held_out)} held-out ones", flush=True)
+        text = f"data.filter leaves {len(rows)} rows, and {len(held_out)} held-out ones"
+        print(text, file=sys.stderr, flush=True)  # the standard output of eval is JSON
     return rows, held_out
 
 

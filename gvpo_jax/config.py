@@ -217,6 +217,12 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
         for extra, (wanted, module) in needed.items()
         if wanted and extra not in unused and importlib.util.find_spec(module) is None
     }
+    if "hub" in missing:
+        file = next(file for file in files[:2] if file and is_hub_name(file))
+        raise UserError(
+            f"{file} is neither a file nor a folder here; if it is a dataset of the hub: "
+            f'pip install "gvpo-jax[{",".join(missing)}]"'
+        )
     if missing:
         raise UserError(
             f"this config needs what is not installed ({', '.join(missing.values())}): "

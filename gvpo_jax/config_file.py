@@ -246,25 +246,31 @@ def check_run_address(address: str) -> None:
 
 
 def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
-    """That a run folder brings no code along: reward files in it, or by a relative path.
+    """That a run folder brings no code along: reward files in it, or by a relative path; a filter.
 
-    A run that was trained here names its files by where they lie. Overrides are the user's own.
+    A run that was trained here names its files by where they lie. A filter may be any function
+    there is, called with rows that come along, so the user is asked. Overrides are the user's own.
 
     Raises:
         UserError: it does.
     """
     folder = local(path)
-    if any(x.partition("=")[0].strip() == "rewards.funcs" for x in overrides):
-        return
+    own = {x.partition("=")[0].strip() for x in overrides}
     there = _read((folder / SETTINGS).read_text("utf-8"), [])
-    for spec in [*there.rewards.funcs, *filter(None, [there.data.filter])]:
-        file = Path(spec.rpartition(":")[0])
+    for spec in [] if "rewards.funcs" in own else there.rewards.funcs:
+        where = spec.rpartition(":")[0]
+        file = Path(where)
         brought = not file.is_absolute() or folder.resolve() in file.resolve().parents
-        if file.suffix == ".py" and brought:
+        if where.endswith(".py") and brought:
             raise UserError(
                 f"{folder} names the reward file {file}, which comes with it and would be run: "
                 "read it, then give --trust-rewards"
             )
+    if there.data.filter is not None and "data.filter" not in own:
+        raise UserError(
+            f"{folder} names the function data.filter={there.data.filter}, which would be run on "
+            "its rows: look at it, then give --trust-rewards"
+        )
 
 
 def _find(path: Path) -> Path:

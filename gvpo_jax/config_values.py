@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -171,6 +171,9 @@ def as_type(kind: Any, value: Any, key: str, base: Any = None) -> Any:
     number: Any = value
     if getattr(value, "ndim", None) == 0:
         value = number.item()  # NumPy's, jax's or PyTorch's
+    if get_origin(kind) is dict and get_args(kind)[1] is str:
+        pairs = _as_mapping(value, key, read=lambda item: item)
+        return {name: _as_text(item, f"{key}.{name}") for name, item in pairs.items()}
     if get_origin(kind) is list:
         return _as_list(get_args(kind)[0], value, key)
     if get_origin(kind) is Literal:
@@ -237,12 +240,12 @@ def _number(value: Any, key: str, what: str) -> int | float:
     raise UserError(f"{key} must be {what}, got {shown(value)}")
 
 
-def _as_mapping(value: Any, key: str) -> dict[str, Any]:
+def _as_mapping(value: Any, key: str, read: Callable[[Any], Any] | None = None) -> dict[str, Any]:
     if isinstance(value, Bare):
         value = _structure(value, key) if value not in _NULL else {}
     if not isinstance(value, Mapping):
         raise UserError(f"{key} must be a mapping like {{name: value}}, got {shown(value)}")
-    return {str(name): as_any(item) for name, item in value.items()}
+    return {str(name): (read or as_any)(item) for name, item in value.items()}
 
 
 def shown(value: Any) -> str:

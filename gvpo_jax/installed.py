@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import math
 
 from gvpo_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def check_trainer() -> None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
             continue
-        if _numbers(found[name]) < _numbers(least):
+        if least and _numbers(found[name]) < _numbers(least):
             old.append(f"{name} {least} or newer (here: {found[name]})")
     if missing:
         more = f" and {len(missing) - 3} more" if missing[3:] else ""
@@ -47,7 +48,7 @@ def _asked_for() -> dict[str, str]:
     try:
         lines = importlib.metadata.requires("gvpo-jax") or []
     except importlib.metadata.PackageNotFoundError:  # run from its source, without installing it
-        return {}
+        return dict.fromkeys(("flax", "optax", "orbax-checkpoint", "pyyaml", "transformers"), "")
     if importlib.util.find_spec("packaging") is None:
         raise NotInstalled(f"gvpo-jax is here without its trainer: {_INSTALL}")
     from packaging.requirements import Requirement
@@ -57,11 +58,16 @@ def _asked_for() -> dict[str, str]:
         marker = requirement.marker
         if marker and marker.evaluate({"extra": "train"}) and not marker.evaluate({"extra": ""}):
             least = [s.version for s in requirement.specifier if s.operator == ">="]
-            asked[requirement.name] = least[0] if least else "0"
+            asked[requirement.name] = least[0] if least else ""
     return asked
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    from packaging.version import Version
+def _numbers(version: str) -> tuple[float, ...]:
+    """What versions are compared by; one that says nothing counts as new."""
+    from packaging.version import InvalidVersion, Version
 
-    return Version(version).release
+    try:
+        release = Version(str(version)).release
+    except InvalidVersion:
+        return (math.inf,)
+    return release if any(release) else (math.inf,)

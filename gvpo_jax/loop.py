@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,6 +67,7 @@ class Loop:
     score: tuple[int, float] = (0, math.nan)  # the last step with held-out answers, and theirs
     still_held: Callable[[], None] = lambda: None  # raises where another process has the folder
     lost: int = 0  # updates of an earlier start that had no checkpoint
+    folder: Path = Path()  # absolute: a reward function may change the directory
     # Is closed by this session's first update: until then a signal may end the process.
     starting: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
@@ -77,12 +79,12 @@ class Loop:
             Interrupted: told to end by Ctrl-C; the run is saved.
             UserError: the folder belongs to another run, or what sampling and updates raise.
         """
-        c, run_dir = self.config, self.config.run.folder
+        c, self.folder = self.config, self.config.run.folder.absolute()
         total = c.train.updates
         with contextlib.ExitStack() as stack:
             told_to_end = stack.enter_context(watch())
             checkpoints, counters = self._take_up(stack)
-            summary = from_first_host(lambda: read_summary(run_dir))
+            summary = from_first_host(lambda: read_summary(self.folder))
             if counters.step >= total and summary.get("steps") == counters.step:
                 self._say_it_is_done()
                 return summary
@@ -137,7 +139,7 @@ class Loop:
         c, step = self.config, counters.step
         evaluated = from_first_host(lambda: self._is_evaluated(step))
         options = c.log, c.train.updates, self._per_round, self.history
-        log = raise_together(lambda: RunLog(c.run.folder, counters, *options, evaluated=evaluated))
+        log = raise_together(lambda: RunLog(self.folder, counters, *options, evaluated=evaluated))
         stack.enter_context(log)
         stack.enter_context(_saying_what_is_left(log, checkpoints, c.run.overwrite))
         for note in self._opening(counters):
@@ -154,10 +156,10 @@ class Loop:
             run, steps = self.config.run, self.config.train.updates
             note = f"{run.dir} has done its {steps} steps already: nothing to do"
             Progress(steps, steps).note(note)
-            self.history[:] = read_history(run.folder)
-            if not (run.folder / "report.html").exists():  # killed just before it was drawn
+            self.history[:] = read_history(self.folder)
+            if not (self.folder / "report.html").exists():  # killed just before it was drawn
                 with contextlib.suppress(UserError):
-                    write_report(run.folder)
+                    write_report(self.folder)
                     push(run.dir)
 
     def _end(self, log: RunLog, told: int) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class Loop:
 
         told: the signal that ends the session, or 0.
         """
-        c, step, run_dir = self.config, log.counters.step, self.config.run.folder
+        c, step, run_dir = self.config, log.counters.step, self.folder
         total = c.train.updates
         if told:
             log.note(_why_it_ended(told, step, c.run.overwrite))
@@ -197,7 +199,7 @@ class Loop:
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the answers of that evaluation are there."""
-        file = self.config.run.folder / "eval" / f"{_at(step)}.jsonl"
+        file = self.folder / "eval" / f"{_at(step)}.jsonl"
         return self._evaluation_is_due(step) and file.is_file()
 
     @property
@@ -317,7 +319,7 @@ class Loop:
         counters = self._with_left_out(Counters.of_checkpoint(restored.extra["counters"]))
         before = counters.evaluations.get("before", {})
         if "eval/reward" not in before:  # version 0.1 saved the accuracy alone
-            rows = from_first_host(lambda: read_history(self.config.run.folder))
+            rows = from_first_host(lambda: read_history(self.folder))
             before |= next((row for row in rows if row["step"] == 0), {})
         under_way = restored.samples if counters.step < self.config.train.updates else []
         if found := unpack_round(under_way, self.policy.plan):

@@ -48,9 +48,12 @@ def files_of(path: Path) -> list[Path]:
     check_path(path, "data")
     if os.path.isdir(path):  # for it a name that is too long is one that is not there
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]
-        if not (found := sorted(x for x in shown if x.name.lower().endswith(SUFFIXES))):
+        found = sorted(x for x in shown if x.name.lower().endswith(SUFFIXES))
+        if not found:
             raise UserError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
-        return found
+        # A table beside rows, of statistics say, is none of them; a pattern takes it all the same.
+        rows = [x for x in found if not x.name.lower().endswith((".csv", ".csv.gz"))]
+        return rows or found
     if os.path.exists(path) or not glob.has_magic(str(path)):
         return [path]
     if not (found := sorted(map(Path, glob.glob(str(path), recursive=True)))):
@@ -111,9 +114,15 @@ def _read_csv(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     try:
         lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        names = list(lines.fieldnames or [])
+        odd = [name for name in names if names.count(name) > 1 or name != name.strip() or not name]
+        if odd:
+            raise UserError(
+                f"{path}:1: the column {odd[0]!r} has no name, stands there twice, or has blanks "
+                "around its name"
+            )
         for row in lines:
             place = f"{path}:{lines.line_num}"
-            names = lines.fieldnames or []
             if None in row or None in row.values():
                 raise UserError(
                     f"{place}: the line has not as many values as the first one has columns "

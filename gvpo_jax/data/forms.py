@@ -9,8 +9,9 @@ import numpy as np
 
 from gvpo_jax.errors import UserError
 
-# ShareGPT's names of those who speak.
-_ROLES = {"human": "user", "gpt": "assistant"}
+# ShareGPT's names of those who speak, in lower case.
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool", "developer")}
+_ROLES |= {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 _TALKS = ("messages", "conversations")
 
 
@@ -22,7 +23,8 @@ class Form:
         columns: the names that columns get, and those that they have. A dot leads into a column of
             dicts: `{"solution": "reward_model.ground_truth"}`.
         answer_pattern: a regular expression; what its first group finds in `solution`, or else all
-            of what it finds, takes the place of `solution`. Of several the last one counts.
+            of what it finds, takes the place of `solution`. Of several finds the last one counts
+            that is not empty.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -30,15 +32,19 @@ class Form:
 
     def check(self) -> None:
         """Raise UserError where the pattern is none."""
+        if self.answer_pattern == "":
+            raise UserError("data.answer_pattern is empty: give a regular expression, or null")
         try:
             re.compile(self.answer_pattern or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(
                 f"data.answer_pattern={self.answer_pattern} is no regular expression: {error}"
             ) from None
 
-    def __call__(self, place: str, row: Any) -> Any:
-        """The row in this form; what is no dict comes back as it is, to be refused.
+    def named(self, place: str, row: Any) -> Any:
+        """The row with its columns under their new names, and its conversation as a prompt.
+
+        What is no dict comes back as it is, to be refused.
 
         Raises:
             UserError: it has not what the form asks for.
@@ -49,10 +55,17 @@ class Form:
             used = {old for old in self.columns.values() if old in row}
             rest = {name: value for name, value in row.items() if name not in used}
             row = rest | {new: _at(place, row, old) for new, old in self.columns.items()}
-        row = from_talk(row)
-        if self.answer_pattern is not None:
-            row = row | {"solution": self._answer(place, row)}
-        return row
+        return from_talk(place, row)
+
+    def answered(self, place: str, row: Any) -> Any:
+        """The row with the answer alone as its `solution`.
+
+        Raises:
+            UserError: the pattern finds none.
+        """
+        if self.answer_pattern is None or not isinstance(row, dict):
+            return row
+        return row | {"solution": self._answer(place, row)}
 
     def _answer(self, place: str, row: Mapping[str, Any]) -> str:
         text = row.get("solution")
@@ -62,40 +75,51 @@ class Form:
                 f"{place}: data.answer_pattern looks for the answer in a text, and there is {has}; "
                 "data.columns={solution: NAME} takes another column"
             )
-        found = list(re.finditer(self.answer_pattern or "", text))
-        if not found:
+        finds = re.finditer(self.answer_pattern or "", text)
+        found = [next(filter(None, find.groups()), "") or find[0] for find in finds]
+        if not (answers := [answer.strip() for answer in found if answer.strip()]):
             raise UserError(
                 f"{place}: data.answer_pattern={self.answer_pattern} finds nothing in 'solution', "
                 f"which ends in {text[-80:]!r}"
             )
-        last = found[-1]
-        return (last[1] if last.re.groups else last[0]).strip()
+        return answers[-1]
 
 
-def from_talk(row: dict[str, Any]) -> dict[str, Any]:
+def from_talk(place: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row that has a whole conversation and no prompt: what comes before the last answer.
 
     The conversation is the column `messages` or `conversations`, of `role` and `content` or of
     `from` and `value`. Its last answer becomes `solution`, if there is no such column.
+
+    Raises:
+        UserError: nobody knows who speaks.
     """
-    name = next((name for name in _TALKS if "prompt" not in row and name in row), None)
+    given = row.get("prompt") is not None
+    name = next((name for name in _TALKS if not given and row.get(name) is not None), None)
     talk: Any = row[name] if name else None
     talk = talk.tolist() if isinstance(talk, np.ndarray) else talk
     if not (isinstance(talk, list) and talk and all(isinstance(turn, dict) for turn in talk)):
         return row
-    messages = [_message(turn) for turn in talk]
-    rest = {key: value for key, value in row.items() if key != name}
+    messages = [_message(place, turn) for turn in talk]
+    rest = {key: value for key, value in row.items() if key not in (name, "prompt")}
     answer = messages.pop() if messages[-1].get("role") == "assistant" else None
-    if answer and "solution" not in rest:
+    if answer and rest.get("solution") is None:
         rest["solution"] = answer.get("content")
     return {"prompt": messages} | rest
 
 
-def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    if "from" not in turn or "role" in turn:
-        return dict(turn)
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} | rest
+def _message(place: str, turn: Mapping[str, Any]) -> dict[str, Any]:
+    message = dict(turn)
+    if "from" in turn and "role" not in turn:
+        message["role"], message["content"] = message.pop("from"), message.pop("value", None)
+    role = message.get("role")
+    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        raise UserError(
+            f"{place}: the conversation has a turn of {role!r}; those who speak are "
+            f"{', '.join(_ROLES)}"
+        )
+    return message | {"role": known}
 
 
 def _at(place: str, row: Mapping[str, Any], name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gvpo_jax.data.fingerprints import stable_json
 from gvpo_jax.data.forms import Form
+from gvpo_jax.data.hub import is_hub_name
 from gvpo_jax.data.reasoning_gym import TaskConfig, reasoning_gym_rows
 from gvpo_jax.data.rows import (
     PlacedRow,
@@ -129,6 +130,7 @@ class DataConfig:
             raise UserError("give one of data.path, data.groups_path and data.tasks")
         form = Form(self.columns, self.answer_pattern)
         form.check()
+        self._check_hub()
         load = functools.partial(load_rows, form=form, keep=keep, name=self.name)
         if path := self.path or self.groups_path:
             rows = load(path, split=self.split)
@@ -141,6 +143,20 @@ class DataConfig:
         if not (self.tasks and size):
             return rows, []
         return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")
+
+    def _check_hub(self) -> None:
+        """Raise UserError where a setting of the hub's datasets would be passed over."""
+        of_hub = [
+            bool(path) and is_hub_name(path) for path in (self.path or "", self.eval_path or "")
+        ]
+        used = {"name": any(of_hub), "split": of_hub[0], "eval_split": of_hub[1]}
+        for setting_name, is_used in used.items():
+            value = getattr(self, setting_name)
+            if value != getattr(DataConfig, setting_name) and not is_used:
+                raise UserError(
+                    f"data.{setting_name}={value} is for datasets of the hub, such as "
+                    "openai/gsm8k: the rows here are not from there"
+                )
 
     def day(self) -> datetime.date:
         """The day that a chat template may write.

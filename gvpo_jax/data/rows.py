@@ -7,6 +7,8 @@ start of the answer, after the prompt. A message's content may be a list of text
 conversation, see `gvpo_jax.data.forms.from_talk`.
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,12 @@ def load_rows(
     form = form or Form()
     rows = []
     for place, row in found:
-        row = _joined(form(place, row))
+        row = _joined(form.named(place, row), place)
+        if keep is not None and isinstance(row, dict) and not _is_kept(place, row, keep):
+            continue
+        row = form.answered(place, row)
         check_row(place, row)
-        if keep is None or _is_kept(place, row, keep):
-            rows.append(PlacedRow(row, place))
+        rows.append(PlacedRow(row, place))
     if not rows:
         raise UserError(f"{path}: data.filter keeps no row" if keep else f"{path} holds no rows")
     return rows
@@ -105,10 +109,14 @@ def load_sets(path: str | Path, size: int, **options: Any) -> list[Row]:
 
 def _is_kept(place: str, row: Row, keep: Callable[[Row], Any]) -> bool:
     try:
-        return bool(keep(dict(row)))
-    except Exception as error:  # the user's function may raise anything
+        stays = keep(copy.deepcopy(row))
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{place}: data.filter failed: {' '.join(problem.split())}") from error
+    if inspect.isawaitable(stays):
+        stays.close() if inspect.iscoroutine(stays) else None
+        raise UserError("data.filter is async: write a plain function that gives True or False")
+    return bool(stays)
 
 
 def as_rows(dataset: Any) -> list[Row]:
@@ -141,7 +149,7 @@ def as_rows(dataset: Any) -> list[Row]:
                 f'row {number}: a row is a dict like {{"prompt": "..."}}, this is a '
                 f"{type(row).__name__}"
             )
-        rows.append(row if isinstance(row, PlacedRow) else _joined(dict(row)))
+        rows.append(row if isinstance(row, PlacedRow) else _joined(dict(row), f"row {number}"))
     return rows
 
 
@@ -235,10 +243,14 @@ def check_row(place: str, row: Any) -> None:
         )
 
 
-def _joined(row: Any) -> Any:
+def _joined(row: Any, place: str) -> Any:
     """The row with the texts of its messages in one piece each, and its messages in a list."""
-    row = from_talk(row) if isinstance(row, dict) else row
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return row
+    row = from_talk(place, row)
+    prompt, solution = row.get("prompt"), row.get("solution")
+    if isinstance(solution, list) and "prompt" in row:  # the answer of a conversation, in parts
+        row = row | {"solution": _joined_message({"content": solution})["content"]}
     if isinstance(prompt, np.ndarray):  # as pandas reads it from Parquet
         prompt = prompt.tolist()
     if not isinstance(prompt, list):

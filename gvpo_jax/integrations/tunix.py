@@ -23,10 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.installed import NotInstalled
 from gvpo_jax.loss import group, gvpo_mse, gvpo_weights
+
+try:
+    from flax import nnx
+except ImportError:
+    raise NotInstalled('the loss in Tunix needs flax: pip install "gvpo-jax[tunix]"') from None
 
 NAME = "gvpo-jax"
 METRICS = ("kl", "log_ratio", "gvpo_mse")

@@ -426,6 +426,22 @@ def test_code_that_a_run_folder_brings_along_is_not_run(
     assert (run / "ran").exists()
 
 
+@pytest.mark.parametrize("spec", ["subprocess:run", "own.py:keep", ".py:keep", "/usr/x.py:keep"])
+def test_a_run_folder_s_filter_is_run_only_when_told(tmp_path, refused, monkeypatch, spec):
+    """Any function is one that could do harm, called with rows that come along."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("filter: null", f"filter: {spec}"))
+    assert f"filter: {spec}" in config.read_text()
+    for own in ([], ["rewards.funcs=[gvpo_jax.rewards.debug:letter_share]"]):
+        told = refused("eval", run, *own)
+        assert f"names the function data.filter={spec}" in told
+        assert "give --trust-rewards" in told
+    assert main(["eval", str(run), "data.filter=null"]) == 0
+
+
 @pytest.mark.parametrize("arguments", [[], ["trian", DEBUG], ["train"]])
 def test_no_such_command(refused, arguments):
     assert "see gvpo-jax" in refused(*arguments)

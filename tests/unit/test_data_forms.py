@@ -96,6 +96,53 @@ def test_a_conversation_ends_before_its_last_answer(tmp_path):
     assert as_rows([{"messages": np.array(CHAT, object)}]) == [found[0]]
 
 
+@pytest.mark.parametrize("role", ["gpt", "GPT", "chatgpt", "bot", "model", "Assistant"])
+def test_an_answer_is_no_part_of_the_prompt_whatever_its_speaker_is_called(tmp_path, role):
+    turns = [{"from": "Human", "value": "2 + 2?"}, {"from": role, "value": "4"}]
+    (row,) = load_rows(write(tmp_path / "x.jsonl", [{"conversations": turns, "solution": None}]))
+    assert row == {"prompt": [{"role": "user", "content": "2 + 2?"}], "solution": "4"}
+
+
+@pytest.mark.parametrize("role", ["someone", ["x"], None])
+def test_a_speaker_that_nobody_knows_is_refused(tmp_path, role):
+    turns = [{"from": "human", "value": "2 + 2?"}, {"from": role, "value": "4"}]
+    with pytest.raises(UserError, match=r"x\.jsonl:1: the conversation has a turn of"):
+        load_rows(write(tmp_path / "x.jsonl", [{"conversations": turns}]))
+
+
+def test_an_answer_in_parts_is_one_text(tmp_path):
+    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "#### 4"}]
+    talk = [CHAT[0], {"role": "assistant", "content": parts}]
+    file = write(tmp_path / "x.jsonl", [{"messages": talk, "prompt": None}])
+    assert load_rows(file)[0]["solution"] == "It is #### 4"
+    assert load_rows(file, Form(answer_pattern="#### (.+)"))[0]["solution"] == "4"
+
+
+@pytest.mark.parametrize("pattern", [r"(\d*)", "[0-9]*", r"is (\d+)|no", r"no|is (\d+)$"])
+def test_an_empty_find_is_no_answer(tmp_path, pattern):
+    file = write(tmp_path / "x.jsonl", [{"prompt": "x", "solution": "the answer is 72"}])
+    assert load_rows(file, Form(answer_pattern=pattern))[0]["solution"] == "72"
+    with pytest.raises(UserError, match="finds nothing in 'solution'"):
+        load_rows(file, Form(answer_pattern="x*"))
+
+
+def test_a_group_that_took_no_part_gives_the_whole_find(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"prompt": "x", "solution": "answer: 4"}])
+    assert load_rows(file, Form(answer_pattern="####(.+)|[0-9]"))[0]["solution"] == "4"
+
+
+@pytest.mark.parametrize("pattern", ["", "(", "a{99999999999}", "(" * 5000 + ")" * 5000])
+def test_patterns_that_are_none(pattern):
+    with pytest.raises(UserError, match=r"data\.answer_pattern"):
+        Form(answer_pattern=pattern).check()
+
+
+@pytest.mark.parametrize("value", [True, 2024, None, ["a"]])
+def test_a_column_s_name_is_a_text(value):
+    with pytest.raises(UserError, match=r"data.columns.prompt must be a text"):
+        override(Config(), data__columns={"prompt": value})
+
+
 @pytest.mark.parametrize(
     "row", [{"messages": []}, {"messages": "x"}, {"messages": [{"role": "assistant"}]}]
 )
@@ -123,6 +170,9 @@ def test_csv_has_texts_under_the_names_of_its_first_line(tmp_path):
         ("prompt,solution\nx,1,2\n", r"x\.csv:2: the line has not as many"),
         ('prompt\n"x\n', r"x\.csv: can't be read as CSV: unexpected end of data"),
         ("prompt\n", "holds no rows"),
+        ("prompt,solution,solution\nq,4,5\n", r"x\.csv:1: the column 'solution' has no name, stan"),
+        ("prompt, solution\nq, 4\n", r"x\.csv:1: the column ' solution' has no name"),
+        ("prompt,\nq,4\n", r"x\.csv:1: the column '' has no name"),
         ("question\nx\n", r"x\.csv:2: no column 'prompt'; the columns are question"),
     ],
 )
@@ -148,10 +198,38 @@ def test_a_filter_sees_the_row_in_its_form(tmp_path):
 
     found = load_rows(write(tmp_path / "x.jsonl", rows), form, keep=hard)
     assert [row["level"] for row in found] == [2, 3]
+    no_answer = GSM8K | {"answer": "none", "level": 0}
+    whole = Form({"prompt": "question", "solution": "answer"}, "#### (.+)")
+    file = write(
+        tmp_path / "y.jsonl", [no_answer, *rows, {"question": "", "answer": "", "level": 0}]
+    )
+    found = load_rows(file, whole, keep=hard)  # before what it drops is looked at closely
+    assert [row["solution"] for row in found] == ["4", "4"]
+
+    def meddles(row):
+        row["prompt"].append("mine")
+        return True
+
+    talk = write(tmp_path / "z.jsonl", [{"prompt": CHAT[:1]}])
+    assert load_rows(talk, keep=meddles) == [{"prompt": CHAT[:1]}]
     with pytest.raises(UserError, match="keeps no row"):
         load_rows(tmp_path / "x.jsonl", form, keep=lambda row: False)
     with pytest.raises(UserError, match=r"x\.jsonl:1: data.filter failed: KeyError: 'size'"):
         load_rows(tmp_path / "x.jsonl", form, keep=lambda row: row["size"])
+
+
+async def late(row):
+    return False
+
+
+def leaves(row):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(("keep", "said"), [(late, "is async"), (leaves, "failed: SystemExit: 0")])
+def test_a_filter_that_gives_no_answer_is_told(tmp_path, keep, said):
+    with pytest.raises(UserError, match=said):
+        load_rows(write(tmp_path / "x.jsonl", [{"prompt": "x"}]), keep=keep)
 
 
 def test_a_filter_is_found_beside_the_config(tmp_path):
@@ -180,7 +258,22 @@ def test_each_file_of_a_folder_is_an_evaluation_set(tmp_path):
     assert load_sets(tmp_path, 2)[1].place == f"{tmp_path / 'math500.jsonl'}:1"
 
 
+def test_a_table_beside_rows_is_none_of_them(tmp_path):
+    write(tmp_path / "x.jsonl", [{"prompt": "x"}])
+    (tmp_path / "stats.csv").write_text("prompt,count\ny,1\n")
+    assert load_rows(tmp_path) == [{"prompt": "x"}]
+    assert len(load_rows(tmp_path / "*")) == 2
+
+
 # The hub.
+
+
+@pytest.mark.parametrize("setting", ["name", "split", "eval_split"])
+def test_what_is_for_the_hub_is_not_passed_over(tmp_path, setting):
+    path = str(write(tmp_path / "x.jsonl", [{"prompt": "x"}]))
+    data = override(Config(), data__path=path, **{f"data__{setting}": "x"}).data
+    with pytest.raises(UserError, match=rf"data.{setting}=x is for datasets of the hub"):
+        data.load(0)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ HERE = {name: importlib.metadata.version(name) for name in installed._asked_for(
         ({"jax": "0.11.2", "flax": "0.12.9"}, "jax 0.11.2 does not work with flax 0.12.9: pip"),
         ({"jax": "0.11.2", "flax": "0.12.10"}, None),
         ({"jax": "99.0", "flax": "99.0.dev1"}, None),  # nobody knows, so nobody refuses
+        ({"flax": "0.12.8-dirty-g1234", "jax": "0+untagged.1.g123", "optax": "unknown"}, None),
     ],
 )
 def test_what_is_installed_decides(changes, said, monkeypatch):
