@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from gvpo_jax import __version__
 from gvpo_jax.buckets import is_address
 from gvpo_jax.config_trl import TRL_NAMES
-from gvpo_jax.errors import UserError, one_line
+from gvpo_jax.errors import UserError, one_line, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,16 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             summary = commands.train(config)
             if is_first():
-                with contextlib.suppress(OSError, ValueError):  # the output is closed, or full
-                    print(json.dumps(_on_screen(summary), indent=2))
-                    if (config.run.folder / "report.html").is_file():
-                        print(f"report: {config.run.dir}/report.html")
+                tell(json.dumps(_on_screen(summary), indent=2))
+                if (config.run.folder / "report.html").is_file():
+                    tell(f"report: {config.run.dir}/report.html")
             return 0
     except Exception as error:
         return _ended_by(error)
     except KeyboardInterrupt as error:
         if not error.args:  # else the run has said what is saved
-            print(interrupted, file=sys.stderr)
+            tell(interrupted, error=True)
         return 130
 
 
@@ -69,17 +68,16 @@ def _ended_by(error: Exception) -> int:
         try:
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                 sys.stdout.flush()
-            with contextlib.suppress(OSError, ValueError):
-                print(f"gvpo-jax: error: {what}", file=sys.stderr, flush=True)
+            tell(f"gvpo-jax: error: {what}", error=True)
             lost_host.dismiss_witness()
         finally:
             os._exit(lost_host.STATUS)  # JAX would wait for the others, then abort
     if isinstance(error, UserError):
-        print(f"gvpo-jax: error: {one_line(str(error))}", file=sys.stderr)
+        tell(f"gvpo-jax: error: {one_line(str(error))}", error=True)
         return 2
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = str(error.filename)[:40]
-        print(f"gvpo-jax: error: {name!r}... is too long a name for a file", file=sys.stderr)
+        tell(f"gvpo-jax: error: {name!r}... is too long a name for a file", error=True)
         return 2
     raise error
 
@@ -149,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         "config", help="a run folder (its last checkpoint), or a config (the model it starts from)"
     )
     evaluate.add_argument(
-        "--trust-rewards", action="store_true", help="run reward files that come with a run folder"
+        "--trust-rewards",
+        action="store_true",
+        help="run reward files and a filter that a run folder names",
     )
     _add_step(evaluate)
     compiling = _compile_command(commands)

@@ -5,14 +5,13 @@ All raise `UserError` for the user's mistakes.
 
 import contextlib
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from gvpo_jax.config import Config, check_extras
 from gvpo_jax.config_file import check_claim
 from gvpo_jax.data.rows import Row, columns_of
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import UserError, tell
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.lost_host import call_witness
 from gvpo_jax.parallel.mesh import all_devices
@@ -52,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
 
     reward_funcs, rows, held_out = raise_together(prepare)
     if is_first():
-        print(f"loading {config.model.name}", flush=True)
+        tell(f"loading {config.model.name}")
     trainer = Trainer(config)
     if offline:
         return trainer.train_offline(rows, reward_funcs=reward_funcs, eval_dataset=held_out)
@@ -87,7 +86,7 @@ def evaluate(
             write_evaluation(config.run.folder, "latest", records)
             push(config.run.dir, only="eval/latest.jsonl")
         except UserError as error:  # the scores are there all the same
-            print(f"gvpo-jax: {error}; the answers are not kept", file=sys.stderr)
+            tell(f"gvpo-jax: {error}; the answers are not kept", error=True)
     return metrics
 
 
@@ -132,8 +131,9 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     keep = load_function(config.data.filter, "data.filter")
     rows, held_out = config.data.load(config.run.seed, keep)
     if is_first():
-        text = f"data.filter leaves {len(rows)} rows, and {len(held_out)} held-out ones"
-        print(text, file=sys.stderr, flush=True)  # the standard output of eval is JSON
+        text = f"data.filter leaves {len(rows)} rows"
+        text += f", and {len(held_out)} held-out ones" if held_out else ""
+        tell(text, error=True)  # the standard output of eval is JSON
     return rows, held_out
 
 

@@ -1,6 +1,8 @@
 """The errors that are the user's to mend, and text that can't harm the terminal."""
 
+import contextlib
 import re
+import sys
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -27,3 +29,10 @@ def one_line(text: str, limit: int = 500) -> str:
     line = visible(text)
     half = (limit - 3) // 2
     return line if len(line) <= limit else f"{line[:half]}...{line[-half:]}"
+
+
+def tell(text: str, *, error: bool = False) -> None:
+    """Print a line, or nothing where nobody reads any more: that must not end a program."""
+    stream = sys.stderr if error else sys.stdout
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)

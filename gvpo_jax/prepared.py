@@ -1,7 +1,6 @@
 """A trainer's model, ready on its mesh: loaded here, handed over loaded, or from elsewhere."""
 
 import dataclasses
-import sys
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any
@@ -11,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from gvpo_jax.config import Config
-from gvpo_jax.errors import UserError, one_line
+from gvpo_jax.errors import UserError, one_line, tell
 from gvpo_jax.memory import check_memory
 from gvpo_jax.models.adapters import base_warning, check_start, start
 from gvpo_jax.models.decoder import DecoderConfig, DecoderFns
@@ -79,7 +78,7 @@ def prepare(
         check_memory(c, shape, mesh, trains=trains)
 
     if (odd := base_warning(c.model)) and is_first():
-        print(f"gvpo-jax: warning: {one_line(odd)}", file=sys.stderr, flush=True)
+        tell(f"gvpo-jax: warning: {one_line(odd)}", error=True)
     if model is None:
         model = load_model(
             c.model.name,

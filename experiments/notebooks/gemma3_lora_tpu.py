@@ -2,6 +2,7 @@
 # # Gemma 3 1B with LoRA on a free TPU
 #
 # For a Colab runtime with one TPU chip (v5e-1). The model learns to add two numbers. Only an adapter is trained.
+# Compiled for that chip, and not yet run on it: 5.4 of its 15.75 GiB are needed, and how much the model learns is not known.
 #
 # Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it, then put a token of yours into Colab's secrets as `HF_TOKEN`.
 #

@@ -67,7 +67,7 @@ summary = trainer.train(rows, brief)
 # %% [markdown]
 # ## What it learned
 #
-# `trainer.history` has a row for each update. `reward` should rise. `kl` says how far the policy has moved from the model that it was.
+# `trainer.history` has a row for each update. `reward` should rise. These are the questions that it learned from: a fair test would hold some out. `kl` says how far the policy has moved from the model that it was.
 
 # %%
 import matplotlib.pyplot as plt

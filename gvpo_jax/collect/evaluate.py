@@ -122,7 +122,8 @@ def _summary(records: Sequence[Row], pass_at: Sequence[int]) -> dict[str, float]
     if more:
         right = found[_NAMES[main]]
         for k in pass_at:
-            found[f"eval/pass@{k}"] = [[pass_at_k(len(r), round(sum(r)), k)] for r in right]
+            each = [[pass_at_k(len(r), round(sum(r)), k)] for r in right]
+            found[f"eval/pass@{k}"] = right if k == 1 else each  # with accuracy's interval
     for name, scores in found.items():
         interval = mean_interval(scores)
         metrics[name] = interval.mean

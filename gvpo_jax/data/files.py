@@ -115,6 +115,8 @@ def _read_csv(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     try:
         lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         names = list(lines.fieldnames or [])
+        if len(names) == 1 and ";" in names[0]:
+            raise UserError(f"{path}: in CSV the values are separated by commas, not semicolons")
         odd = [name for name in names if names.count(name) > 1 or name != name.strip() or not name]
         if odd:
             raise UserError(

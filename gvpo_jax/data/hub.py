@@ -46,7 +46,10 @@ def _reason(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())[:300]
     kind = type(error).__name__
     if isinstance(error, ConnectionError):
-        return f"neither here nor in the cache, and the hub can't be reached: {text}"
+        return (
+            "there is no such file or folder here, nor such a dataset in the cache, and the hub "
+            "can't be reached: load it where there is a network, and give data.path its files"
+        )
     if kind == "DatasetNotFoundError":
         return (
             "there is no such file or folder here, and no such dataset on the hub, or it is "

@@ -18,7 +18,7 @@ from gvpo_jax.parallel.lost_host import dismiss_witness
 
 _DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 _AT_ONCE = 0.5  # seconds in which two signals are one, sent to a process and its group say
-_TOLD = b"\ninterrupted: the update under way is finished and saved; Ctrl-C again ends at once\n"
+_TOLD = b"\ninterrupted: finishing this update, then saving; Ctrl-C again ends at once\n"
 
 
 class Preempted(SystemExit):
@@ -47,7 +47,8 @@ class _Told:
         if not self.signal:
             self.signal, self._since = number, time.monotonic()
             if number == signal.SIGINT:
-                os.write(2, _TOLD)  # print may be what was interrupted
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(2, _TOLD)  # print may be what was interrupted
             if self.abandons:
                 raise Abandoned
         elif time.monotonic() - self._since > _AT_ONCE:
@@ -148,7 +149,8 @@ def end_when_stuck(message: str, *, seconds: float = 5) -> Iterator[None]:
                 unwatched = signal.getsignal(number) is signal.default_int_handler
                 at_once = number in _DEFAULTS and (unwatched or seen[number] > 1)
                 if at_once and not left.wait(seconds):
-                    os.write(2, f"{message}\n".encode())
+                    with contextlib.suppress(OSError):
+                        os.write(2, f"{message}\n".encode())
                     dismiss_witness()
                     os._exit(128 + number)
         os.close(reading)

@@ -109,6 +109,12 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.close()
 
 
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more, say after Ctrl-C on `| tee`: a run goes on, and is saved."""
+        self.quiet = True
+
+
 class Progress:
     """A run on the terminal: a live bar where there is one, else one plain line per step.
 
@@ -125,7 +131,7 @@ class Progress:
         console: Console | None = None,
     ):
         self._total, self._per_round = total_steps, per_round
-        self._console = console or Console()
+        self._console = console or _Screen()
         self._round: list[float] = []
         self._round_compiled = False
         self._step_times: deque[float] = deque(maxlen=20)  # means of rounds in which none compiled

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gvpo_jax.buckets import as_path, is_address, size_of
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import UserError, one_line
 from gvpo_jax.parallel.distributed import max_over_hosts
 from gvpo_jax.parallel.layout import path_name
 from gvpo_jax.training.step import TrainState
@@ -178,8 +178,10 @@ class Checkpoints:
                 if folder.is_dir() and name not in ("extra", "samples")
             }
             self._read(step, jax.tree.map(shape, trees), ())
+        except UserError as error:
+            return str(error)
         except Exception as error:  # Orbax wraps what it meets in bare exceptions
-            return _first_line(error)
+            return f"broken: {one_line(_first_line(error), 80)}"
         return ""
 
     def restore(

@@ -57,6 +57,26 @@ def test_a_run_is_saved_on_sigterm_and_goes_on(tmp_path):
     assert steps(tmp_path) == list(range(1, last + 3))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_is_saved_though_nobody_reads_what_it_prints(tmp_path, number):
+    """As under `2>&1 | tee`, which Ctrl-C ends first."""
+    command = [
+        sys.executable, "-m", "gvpo_jax", "train", "debug", "train.steps=5000", "mesh.fsdp=1",
+        "checkpoint.every=5000", "data.eval_size=0", f"run.dir={tmp_path}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    deadline = time.monotonic() + 120
+    while len(steps(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(120) == 128 + number
+    assert saved(tmp_path) == [steps(tmp_path)[-1]]
+
+
 def train(run_dir, reward=letter_share, **more):
     settings = {
         "run__dir": str(run_dir),

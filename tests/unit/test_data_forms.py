@@ -172,6 +172,7 @@ def test_csv_has_texts_under_the_names_of_its_first_line(tmp_path):
         ("prompt\n", "holds no rows"),
         ("prompt,solution,solution\nq,4,5\n", r"x\.csv:1: the column 'solution' has no name, stan"),
         ("prompt, solution\nq, 4\n", r"x\.csv:1: the column ' solution' has no name"),
+        ("prompt;solution\nq;4\n", "values are separated by commas, not semicolons"),
         ("prompt,\nq,4\n", r"x\.csv:1: the column '' has no name"),
         ("question\nx\n", r"x\.csv:2: no column 'prompt'; the columns are question"),
     ],
@@ -328,7 +329,7 @@ class DatasetNotFoundError(FileNotFoundError):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ConnectionError("Couldn't reach"), "neither here nor in the cache, and the hub can't be"),
+        (ConnectionError("Couldn't reach"), "nor such a dataset in the cache, and the hub can't"),
         (DatasetNotFoundError("x"), "no such file or folder here, and no such dataset on the hub"),
         (
             ValueError("Config name is missing.\nPick: ['main']"),
@@ -352,9 +353,7 @@ def test_a_hub_that_can_not_be_reached_is_not_tried_again(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(
-        UserError, match="neither here nor in the cache, and the hub can't be reach"
-    ):
+    with pytest.raises(UserError, match="nor such a dataset in the cache, and the hub"):
         load_rows("nobody/nothing", name="x")
     assert constants.HF_HUB_OFFLINE is False
 
