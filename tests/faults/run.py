@@ -387,6 +387,57 @@ def resumed() -> Cases:
             c.goes_on()
 
         yield setting, refused
+
+    def another_model(c: Case):
+        assert c.train("train.stop_at=3").returncode == 0
+        model = c.folder / "model"
+        assert python("-m", "gvpo_jax", "export", str(c.run), str(model)).returncode == 0
+        c.is_refused(c.train(f"model.name={model}"), "holds a run with other settings")
+        c.goes_on()
+
+    yield "another model", another_model
+
+    def the_models_files(c: Case):
+        """The model that the run began with, in the same place, but trained further."""
+        assert c.train("train.stop_at=1").returncode == 0
+        model, run = c.folder / "model", f"run.dir={c.folder / 'second'}"
+        assert python("-m", "gvpo_jax", "export", str(c.run), str(model)).returncode == 0
+        second = [*TRAIN, f"model.name={model}", run]
+        assert python(*second, "train.stop_at=3").returncode == 0
+        new, kept = c.folder / "new", c.folder / "kept"
+        export = ["-m", "gvpo_jax", "export", str(c.folder / "second"), str(new)]
+        assert python(*export).returncode == 0
+        model.rename(kept)
+        new.rename(model)
+        c.is_refused(python(*second), "is not the model that this run started from")
+        shutil.rmtree(model)
+        kept.rename(model)
+        assert python(*second).returncode == 0
+
+    yield "another model in the same place", the_models_files
+
+    def edited_rows(c: Case):
+        rows = c.folder / "rows.jsonl"
+        settings = [f"data.path={rows}", "data.tasks=[]", "data.eval_size=0"]
+        lines = [json.dumps({"prompt": f"abc {i}"}) + "\n" for i in range(16)]
+        rows.write_text("".join(lines))
+        assert c.train(*settings, "train.stop_at=3").returncode == 0
+        rows.write_text("".join(lines[:-1]))
+        c.is_refused(c.train(*settings), "are not those of this run; bring them back")
+        rows.write_text("".join(lines))
+        assert c.train(*settings).returncode == 0
+
+    yield "rows that were edited", edited_rows
+
+    def more_devices(c: Case):
+        two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        assert c.train("train.stop_at=3").returncode == 0
+        assert c.train("mesh.fsdp=2", "train.stop_at=5", **two).returncode == 0
+        assert c.train().returncode == 0
+        steps = [row["step"] for row in read_metrics(c.run) if "loss" in row]
+        assert steps == list(range(1, STEPS + 1))
+
+    yield "two devices, and one again", more_devices
     for setting in ("checkpoint.every=1", "log.samples=1", "model.attention=xla"):
 
         def allowed(c: Case, setting=setting):
