@@ -34,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _parser().print_help()
             raise UserError("a COMMAND is missing; see gvpo-jax --help")
         from gvpo_jax.installed import check_trainer
+        from gvpo_jax.noise import without_tracebacks
         from gvpo_jax.parallel.preemption import end_when_stuck
 
         check_trainer()
+        without_tracebacks()
         if arguments.command == "train":
             interrupted += _GOES_ON
         with end_when_stuck(interrupted):

@@ -126,9 +126,7 @@ class Checkpoints:
             # Forced: Orbax would silently skip a step older than a broken one that is still there.
             self._manager.save(step, args=args, force=True)
         except (OSError, ValueError) as error:  # a failed write in the background shows up here
-            raise UserError(
-                f"could not write checkpoint {step} to {self._folder}: {_first_line(error)}"
-            ) from None
+            raise self._not_written(error) from None
 
     def about(self) -> dict[str, Any]:
         """The JSON values of the newest checkpoint that has some that can be read; else none."""
@@ -220,7 +218,13 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise UserError(f"could not write to {self._folder}: {_first_line(error)}") from None
+            raise self._not_written(error) from None
+
+    def _not_written(self, error: Exception) -> UserError:
+        return UserError(
+            f"could not write a checkpoint to {self._folder}: {one_line(_first_line(error), 200)}; "
+            "those before it stay: make room, and give the same command"
+        )
 
     def close(self) -> None:
         """Waits as `wait` does, and closes the files."""

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -424,6 +425,26 @@ def test_code_that_a_run_folder_brings_along_is_not_run(
     assert main(["eval", str(run), "--trust-rewards"]) == 0
     assert '"eval/reward": 1.0' in capfd.readouterr().out
     assert (run / "ran").exists()
+
+
+def no_large_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_checkpoint_that_can_not_be_written_is_told_without_tracebacks(tmp_path):
+    """Writing fails in Orbax's threads, as on a full disk; the run before it stays."""
+    train = ["train", DEBUG, f"run.dir={tmp_path}", *SHORT, "run.compilation_cache=null"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gvpo_jax", *map(str, train)],
+        capture_output=True, text=True, preexec_fn=no_large_files,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) < 12
+    assert all(len(line) < 520 for line in lines)
+    assert lines[-1].startswith(f"gvpo-jax: error: could not write a checkpoint to {tmp_path}")
+    assert lines[-1].endswith("those before it stay: make room, and give the same command")
 
 
 @pytest.mark.parametrize("spec", ["subprocess:run", "own.py:keep", ".py:keep", "/usr/x.py:keep"])
