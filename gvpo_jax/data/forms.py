@@ -42,20 +42,18 @@ class Form:
             ) from None
 
     def named(self, place: str, row: Any) -> Any:
-        """The row with its columns under their new names, and its conversation as a prompt.
+        """The row with its columns under their new names.
 
         What is no dict comes back as it is, to be refused.
 
         Raises:
             UserError: it has not what the form asks for.
         """
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not self.columns:
             return row
-        if self.columns:
-            used = {old for old in self.columns.values() if old in row}
-            rest = {name: value for name, value in row.items() if name not in used}
-            row = rest | {new: _at(place, row, old) for new, old in self.columns.items()}
-        return from_talk(place, row)
+        used = {old for old in self.columns.values() if old in row}
+        rest = {name: value for name, value in row.items() if name not in used}
+        return rest | {new: _at(place, row, old) for new, old in self.columns.items()}
 
     def answered(self, place: str, row: Any) -> Any:
         """The row with the answer alone as its `solution`.
