@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--trust-rewards",
         action="store_true",
-        help="run reward files and a filter that a run folder names",
+        help="run code that a run folder names, also where it was not trained with here",
     )
     _add_step(evaluate)
     compiling = _compile_command(commands)

@@ -18,6 +18,7 @@ from gvpo_jax.parallel.mesh import all_devices
 from gvpo_jax.rewards import batched
 from gvpo_jax.rewards.functions import check_columns
 from gvpo_jax.rewards.load import load_function
+from gvpo_jax.rewards.trust import remember
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.bucket import push
 from gvpo_jax.rundir.claim import lock, write_evaluation
@@ -47,6 +48,7 @@ def train(config: Config) -> dict[str, Any]:
                 "held-out rows need reward functions: name some in rewards.funcs, or give "
                 "data.eval_size=0"
             )
+        remember([*config.rewards.funcs, *([config.data.filter] if config.data.filter else [])])
         return reward_funcs, rows, held_out
 
     reward_funcs, rows, held_out = raise_together(prepare)

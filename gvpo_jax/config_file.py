@@ -21,7 +21,8 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml, shown
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import DistributedConfig
-from gvpo_jax.rundir.bucket import entries, local, pull
+from gvpo_jax.rewards.trust import unknown
+from gvpo_jax.rundir.bucket import entries, pull
 from gvpo_jax.rundir.claim import SETTINGS, check_name, check_not_foreign, has_begun, usable
 from gvpo_jax.rundir.files import write_text
 from gvpo_jax.settings import RUN_SCHEMES, all_settings, check_path, describe
@@ -118,9 +119,28 @@ _Dumper.add_representer(str, _text)
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """Keys, as `section.key`, in which two configs differ in a way that a resumed run must not."""
+    """Keys, as `section.key`, in which two configs differ in a way that a resumed run must not.
+
+    Files may lie elsewhere: a checkpoint knows the rows, the weights and the functions' code.
+    """
     pairs = zip(all_settings(a), all_settings(b), strict=True)
-    return [x.key for x, y in pairs if x.value != y.value and not x.about["free"]]
+    return [
+        x.key
+        for x, y in pairs
+        if not x.about["free"]
+        and _wherever(x.value, x.about["path"]) != _wherever(y.value, y.about["path"])
+    ]
+
+
+def _wherever(value: Any, kind: str) -> Any:
+    """What is left of a setting that names files when they are moved."""
+    if value is None or kind not in ("input", "function", "functions", "model"):
+        return value
+    if kind in ("input", "function"):  # rows are told by what they are
+        return True
+    if kind == "functions":
+        return [os.path.basename(spec) if ".py:" in spec else spec for spec in value]
+    return os.path.basename(value.rstrip("/")) if os.path.isabs(value) else value
 
 
 def settings_page() -> str:
@@ -246,31 +266,23 @@ def check_run_address(address: str) -> None:
 
 
 def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
-    """That a run folder brings no code along: reward files in it, or by a relative path; a filter.
+    """That a run folder names no code which this user has not trained with, see `rewards.trust`.
 
-    A run that was trained here names its files by where they lie. A filter may be any function
-    there is, called with rows that come along, so the user is asked. Overrides are the user's own.
+    Overrides are the user's own, and so is what they name.
 
     Raises:
         UserError: it does.
     """
-    folder = local(path)
     own = {x.partition("=")[0].strip() for x in overrides}
-    there = _read((folder / SETTINGS).read_text("utf-8"), [])
-    for spec in [] if "rewards.funcs" in own else there.rewards.funcs:
-        where = spec.rpartition(":")[0]
-        file = Path(where)
-        brought = not file.is_absolute() or folder.resolve() in file.resolve().parents
-        if where.endswith(".py") and brought:
+    there = open_run(path)
+    funcs = [] if "rewards.funcs" in own else there.rewards.funcs
+    rows = [] if "data.filter" in own or there.data.filter is None else [there.data.filter]
+    for kind, specs in (("reward function", funcs), ("data.filter", rows)):
+        for spec in unknown(specs):
             raise UserError(
-                f"{folder} names the reward file {file}, which comes with it and would be run: "
-                "read it, then give --trust-rewards"
+                f"{path} names the {kind} {spec}, which was not trained with here and would be "
+                "run: read it, then give --trust-rewards"
             )
-    if there.data.filter is not None and "data.filter" not in own:
-        raise UserError(
-            f"{folder} names the function data.filter={there.data.filter}, which would be run on "
-            "its rows: look at it, then give --trust-rewards"
-        )
 
 
 def _find(path: Path) -> Path:

@@ -13,6 +13,7 @@ _AFTERMATH = ("Event loop is closed", "cannot schedule new futures after shutdow
 def without_tracebacks() -> None:
     """For a command: Orbax logs a failure in one line, and not what follows from it."""
     logging.getLogger("absl").addFilter(_shorten)
+    logging.getLogger("asyncio").addFilter(_of_others)
     for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
         setattr(module, name, _without_aftermath(getattr(module, name)))
 
@@ -25,6 +26,13 @@ def _without_aftermath(show: Callable[[Any], Any]) -> Callable[[Any], Any]:
             show(told)
 
     return hook
+
+
+def _of_others(record: logging.LogRecord) -> bool:
+    """False for a write of Orbax's that failed beside the one that is told."""
+    text = record.getMessage()
+    unread = "exception was never retrieved" in text
+    return not (unread and ("orbax" in text or "OCDBT" in text))
 
 
 def _shorten(record: logging.LogRecord) -> bool:

@@ -38,6 +38,9 @@ os.environ["XLA_FLAGS"] = (
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the one of the process above them
     _cache = tempfile.TemporaryDirectory(prefix="gvpo-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    # Of the functions that runs were trained with; the user's own stays as it is.
+    _state = tempfile.TemporaryDirectory(prefix="gvpo-jax-tests-state-")
+    os.environ["XDG_STATE_HOME"] = _state.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402  (reads the lines above)

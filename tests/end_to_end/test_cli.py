@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -405,39 +404,63 @@ def one(prompts, **columns):
 """
 
 
-@pytest.mark.parametrize("named", ["{run}/own.py", "run/own.py", "../run/own.py"])
-def test_code_that_a_run_folder_brings_along_is_not_run(
-    tmp_path, capfd, refused, monkeypatch, named
-):
+@pytest.mark.parametrize(
+    "named", ["{run}/own.py", "run/own.py", "../run/own.py", "{run}/../elsewhere.py"]
+)
+def test_code_that_a_run_folder_names_is_not_run(tmp_path, capfd, refused, monkeypatch, named):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
-    file, config = run / "own.py", run / "config.yaml"
+    spec, config = f"{named.format(run=run)}:one", run / "config.yaml"
+    file = run.parent / "elsewhere.py" if "elsewhere" in named else run / "own.py"
     file.write_text(CODE)
     assert "gvpo_jax.rewards.debug:letter_share" in config.read_text()
-    spec = f"{named.format(run=run)}:one"
     config.write_text(config.read_text().replace("gvpo_jax.rewards.debug:letter_share", spec))
     told = refused("eval", run)
-    assert (
-        "own.py, which comes with it and would be run: read it, then give --trust-rewards" in told
-    )
-    assert not (run / "ran").exists()
+    assert ".py:one, which was not trained with here and would be run: read it" in told
+    ran = file.with_name("ran")
+    assert not ran.exists()
     assert main(["eval", str(run), "--trust-rewards"]) == 0
     assert '"eval/reward": 1.0' in capfd.readouterr().out
-    assert (run / "ran").exists()
+    assert ran.exists()
 
 
-def no_large_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+@pytest.mark.parametrize("spec", ["subprocess:getoutput", "json:dumps"])
+def test_a_module_s_function_is_no_reward_until_somebody_says_so(tmp_path, refused, spec):
+    """With columns of its choice a folder could have shells do anything."""
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("gvpo_jax.rewards.debug:letter_share", spec))
+    told = refused("eval", run)
+    assert f"names the reward function {spec}, which was not trained with here" in told
+
+
+def test_own_code_that_was_trained_with_is_run_until_it_changes(tmp_path, capfd, refused):
+    own, run = tmp_path / "own.py", tmp_path / "run"
+    own.write_text(CODE + "\n\ndef keep(row):\n    return True\n")
+    named = [f"rewards.funcs=[{own}:one]", f"data.filter={own}:keep"]
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT, *named]) == 0
+    assert main(["eval", str(run)]) == 0
+    capfd.readouterr()
+    own.write_text(own.read_text() + "\n")
+    assert "was not trained with here" in refused("eval", run)
+
+
+# Set by the program itself: a fork of this process, whose JAX has threads, is warned of.
+NO_LARGE_FILES = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+runpy.run_module("gvpo_jax", run_name="__main__")
+"""
 
 
 def test_a_checkpoint_that_can_not_be_written_is_told_without_tracebacks(tmp_path):
     """Writing fails in Orbax's threads, as on a full disk; the run before it stays."""
     train = ["train", DEBUG, f"run.dir={tmp_path}", *SHORT, "run.compilation_cache=null"]
     done = subprocess.run(
-        [sys.executable, "-m", "gvpo_jax", *map(str, train)],
-        capture_output=True, text=True, preexec_fn=no_large_files,
-    )  # fmt: skip
+        [sys.executable, "-c", NO_LARGE_FILES, *map(str, train)], capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
@@ -458,7 +481,8 @@ def test_a_run_folder_s_filter_is_run_only_when_told(tmp_path, refused, monkeypa
     assert f"filter: {spec}" in config.read_text()
     for own in ([], ["rewards.funcs=[gvpo_jax.rewards.debug:letter_share]"]):
         told = refused("eval", run, *own)
-        assert f"names the function data.filter={spec}" in told
+        assert "names the data.filter " in told
+        assert f"{spec}, which was not trained with here" in told
         assert "give --trust-rewards" in told
     assert main(["eval", str(run), "data.filter=null"]) == 0
 

@@ -129,9 +129,13 @@ class Case:
 
 def python(*arguments: str, timeout: float = 300, **changes: str | None):
     """A Python program; `changes` are of its environment."""
-    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | changes
+    return run([sys.executable, *arguments], timeout, changes)
+
+
+def run(command: list[str], timeout: float = 300, changes: dict[str, str | None] | None = None):
+    """A command, with this environment."""
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (changes or {})
     environment = {name: value for name, value in variables.items() if value is not None}
-    command = [sys.executable, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=timeout, cwd=ROOT
     )
@@ -235,7 +239,19 @@ def one_of_two() -> Cases:
                 assert [status for status, _ in c.pair()] == [0, 0]
                 c.is_whole()
 
+            def twice(c: Case, of=of, name=name, status=status):
+                c = c.beside("two", lambda c: c.pair())
+                both = c.pair("update", "before", "3", f"{name}+{name}", of=of)
+                (told, err), (other, its) = both[:: 1 - 2 * of]
+                # Told again it need not wait for the other, which may have been told by then, too.
+                assert told in (status, -getattr(signal, name)), f"{told}: {err[-1000:]}"
+                assert other in (status, 75, -signal.SIGABRT), f"status {other}: {its[-1000:]}"
+                assert "Traceback" not in err + its, (err + its)[-2000:]
+                assert [status for status, _ in c.pair()] == [0, 0]
+                c.is_whole()
+
             yield f"{name} to process {of}", case
+            yield f"{name} x 2 to process {of}", twice
 
 
 def damaged() -> Cases:
@@ -282,6 +298,26 @@ def full() -> Cases:
         c.goes_on()
 
     yield "save", saving
+
+    for room in (60, 400, 700, 1000, 1400):
+
+        def small(c: Case, room=room):
+            """A file system of so many KiB, and then, with the same files, one with room."""
+            c.run.mkdir()
+            kept = c.folder / "kept"
+            train = [sys.executable, *TRAIN, f"run.dir={c.run}"]
+            script = f"mount -t tmpfs -o size={room}k none '{c.run}' && \"$@\""
+            script += f"; status=$?; cp -r '{c.run}' '{kept}'; exit $status"
+            mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+            done = run([*mount, *train])
+            assert done.returncode in (0, 2), f"status {done.returncode}: {done.stderr[-2000:]}"
+            assert "Traceback" not in done.stderr, done.stderr[-2000:]
+            assert "o space left" in done.stderr + done.stdout, done.stderr[-2000:]
+            c.run.rmdir()
+            kept.rename(c.run)
+            c.goes_on()
+
+        yield f"a file system of {room} KiB", small
 
 
 REWARDS = {
@@ -374,6 +410,16 @@ def folders() -> Cases:
     yield "a file", a_file
 
 
+OWN = """
+def length(prompts, completions, **columns):
+    return [len(text) / 20 for text in completions]
+
+
+def keep(row):
+    return not row["prompt"].endswith("7")
+"""
+
+
 def resumed() -> Cases:
     """Gone on with in another way: refused, or the same."""
     for setting in (
@@ -428,6 +474,39 @@ def resumed() -> Cases:
         assert c.train(*settings).returncode == 0
 
     yield "rows that were edited", edited_rows
+
+    def files_elsewhere(c: Case):
+        """The same rows, filter, reward and model, in another folder."""
+        here, there = c.folder / "here", c.folder / "there"
+        here.mkdir()
+        assert (
+            python("-m", "gvpo_jax", "export", str(c.half()), str(here / "model")).returncode == 0
+        )
+        lines = [json.dumps({"prompt": f"abc {i}"}) + "\n" for i in range(16)]
+        (here / "rows.jsonl").write_text("".join(lines))
+        (here / "held_out.jsonl").write_text("".join(lines[:4]))
+        (here / "own.py").write_text(OWN)
+
+        def settings(folder: Path) -> list[str]:
+            return [
+                f"model.name={folder / 'model'}", "data.tasks=[]",
+                f"data.path={folder / 'rows.jsonl'}", f"data.eval_path={folder / 'held_out.jsonl'}",
+                f"data.filter={folder / 'own.py'}:keep",
+                f"rewards.funcs=[{folder / 'own.py'}:length]",
+            ]  # fmt: skip
+
+        whole = Case(c.folder / "undisturbed", c.whole)
+        assert whole.train(*settings(here)).returncode == 0
+        assert c.train(*settings(here), "train.stop_at=3").returncode == 0
+        here.rename(there)
+        done = c.train(*settings(there))
+        assert done.returncode == 0, done.stderr
+        Case(c.folder, whole.run).is_whole()
+        other = c.folder / "other.py"
+        other.write_text(OWN.replace("20", "21"))
+        c.is_refused(c.train(*settings(there), f"rewards.funcs=[{other}:length]"), "other settings")
+
+    yield "its files in another folder", files_elsewhere
 
     def more_devices(c: Case):
         two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

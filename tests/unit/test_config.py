@@ -416,6 +416,31 @@ def test_difference_names_what_a_resumed_run_must_keep():
     ]
 
 
+def test_files_that_were_moved_are_no_other_settings():
+    there = override(
+        Config(),
+        data__path="/a/rows.jsonl",
+        data__eval_path="/a/held_out.jsonl",
+        data__filter="/a/own.py:keep",
+        rewards__funcs=["/a/own.py:one", "own:two"],
+        model__name="/a/model",
+    )
+    moved = {key: value.replace("/a/", "/b/") for key, value in [
+        ("data__path", there.data.path), ("data__eval_path", there.data.eval_path),
+        ("data__filter", there.data.filter), ("model__name", there.model.name),
+    ]}  # fmt: skip
+    assert (
+        difference(there, override(there, **moved, rewards__funcs=["/b/own.py:one", "own:two"]))
+        == []
+    )
+    for key, value in {
+        "rewards__funcs": ["/b/other.py:one", "own:two"],
+        "model__name": "/b/another",
+        "data__path": None,
+    }.items():
+        assert difference(there, override(there, **{key: value})) == [key.replace("__", ".")]
+
+
 def test_older_names_are_read_wherever_settings_are_given(write):
     old = write("rollout: {engine: vllm, servers: ['http://a:1'], api_key_env: KEY, top_k: 3}")
     config = load_config(old)
