@@ -289,7 +289,11 @@ def _find(path: Path) -> Path:
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
-        raise UserError(f"{path} is a folder, not a config file")
+        runs = sorted(file.parent.name for file in path.glob(f"*/{SETTINGS}"))
+        hint = (
+            f"; the runs in it are {', '.join(runs[:9])}{', ...' * (len(runs) > 9)}" if runs else ""
+        )
+        raise UserError(f"{path} is a folder, not a config file{hint}")
     name = path.name if path.suffix else f"{path.name}.yaml"
     for folder in _PACKAGED:
         if path.parent in (Path(), Path("configs")) and os.path.isfile(folder / name):

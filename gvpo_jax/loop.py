@@ -30,6 +30,7 @@ from gvpo_jax.parallel.preemption import (
     watch,
 )
 from gvpo_jax.report import write_report
+from gvpo_jax.rewards.call import RewardError
 from gvpo_jax.rewards.functions import changed_code
 from gvpo_jax.rollout import Engine
 from gvpo_jax.rundir.bucket import push
@@ -404,6 +405,8 @@ def _kept(save: Callable[[], None], counters: Counters) -> Iterator[None]:
             save()
             if isinstance(error, UserError):
                 told = f"{error}; the {counters.step} updates before it are saved"
+                if isinstance(error, RewardError):
+                    told += ", and go on with mended code by rewards.allow_changed_code=true"
                 raise type(error)(told) from error
         raise
 

@@ -267,6 +267,12 @@ def test_a_missing_file_and_a_folder(tmp_path):
         tmp_path / "no.yaml"
     )
     assert refused(tmp_path) == f"{tmp_path} is a folder, not a config file"
+    for i in range(11):
+        (tmp_path / "runs" / f"beta{i:02}").mkdir(parents=True)
+        (tmp_path / "runs" / f"beta{i:02}" / "config.yaml").touch()
+    told = refused(tmp_path / "runs")
+    assert "not a config file; the runs in it are beta00, beta01, " in told
+    assert told.endswith("beta08, ...")
 
 
 def test_data_is_found_from_here_or_beside_the_config(tmp_path, monkeypatch):
