@@ -9,7 +9,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +108,8 @@ class Checkpoints:
             UserError: an earlier save failed, e.g. for a full disk.
         """
         if step in self._broken:
-            self._manager.delete(step)
+            with self._told():
+                self._manager.delete(step)
             self._broken.discard(step)
         if step in self._manager.all_steps():
             return
@@ -122,11 +123,9 @@ class Checkpoints:
             extra=ocp.args.JsonSave(extra),
             samples=ocp.args.PyTreeSave(_rows_of_processes(blob)),
         )
-        try:
+        with self._told():  # a failed write in the background shows up here
             # Forced: Orbax would silently skip a step older than a broken one that is still there.
             self._manager.save(step, args=args, force=True)
-        except (OSError, ValueError) as error:  # a failed write in the background shows up here
-            raise self._not_written(error) from None
 
     def about(self) -> dict[str, Any]:
         """The JSON values of the newest checkpoint that has some that can be read; else none."""
@@ -215,21 +214,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises UserError where it could not be written."""
-        try:
+        with self._told():
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._not_written(error) from None
 
-    def _not_written(self, error: Exception) -> UserError:
-        return UserError(
-            f"could not write a checkpoint to {self._folder}: {one_line(_first_line(error), 200)}; "
-            "those before it stay: make room, and give the same command"
-        )
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Orbax could not write, now or in the background, is the user's mistake."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"could not write a checkpoint to {self._folder}: "
+                f"{one_line(_first_line(error), 200)}; "
+                "those before it stay: make room, and give the same command"
+            ) from None
 
     def close(self) -> None:
         """Waits as `wait` does, and closes the files."""
-        self.wait()
-        self._manager.close()
+        with self._told():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -48,6 +48,10 @@ class Case:
     def run(self) -> Path:
         return self.folder / "run"
 
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, *TRAIN, f"run.dir={self.run}"]
+
     def train(self, *settings: str, **options) -> subprocess.CompletedProcess:
         return python(*TRAIN, f"run.dir={self.run}", *settings, **options)
 
@@ -139,6 +143,12 @@ def run(command: list[str], timeout: float = 300, changes: dict[str, str | None]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=timeout, cwd=ROOT
     )
+
+
+def mounting(mount: str, after: str = "true") -> list[str]:
+    """Opens a command that has a file system of its own mounted; no rights are needed for it."""
+    script = f'{mount} && "$@"; status=$?; {after}; exit $status'
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
 
 
 def without_clocks(file: Path) -> list[dict]:
@@ -305,11 +315,10 @@ def full() -> Cases:
             """A file system of so many KiB, and then, with the same files, one with room."""
             c.run.mkdir()
             kept = c.folder / "kept"
-            train = [sys.executable, *TRAIN, f"run.dir={c.run}"]
-            script = f"mount -t tmpfs -o size={room}k none '{c.run}' && \"$@\""
-            script += f"; status=$?; cp -r '{c.run}' '{kept}'; exit $status"
-            mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-            done = run([*mount, *train])
+            keep = f"cp -r '{c.run}' '{kept}'"
+            done = run(
+                [*mounting(f"mount -t tmpfs -o size={room}k none '{c.run}'", keep), *c.command]
+            )
             assert done.returncode in (0, 2), f"status {done.returncode}: {done.stderr[-2000:]}"
             assert "Traceback" not in done.stderr, done.stderr[-2000:]
             assert "o space left" in done.stderr + done.stdout, done.stderr[-2000:]
@@ -395,6 +404,13 @@ def folders() -> Cases:
 
     yield "a symbolic link", linked
 
+    def read_only(c: Case):
+        assert c.train("train.stop_at=3").returncode == 0
+        c.is_refused(run([*mounting(f"mount -o bind,ro '{c.run}' '{c.run}'"), *c.command]), "can't")
+        c.goes_on()
+
+    yield "read-only", read_only
+
     def homeless(c: Case):
         done = c.train(HOME=None, XDG_CACHE_HOME=None, JAX_COMPILATION_CACHE_DIR=None)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -461,6 +477,23 @@ def resumed() -> Cases:
         assert python(*second).returncode == 0
 
     yield "another model in the same place", the_models_files
+
+    def another_tokenizer(c: Case):
+        """The model that the run began with, beside the files of another tokenizer."""
+        model = c.folder / "model"
+        assert python("-m", "gvpo_jax", "export", str(c.half()), str(model)).returncode == 0
+        assert c.train(f"model.name={model}", "train.stop_at=3").returncode == 0
+        file = model / "tokenizer.json"
+        kept = file.read_text()
+        tokenizer = json.loads(kept)
+        ids = tokenizer["model"]["vocab"]
+        ids["a"], ids["b"] = ids["b"], ids["a"]
+        file.write_text(json.dumps(tokenizer))
+        c.is_refused(c.train(f"model.name={model}"), "are not those of this run")
+        file.write_text(kept)
+        assert c.train(f"model.name={model}").returncode == 0
+
+    yield "another tokenizer in the same place", another_tokenizer
 
     def edited_rows(c: Case):
         rows = c.folder / "rows.jsonl"

@@ -1,6 +1,8 @@
+import errno
 import json
 import logging
 import math
+import os
 import shutil
 
 import jax
@@ -288,3 +290,15 @@ def test_samples_that_would_unpack_to_more_than_they_are_count_as_broken(
         restored = restore(checkpoints, state)
     assert restored.step == 1
     assert "claim to be larger than what holds them" in caplog.text
+
+
+def test_what_fails_when_the_files_are_closed_is_told_as_well(tmp_path, monkeypatch):
+    """A write in the background may fail as late as that: seen on a file system that was full."""
+
+    def close(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(ocp.CheckpointManager, "close", close)
+    with pytest.raises(UserError, match="could not write a checkpoint to .*No space left"):
+        checkpoints.close()
