@@ -31,6 +31,7 @@ from gvpo_jax.training.step import ReferenceConfig, TrainConfig
 
 if TYPE_CHECKING:  # these bring in flax, which a misspelt config should not wait for
     from jax.sharding import Mesh
+    from optax import GradientTransformation
 
     from gvpo_jax.models.decoder import DecoderFns
     from gvpo_jax.training.programs import Programs
@@ -87,8 +88,17 @@ class Config:
                 f"{len(rewards.funcs)} functions"
             )
 
-    def programs(self, model: "DecoderFns", params: Any, mesh: "Mesh") -> "Programs":
-        """What a run compiles to train. params: those that are trained, or their shapes."""
+    def programs(
+        self,
+        model: "DecoderFns",
+        params: Any,
+        mesh: "Mesh",
+        optimizer: "GradientTransformation | None" = None,
+    ) -> "Programs":
+        """What a run compiles to train.
+
+        params: those that are trained, or their shapes. optimizer: in place of the section's.
+        """
         import jax
 
         from gvpo_jax.training.programs import make_programs
@@ -101,7 +111,7 @@ class Config:
             tree,
             mesh,
             dtype=self.model.dtype,
-            optimizer=self.optimizer,
+            optimizer=optimizer or self.optimizer,
             updates=self.train.updates if changes else 0,
             loss=self.loss,
             max_completion_length=self.rollout.max_completion_length,

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from gvpo_jax.callbacks import Callbacks
 from gvpo_jax.collect.collector import Judge
 from gvpo_jax.collect.early_signs import FIRST, early_signs
 from gvpo_jax.collect.evaluate import evaluate
@@ -61,6 +62,7 @@ class Loop:
     left_out: Mapping[str, int]  # rows that are not used, and why
     data_signs: Sequence[str]  # what else there is to tell about the rows
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `RunLog`
+    callbacks: Callbacks = dataclasses.field(default_factory=lambda: Callbacks(()))
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
@@ -93,7 +95,7 @@ class Loop:
             save = partial(self._save, log, checkpoints)
             end = min(total, c.train.stop_at or total)
             with contextlib.suppress(Abandoned):
-                while counters.step < end and not told_to_end():
+                while counters.step < end and not (told_to_end() or self.callbacks.ending):
                     last = counters.step - self.done
                     self._round(log, told_to_end, save)
                     if self.round:
@@ -174,6 +176,8 @@ class Loop:
             log.note(_why_it_ended(told, step, c.run.overwrite))
         elif step >= total:
             self._evaluate(log, "after")
+        elif self.callbacks.ending:
+            log.note(f"a callback ended the session at update {step} of {total}: saved")
         else:
             log.note(
                 f"train.stop_at={c.train.stop_at} of {total} updates: saved; without it the run "
@@ -247,13 +251,17 @@ class Loop:
                 log.note(f"step {step}: no completion has a reward, there is nothing to learn from")
             last = step
         end = min(len(queue), self.done + c.train.updates - counters.step)
-        while self.done < end and not (self.done and told_to_end()):
+        while self.done < end and not (self.done and (told_to_end() or self.callbacks.ending)):
             batch = queue[self.done]
             if self.done < len(self.round):
                 counters.count(batch.metrics)
             log.step(self.policy.update(batch.batch, batch.plan), batch.metrics)
             self.starting.close()
             self.done += 1
+            if self.callbacks:
+                log.flush()
+                with _kept(save, counters):
+                    self.callbacks.on_step_end(counters.step, dict(self.history[-1]))
         if self.done == len(queue):  # else a longer run goes on with it
             self.round, self.done = None, 0
 
@@ -284,6 +292,7 @@ class Loop:
             max_completion_length=self.config.rollout.max_completion_length,
         )
         log.evaluation(name, metrics, records)
+        self.callbacks.on_evaluate(log.counters.step, dict(metrics))
         self.score = log.counters.step, metrics.get("eval/accuracy", metrics["eval/reward"])
         self._push(log)
 
@@ -297,8 +306,11 @@ class Loop:
         about["reward_code"] = dict(self.reward_code)
         step, (scored_at, score) = log.counters.step, self.score
         score = score if step == scored_at else math.nan
+        new = step not in checkpoints.steps()
         self.policy.save(checkpoints, step, about, samples, score)
         self._push(log)
+        if new:
+            self.callbacks.on_save(step)
 
     def _push(self, log: RunLog) -> None:
         """Have the bucket hold what the run has written so far, if it is in one."""

@@ -40,7 +40,12 @@ class Prepared:
 
 
 def prepare(
-    config: Config, mesh: Mesh, model: LoadedModel | OwnModel | None, *, trains: bool
+    config: Config,
+    mesh: Mesh,
+    model: LoadedModel | OwnModel | None,
+    *,
+    trains: bool,
+    tokenizer: Any = None,
 ) -> Prepared:
     """The model of a config, or the one that is given, on the mesh.
 
@@ -51,13 +56,15 @@ def prepare(
         mesh: the devices.
         model: the model; None: `config.model.name` is loaded.
         trains: whether there will be updates, which need memory.
+        tokenizer: in place of the model's; None: that.
 
     Raises:
         UserError: it can't be loaded, or does not fit the settings, the devices or their memory.
     """
     c = config
+    own = {} if tokenizer is None else {"tokenizer": tokenizer}
     if isinstance(model, OwnModel):
-        return _prepare_own(c, mesh, model)
+        return _prepare_own(c, mesh, dataclasses.replace(model, **own))
     needed = c.data.max_prompt_length + c.rollout.max_completion_length
 
     def place(path: str, x: Any) -> Any:
@@ -97,6 +104,7 @@ def prepare(
     sampling = sampling_model(c.rollout, c.model, model.config, mesh, functions, frozen)
     scoring = SamplingModel(functions, mesh, frozen=frozen)
     sampling = dataclasses.replace(sampling, scoring=scoring)
+    model = dataclasses.replace(model, **own)
     stop_ids = stop_token_ids(model, c.rollout.stop_token_ids)
     who = _without_params(model, c.data.template), model.config.vocab_size, stop_ids
     return Prepared(*who, functions, sampling, params, frozen)

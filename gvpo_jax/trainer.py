@@ -4,11 +4,13 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import optax
 
 from gvpo_jax.buckets import as_path
+from gvpo_jax.callbacks import Callback, Callbacks
 from gvpo_jax.collect.collector import Collector, Judge, read_demonstrations, texts_of
 from gvpo_jax.collect.early_signs import data_signs
 from gvpo_jax.collect.evaluate import evaluate
@@ -53,6 +55,9 @@ from gvpo_jax.rundir.log import as_numbers, check_finite
 from gvpo_jax.training.checkpoint import Checkpoints
 from gvpo_jax.training.policy import Policy
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
 RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str]
@@ -67,6 +72,10 @@ class Trainer:
         model: a model already loaded, or an `OwnModel` from elsewhere; default: `config.model.name`
             is loaded.
         trains: False where there will be no update: then no room for the optimizer is asked for.
+        tokenizer: one of your own, in place of the model's.
+        optimizer: an Optax transformation of your own, in place of what the section `optimizer`
+            describes. A run that goes on needs the same one.
+        callbacks: whom `train` and `train_offline` tell of updates, evaluations and checkpoints.
 
     Attributes:
         tokenizer: the model's, with `config.data.template` where that is given.
@@ -79,7 +88,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, model: LoadedModel | OwnModel | None = None, *, trains: bool = True
+        self,
+        config: Config,
+        model: LoadedModel | OwnModel | None = None,
+        *,
+        trains: bool = True,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        optimizer: optax.GradientTransformation | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         if not isinstance(config, Config):
             raise UserError(
@@ -94,14 +110,21 @@ class Trainer:
         check_batch(mesh, groups, c.rollout.num_generations, name)
         my_slice(c.train.batch_size - c.replay.groups)  # raises where new groups do not divide
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
-        ready = prepare(c, mesh, model, trains=trains)
+        self._callbacks = Callbacks(callbacks)
+        if optimizer is not None and not hasattr(optimizer, "update"):
+            raise UserError(f"optimizer: {optimizer!r} is no transformation of Optax")
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise UserError(
+                f"tokenizer: {tokenizer!r} is none; give what AutoTokenizer.from_pretrained gives"
+            )
+        ready = prepare(c, mesh, model, trains=trains, tokenizer=tokenizer)
         self.history: list[dict[str, Any]] = []
         self._reward_code: Mapping[str, str] = {}  # of the run that was restored
         self.model, self.tokenizer = ready.model, ready.model.tokenizer
         self.stop_ids, self._vocab_size = ready.stop_ids, ready.vocab_size
         shapes = jax.eval_shape(lambda: ready.params)
         functions = ready.functions  # alone: what is held here lives as long as the trainer
-        self._programs_of = lambda config: config.programs(functions, shapes, mesh)
+        self._programs_of = lambda config: config.programs(functions, shapes, mesh, optimizer)
         self.policy = Policy(
             ready.params,
             self._programs_of(c),
@@ -136,6 +159,9 @@ class Trainer:
         max_completion_length: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        optimizer: optax.GradientTransformation | None = None,
+        callbacks: Sequence[Callback] = (),
         **settings: Any,
     ) -> "Trainer":
         """A trainer of a hub model, a folder of safetensors or a .gguf file.
@@ -156,7 +182,8 @@ class Trainer:
             "rollout__temperature": temperature,
             "rollout__top_p": top_p,
         }
-        return cls(override(Config(), **named | settings))
+        own: dict[str, Any] = {"tokenizer": tokenizer, "optimizer": optimizer}
+        return cls(override(Config(), **named | settings), callbacks=callbacks, **own)
 
     def train_step(
         self,
@@ -479,7 +506,18 @@ class Trainer:
         batch, evaluates = config.train.batch_size - config.replay.groups, bool(config.eval.every)
         signs = data_signs(prompts, held_out, batch=batch, evaluates=evaluates)
         who = config, self.model.name, self.policy, self.engine
-        return Loop(*who, feed, judge, held_out, fingerprint, code, left_out, signs, self.history)
+        return Loop(
+            *who,
+            feed,
+            judge,
+            held_out,
+            fingerprint,
+            code,
+            left_out,
+            signs,
+            self.history,
+            callbacks=self._callbacks,
+        )
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)

@@ -21,7 +21,7 @@ from gvpo_jax.parallel.distributed import (
     to_first_host,
     to_host,
 )
-from gvpo_jax.parallel.layout import fill_up, group_shards, place_batch, shapes_on
+from gvpo_jax.parallel.layout import fill_up, group_shards, path_name, place_batch, shapes_on
 from gvpo_jax.training.checkpoint import Checkpoints, Restored, fingerprint
 from gvpo_jax.training.programs import Programs
 from gvpo_jax.training.step import ReferenceConfig, TrainConfig, TrainState
@@ -229,6 +229,7 @@ class Policy:
         """
         kept = ("updates", "refreshed_at", "start_fingerprint")
         own = {name: getattr(self, name) for name in kept}
+        own["optimizer_state"] = _names(self.state.opt_state)
         if self._lora:
             own |= {"lora": self._form(), "quantization": self._quantization}
         trees = {"params": self.params, "state": self.state.rest()}
@@ -257,6 +258,12 @@ class Policy:
         shapes = {name: shapes_on(mesh, tree) for name, tree in trees.items()}
         if about := checkpoints.about():
             self._check_start(about)
+            names = _names(trees["state"]["opt_state"])  # earlier versions saved none
+            if not params_only and about.get("optimizer_state", names) != names:
+                raise UserError(
+                    "the checkpoint's optimizer is another: give the one that this run began with, "
+                    "or choose another run.dir"
+                )
         del trees
         self._start = self._state = None  # not held beside what takes their place
         without = ("state",) if params_only else ()
@@ -320,3 +327,9 @@ class Policy:
 def copy(tree):
     """Arrays in memory of their own."""
     return jax.tree.map(jnp.copy, tree)
+
+
+def _names(opt_state: Any) -> int:
+    """A number that tells what an optimizer keeps, by its names, from what others keep."""
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(opt_state)]
+    return zlib.crc32("\n".join(names).encode())

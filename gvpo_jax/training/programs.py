@@ -54,7 +54,7 @@ def make_programs(
     mesh: Mesh,
     *,
     dtype: str,
-    optimizer: OptimizerConfig,
+    optimizer: OptimizerConfig | optax.GradientTransformation,
     updates: int,
     loss: LossConfig,
     max_completion_length: int,
@@ -70,7 +70,7 @@ def make_programs(
         tree: their structure.
         mesh: where they lie.
         dtype: of the computation.
-        optimizer: see its section, as for `loss`.
+        optimizer: see its section, as for `loss`; or one of the user's own.
         updates: how many there will be, by which the learning rate is scheduled.
         loss: what an update minimises.
         max_completion_length: in tokens.
@@ -78,7 +78,11 @@ def make_programs(
         completion_parts: see `train_step`.
         averaged: whether the reference is an average of policies.
     """
-    transformation = optimizer.create(updates)
+    rates = None
+    if isinstance(optimizer, OptimizerConfig):
+        transformation, rates = optimizer.create(updates), optimizer.rates(updates)
+    else:
+        transformation = optimizer
     init = functools.partial(init_state, optimizer=transformation)
     step = functools.partial(
         train_step,
@@ -87,7 +91,7 @@ def make_programs(
         objective=loss.objective(max_completion_length),
         beta=loss.beta,
         router_aux_coef=loss.router_aux_coef,
-        rates=optimizer.rates(updates),
+        rates=rates,
         micro_batches=micro_batches,
         completion_parts=completion_parts,
     )

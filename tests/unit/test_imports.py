@@ -35,7 +35,7 @@ HOUSE = (
         "all sections together: what lies above sees them, what lies below its own",
     ),
     ("tpu_compile", "programs compiled without a TPU"),
-    ("cli commands trainer loop memory prepared __main__", "the story, top to bottom"),
+    ("cli commands trainer loop callbacks memory prepared __main__", "the story, top to bottom"),
     ("integrations", "other people's trainers"),
 )
 FOLDERS = [names.split() for names, _ in HOUSE]
