@@ -82,7 +82,7 @@ def test_a_callback_that_fails_ends_the_run_with_a_line_and_loses_nothing(tmp_pa
 
 
 def test_what_is_no_callback_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no gvpo_jax.callbacks.Callback"):
+    with pytest.raises(UserError, match=r"is no gvpo_jax\.callbacks\.Callback"):
         run(tmp_path, [print])
 
 

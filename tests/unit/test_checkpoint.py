@@ -300,5 +300,5 @@ def test_what_fails_when_the_files_are_closed_is_told_as_well(tmp_path, monkeypa
 
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(ocp.CheckpointManager, "close", close)
-    with pytest.raises(UserError, match="could not write a checkpoint to .*No space left"):
+    with pytest.raises(UserError, match=r"could not write a checkpoint to .*No space left"):
         checkpoints.close()
