@@ -8,8 +8,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from gvpo_jax.buckets import as_path, is_address
+from gvpo_jax.collect.replay import ReplayConfig
 from gvpo_jax.config import Config, check_extras
-from gvpo_jax.config_file import check_claim
+from gvpo_jax.config_file import WARM_START, check_claim, load_config, override
+from gvpo_jax.config_values import shown
 from gvpo_jax.data.rows import Row, columns_of
 from gvpo_jax.errors import UserError, tell
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
@@ -21,17 +24,20 @@ from gvpo_jax.rewards.load import load_function
 from gvpo_jax.rewards.trust import remember
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.bucket import push
-from gvpo_jax.rundir.claim import lock, write_evaluation
+from gvpo_jax.rundir.claim import SETTINGS, lock, write_evaluation
 from gvpo_jax.rundir.files import read_scores
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
+from gvpo_jax.training.objectives import LossConfig
+from gvpo_jax.training.step import ReferenceConfig
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
     check_extras(config)
     _join(config)
-    offline = config.data.groups_path is not None
+    config, first = _warm_started(config)
+    offline = config.data.groups_path is not None or config.loss.name == "sft"
 
     def prepare():
         needed = not offline or config.rewards.funcs
@@ -52,12 +58,72 @@ def train(config: Config) -> dict[str, Any]:
         return reward_funcs, rows, held_out
 
     reward_funcs, rows, held_out = raise_together(prepare)
+    if first:
+        _warm_start(first, rows)
     if is_first():
         tell(f"loading {config.model.name}")
     trainer = Trainer(config)
     if offline:
         return trainer.train_offline(rows, reward_funcs=reward_funcs, eval_dataset=held_out)
     return trainer.train(rows, reward_funcs, eval_dataset=held_out)
+
+
+def _warm_started(config: Config) -> tuple[Config, Config | None]:
+    """The run from its warm start's result on, and the warm start as a run of its own, if any."""
+    sft = config.sft
+    if not sft.on:
+        return config, None
+    folder = config.run.dir if is_address(config.run.dir) else str(config.run.folder.absolute())
+    first = override(
+        config,
+        run__dir=f"{folder}/sft",
+        sft__steps=None,
+        sft__epochs=None,
+        loss=dataclasses.asdict(LossConfig(name="sft")),
+        reference=dataclasses.asdict(ReferenceConfig()),
+        replay=dataclasses.asdict(ReplayConfig()),
+        servers=dataclasses.asdict(ServersConfig()),
+        optimizer__learning_rate=sft.learning_rate,
+        train__steps=sft.steps,
+        train__epochs=sft.epochs,
+        train__batch_size=sft.batch_size or config.train.batch_size,
+        train__num_iterations=1,
+        train__steps_per_generation=1,
+        train__stop_at=None,
+        rollout__demonstrations=0,
+        rollout__lookahead=0,
+        data__groups_path=None,
+    )
+    lora = config.model.lora.rank is not None
+    start = {"model__adapter" if lora else "model__name": f"{folder}/{WARM_START}"}
+    return override(config, sft__steps=None, sft__epochs=None, **start), first
+
+
+def _warm_start(first: Config, rows: list[Row]) -> None:
+    """Supervised fine-tuning, whose result is written beside it, if that is not done yet."""
+    done = as_path(first.run.dir) / WARM_START.rpartition("/")[2]
+    is_done = from_first_host(lambda: (done / "gvpo_jax_export.json").exists())
+    if is_done and not first.run.overwrite:
+        raise_together(lambda: _check_same_start(first))
+        return
+    if is_first():
+        tell(f"warm start: supervised fine-tuning on {first.sft.column!r}, in {first.run.dir}")
+    trainer = Trainer(first)
+    trainer.train_offline(rows)
+    lora = first.model.lora.rank is not None
+    (trainer.save_adapter if lora else trainer.save_pretrained)(str(done))
+
+
+def _check_same_start(first: Config) -> None:
+    """That a warm start which is done is the one that is asked for."""
+    there = load_config(check_claim(first) / SETTINGS)
+    for name in ("steps", "epochs"):  # a run that goes on may grow; this one is over
+        if (was := getattr(there.train, name)) != getattr(first.train, name):
+            raise UserError(
+                f"{first.run.dir} holds a warm start with sft.{name}={shown(was)}, and the run "
+                "began from it: give that, or choose another run.dir, or start over with "
+                "run.overwrite=true"
+            )
 
 
 def evaluate(

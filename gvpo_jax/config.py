@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gvpo_jax.buckets import is_address
 from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
+from gvpo_jax.collect.sft import SftConfig
 from gvpo_jax.data.hub import is_hub_name
 from gvpo_jax.data.prompts import DataConfig
 from gvpo_jax.data.reasoning_gym import TaskConfig as TaskConfig
@@ -48,6 +49,7 @@ class Config:
     servers: ServersConfig = field(default_factory=ServersConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -81,6 +83,11 @@ class Config:
             raise UserError(
                 f"train.steps={train.steps} and train.epochs={train.epochs:g} are both given: "
                 "leave one out, or set it to null"
+            )
+        if self.sft.steps is not None and self.sft.epochs is not None:
+            raise UserError(
+                f"sft.steps={self.sft.steps} and sft.epochs={self.sft.epochs:g} are both given: "
+                "leave one out"
             )
         if rewards.weights and rewards.funcs and len(rewards.weights) != len(rewards.funcs):
             raise UserError(
@@ -127,6 +134,9 @@ def _check_loss(c: Config) -> None:
         raise UserError(f"loss.huber_delta is for gvpo, not for loss.name={loss.name}")
     clips = ("epsilon", "epsilon_high", "kl_coef")
     given = [f"loss.{name}" for name in clips if getattr(loss, name)]
+    if loss.name == "sft":
+        _check_sft(c, given)
+        return
     if given and loss.name in ("gvpo", "rebel", "dpo"):
         raise UserError(
             f"loss.name={loss.name} has neither clipping nor a KL penalty: leave out "
@@ -148,6 +158,20 @@ def _check_loss(c: Config) -> None:
         raise UserError(
             f"loss.name={loss.name} is right for samples of the policy itself: leave out "
             "rollout.top_k, top_p and min_p"
+        )
+
+
+def _check_sft(c: Config, given: list[str]) -> None:
+    sampling = ("data.groups_path", "rollout.demonstrations", "rollout.lookahead")
+    sampling += ("replay.groups", "replay.completions", "sft.on")
+    given = [*given, *(name for name in sampling if operator.attrgetter(name)(c))]
+    if c.servers.kind != "none":
+        given.append("servers.kind")
+    if given:
+        names = ", ".join("sft.steps or sft.epochs" if x == "sft.on" else x for x in given)
+        raise UserError(
+            f"loss.name=sft learns the texts in the column {c.sft.column!r}, and samples nothing: "
+            f"leave out {names}"
         )
 
 

@@ -28,6 +28,7 @@ from gvpo_jax.rundir.files import write_text
 from gvpo_jax.settings import RUN_SCHEMES, all_settings, check_path, describe
 
 _DATE = "data.template_date"
+WARM_START = "sft/model"  # in a run's folder: the model, or adapter, that it begins with
 CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
 _PACKAGED = (CONFIGS, CONFIGS.parent.parent / "configs")
 
@@ -255,6 +256,12 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     # More epochs are in place of the steps that the first ones took.
     by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
     instead = ["train.steps=null"] if by_epochs else []
+    there = load_config(folder / SETTINGS)
+    for key in ("model.name", "model.adapter"):  # of a folder that was moved since
+        given = str(operator.attrgetter(key)(there))
+        if given.endswith(f"/{WARM_START}") and entries(f"{path}/{WARM_START}"):
+            absolute = path if is_address(path) else Path(path).absolute()
+            instead.append(f"{key}={absolute}/{WARM_START}")
     return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={path}"])
 
 

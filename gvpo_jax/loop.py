@@ -253,9 +253,11 @@ class Loop:
         end = min(len(queue), self.done + c.train.updates - counters.step)
         while self.done < end and not (self.done and (told_to_end() or self.callbacks.ending)):
             batch = queue[self.done]
+            metrics = self.policy.update(batch.batch, batch.plan)
+            metrics, here = c.loss.told(metrics, batch.metrics)
             if self.done < len(self.round):
-                counters.count(batch.metrics)
-            log.step(self.policy.update(batch.batch, batch.plan), batch.metrics)
+                counters.count(here)
+            log.step(metrics, here)
             self.starting.close()
             self.done += 1
             if self.callbacks:
@@ -267,7 +269,7 @@ class Loop:
 
     def _look_at_early(self, log: RunLog, batch: TrainBatch) -> None:
         """Warn once of what the first batches show, unless the run began in an earlier session."""
-        if self.early is None:
+        if self.early is None or self.config.loss.name == "sft":
             return
         self.early.append(batch)
         batches = -(-self.config.train.updates // self.config.train.num_iterations)

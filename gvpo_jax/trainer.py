@@ -23,6 +23,7 @@ from gvpo_jax.collect.offline import (
     read_groups,
     rows_with_reference,
 )
+from gvpo_jax.collect.sft import read_solutions
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override, with_run_date
 from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
@@ -107,7 +108,7 @@ class Trainer:
         mesh = c.mesh.mesh()
         groups = c.train.batch_size // c.train.micro_batches
         name = f"train.batch_size / train.micro_batches = {groups}"
-        check_batch(mesh, groups, c.rollout.num_generations, name)
+        check_batch(mesh, groups, 1 if c.loss.name == "sft" else c.rollout.num_generations, name)
         my_slice(c.train.batch_size - c.replay.groups)  # raises where new groups do not divide
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
         self._callbacks = Callbacks(callbacks)
@@ -249,6 +250,8 @@ class Trainer:
             UserError: the run folder belongs to another config; and what data and reward functions
                 raise.
         """
+        if self.config.loss.name == "sft":
+            raise UserError("loss.name=sft samples nothing: call train_offline")
         self._keep_date()
         judge, prompts = self._judge(reward_funcs), self._encode(dataset)
         judge.check(prompts, "the training data")
@@ -282,6 +285,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """As `train`, on groups that were sampled and scored elsewhere.
 
+        With `loss.name=sft` on the rows' own texts, see `sft.column`.
+
         Args:
             dataset: rows with `prompt`, `completions`, `rewards`, see `gvpo_jax.collect.offline`.
             reward_funcs: what judges the held-out rows.
@@ -289,7 +294,7 @@ class Trainer:
         """
         self._keep_date()
         c = self.config
-        if c.loss.name not in ("gvpo", "dpo"):
+        if c.loss.name not in ("gvpo", "dpo", "sft"):
             raise UserError(
                 f"loss.name={c.loss.name} needs the probability with which each completion was "
                 "sampled, which given groups do not have: use gvpo or dpo"
@@ -530,6 +535,14 @@ class Trainer:
         return Judge([batched(f) for f in funcs], c.rewards, self.tokenizer, c.rollout.stop)
 
     def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
+        if self.config.loss.name == "sft":
+            return read_solutions(
+                prompts,
+                self._completion_ids,
+                self.config.sft.column,
+                self.config.rollout.max_completion_length,
+                bad_samples=self.config.data.bad_samples,
+            )
         return read_groups(
             prompts,
             self._completion_ids,

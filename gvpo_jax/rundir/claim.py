@@ -113,7 +113,7 @@ def check_name(run_dir: str) -> None:
 
 def check_not_foreign(run_dir: str) -> None:
     """Raise UserError where a folder without settings holds what is no run's, or is no folder."""
-    ours = {_LOCK, "checkpoints", "weights"}
+    ours = {_LOCK, "checkpoints", "weights", "sft"}
     file = not is_address(run_dir) and Path(run_dir).is_file()
     if file or not ours.issuperset(entries(run_dir)):
         raise UserError(f"{run_dir} exists and is not a run folder; choose another run.dir")

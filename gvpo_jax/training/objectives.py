@@ -1,7 +1,8 @@
-"""The objective that a run's config names: GVPO, or one of those it is compared with."""
+"""The objective that a run's config names: GVPO, one of those it is compared with, or SFT's."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,12 @@ class LossConfig:
     """What an update minimises."""
 
     name: Literal[
-        "gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo"
-    ] = setting("gvpo", "GVPO, or a method that it is compared with, see gvpo_jax.baselines.")
+        "gvpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "reinforce_pp", "rebel", "dpo", "sft"
+    ] = setting(
+        "gvpo",
+        "GVPO, or a method that it is compared with, see gvpo_jax.baselines. sft: the rows' texts "
+        "are learnt, nothing is sampled.",
+    )
     beta: float = setting(
         0.1,
         "Pull towards the reference, in reward per nat. rebel: 1/eta.",
@@ -44,10 +49,22 @@ class LossConfig:
         hint="transformers' default for Qwen3-MoE is 0.001",
     )
 
+    def told(
+        self, of_update: Mapping[str, Any], of_batch: Mapping[str, float]
+    ) -> tuple[Mapping[str, Any], Mapping[str, float]]:
+        """An update's metrics, and its batch's, without those that say nothing of this loss."""
+        if self.name != "sft":
+            return of_update, of_batch
+        both = (of_update, of_batch)
+        update, batch = ({n: x for n, x in ms.items() if not _of_rewards(n)} for ms in both)
+        return update, batch
+
     def objective(self, max_completion_length: int) -> Objective:
         """The objective of this name; dr_grpo divides by `max_completion_length`."""
         if self.name == "gvpo":
             return gvpo(beta=self.beta, huber_delta=self.huber_delta)
+        if self.name == "sft":
+            return sft()
         if self.name == "rebel":
             return baselines.rebel(1 / self.beta)
         if self.name == "dpo":
@@ -59,6 +76,11 @@ class LossConfig:
         if self.name == "dr_grpo":
             options["max_completion_length"] = max_completion_length
         return method(**{name: value for name, value in options.items() if value is not None})
+
+
+def _of_rewards(name: str) -> bool:
+    whose = ("reward", "gvpo_mse", "weight_abs", "source/", "skipped_groups")
+    return name.startswith(whose)
 
 
 def gvpo(*, beta: float, huber_delta: float | None = None) -> Objective:
@@ -84,6 +106,22 @@ def gvpo(*, beta: float, huber_delta: float | None = None) -> Objective:
         return (value + jax.lax.stop_gradient(shown - value)) * groups
 
     return Objective(lambda rewards_gk, where_gk: rewards_gk, total, baselines.count_groups)
+
+
+def sft() -> Objective:
+    """Cross-entropy of the completions: minus the mean of their tokens' log-probs, in nats.
+
+    The mean is over all tokens of the batch. Rewards and references do not matter, and a group may
+    be a single completion.
+    """
+
+    def total(logps_gkt, old_logps_gkt, ref_logps_gkt, rewards_gk, mask_gkt, where_gk):
+        return -jnp.sum(_sum(logps_gkt, mask_gkt & where_gk[..., None]))
+
+    def count(rewards_gk, mask_gkt, where_gk):
+        return jnp.maximum(jnp.sum(mask_gkt & where_gk[..., None]), 1)
+
+    return Objective(lambda rewards_gk, where_gk: rewards_gk, total, count)
 
 
 def _sum(token_logps, mask):

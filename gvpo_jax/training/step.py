@@ -379,10 +379,13 @@ def _metrics(logps_gkt, batch: Batch, beta, step) -> Metrics:
     diff = jnp.where(mask, logps_gkt - batch.ref_logps, 0)
     log_ratio = jnp.sum(diff, axis=-1)
     arrays = log_ratio, jnp.zeros_like(log_ratio), batch.rewards
-    weights = gvpo_weights(*arrays, beta=beta, where=valid)
+    weights, mse = jnp.zeros_like(log_ratio), jnp.zeros(())
+    if valid.shape[-1] > 1:  # a single completion is compared with none
+        weights = gvpo_weights(*arrays, beta=beta, where=valid)
+        mse = gvpo_mse(*arrays, beta=beta, where=valid)
     completions = jnp.maximum(jnp.sum(valid), 1)
     metrics = {
-        "gvpo_mse": gvpo_mse(*arrays, beta=beta, where=valid),
+        "gvpo_mse": mse,
         "kl": _mean(jnp.expm1(-diff) + diff, mask),
         "log_ratio": jnp.sum(log_ratio) / completions,
         "weight_abs": jnp.sum(jnp.abs(weights)) / completions,
