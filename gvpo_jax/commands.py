@@ -26,6 +26,7 @@ from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.bucket import push
 from gvpo_jax.rundir.claim import SETTINGS, lock, write_evaluation
 from gvpo_jax.rundir.files import read_scores
+from gvpo_jax.rundir.trackers import PACKAGES
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
 from gvpo_jax.training.objectives import LossConfig
@@ -134,7 +135,7 @@ def evaluate(
     checkpoint: the latter, whose answers are kept as eval/latest.jsonl.
     step: of another checkpoint.
     """
-    check_extras(config, unused=["tensorboard"])
+    check_extras(config, unused=list(PACKAGES))
     _join(config)
     reward_funcs = config.rewards.functions()
     _, held_out = _rows(config)

@@ -3,7 +3,6 @@
 `gvpo-jax train --help` and docs/settings.md list them all.
 """
 
-import importlib.util
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from gvpo_jax.data.hub import is_hub_name
 from gvpo_jax.data.prompts import DataConfig
 from gvpo_jax.data.reasoning_gym import TaskConfig as TaskConfig
 from gvpo_jax.errors import UserError
+from gvpo_jax.installed import is_installed
 from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.parallel.mesh import MeshConfig
@@ -25,6 +25,7 @@ from gvpo_jax.rollout.engine import RolloutConfig
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.claim import CheckpointConfig, RunConfig
 from gvpo_jax.rundir.log import LogConfig
+from gvpo_jax.rundir.trackers import PACKAGES
 from gvpo_jax.settings import check_limits
 from gvpo_jax.training.objectives import LossConfig
 from gvpo_jax.training.optimizer import OptimizerConfig
@@ -65,6 +66,7 @@ class Config:
         self.data.day()
         self.model.check()
         self.eval.check()
+        self.log.check()
         _check_loss(self)
         _check_sources(self)
         _check_servers(self)
@@ -244,12 +246,12 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
         "servers": (c.servers.kind != "none", "httpx2"),
         "hub": (any(is_hub_name(file) for file in files[:2] if file), "datasets"),
         "parquet": (any(file and file.endswith(".parquet") for file in files), "pyarrow"),
-        "tensorboard": (c.log.tensorboard, "tensorboardX"),
+        **{name: (name in c.log.all_trackers(), module) for name, module in PACKAGES.items()},
     }
     missing = {
         extra: module
         for extra, (wanted, module) in needed.items()
-        if wanted and extra not in unused and importlib.util.find_spec(module) is None
+        if wanted and extra not in unused and not is_installed(module)
     }
     if "hub" in missing:
         file = next(file for file in files[:2] if file and is_hub_name(file))

@@ -43,6 +43,15 @@ def check_trainer() -> None:
         raise NotInstalled(f"jax {jax} does not work with flax {flax}: pip install -U flax")
 
 
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported; a folder of its name that lies about is none.
+
+    wandb leaves such a folder, which Python takes for a package without code.
+    """
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
+
+
 def _asked_for() -> dict[str, str]:
     """The packages of the extra `train`, and their lowest versions."""
     try:

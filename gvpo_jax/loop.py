@@ -39,7 +39,9 @@ from gvpo_jax.rundir.claim import check_not_lost, clear, lock, usable
 from gvpo_jax.rundir.files import METRICS, read_history, read_summary, sweep_temporary, write_text
 from gvpo_jax.rundir.formats import left_out_text
 from gvpo_jax.rundir.log import Counters, RunLog, crossed
+from gvpo_jax.rundir.trackers import HURRY, PATIENCE
 from gvpo_jax.rundir.writers import Progress
+from gvpo_jax.tpu_compile.roofline import Peak
 from gvpo_jax.training.checkpoint import Checkpoints, sweep
 from gvpo_jax.training.policy import Policy
 
@@ -63,6 +65,7 @@ class Loop:
     data_signs: Sequence[str]  # what else there is to tell about the rows
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `RunLog`
     callbacks: Callbacks = dataclasses.field(default_factory=lambda: Callbacks(()))
+    peak: Peak | None = None  # what this process's chips can do, if they are known
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
     early: list[TrainBatch] | None = None  # the run's first ones, until they are looked at
@@ -142,7 +145,8 @@ class Loop:
         c, step = self.config, counters.step
         evaluated = from_first_host(lambda: self._is_evaluated(step))
         options = c.log, c.train.updates, self._per_round, self.history
-        log = raise_together(lambda: RunLog(self.folder, counters, *options, evaluated=evaluated))
+        more = {"evaluated": evaluated, "settings": dataclasses.asdict(c)}
+        log = raise_together(lambda: RunLog(self.folder, counters, *options, **more))
         stack.enter_context(log)
         stack.enter_context(_saying_what_is_left(log, checkpoints, c.run.overwrite))
         for note in self._opening(counters):
@@ -186,7 +190,8 @@ class Loop:
         log.flush()
         if left_out := left_out_text(log.counters.left_out):
             log.note(f"left out: {left_out}")
-        summary = log.counters.summary(self.model_name)
+        summary = log.summary = log.counters.summary(self.model_name)
+        log.patience = HURRY if told else PATIENCE
         if is_first():
             text = json.dumps(summary, indent=2) + "\n"
             if step >= total and not told:  # else the evaluation is still to come
@@ -235,6 +240,7 @@ class Loop:
     def _round(self, log: RunLog, told_to_end: Callable[[], int], save: Callable[[], None]) -> None:
         """One rollout, or as many given groups, and the updates on them, as long as it may."""
         c, counters = self.config, log.counters
+        log.trace.begin(counters.step + 1)
         if self.round is None:
             self.policy.refresh_reference_if_due()
             with _kept(save, counters):
@@ -253,11 +259,15 @@ class Loop:
         end = min(len(queue), self.done + c.train.updates - counters.step)
         while self.done < end and not (self.done and (told_to_end() or self.callbacks.ending)):
             batch = queue[self.done]
+            log.trace.begin(counters.step + 1)
+            peak, at_peak = self.peak, None
+            if peak is not None:
+                at_peak = peak.seconds(batch.batch.prompt_lengths, batch.batch.lengths)
             metrics = self.policy.update(batch.batch, batch.plan)
             metrics, here = c.loss.told(metrics, batch.metrics)
             if self.done < len(self.round):
                 counters.count(here)
-            log.step(metrics, here)
+            log.step(metrics, here, at_peak=at_peak)
             self.starting.close()
             self.done += 1
             if self.callbacks:

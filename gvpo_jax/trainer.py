@@ -53,6 +53,8 @@ from gvpo_jax.rollout.stop import StopStrings
 from gvpo_jax.rundir.bucket import pull
 from gvpo_jax.rundir.files import read_scores
 from gvpo_jax.rundir.log import as_numbers, check_finite
+from gvpo_jax.rundir.trackers import check_installed
+from gvpo_jax.tpu_compile.roofline import peak_of
 from gvpo_jax.training.checkpoint import Checkpoints
 from gvpo_jax.training.policy import Policy
 
@@ -104,6 +106,8 @@ class Trainer:
                 "of a model there is Trainer.from_pretrained(name, ...)"
             )
         c = self.config = config
+        if trains:
+            check_installed(c.log.all_trackers())
         c.run.keep_compiled()
         mesh = c.mesh.mesh()
         groups = c.train.batch_size // c.train.micro_batches
@@ -123,6 +127,10 @@ class Trainer:
         self._reward_code: Mapping[str, str] = {}  # of the run that was restored
         self.model, self.tokenizer = ready.model, ready.model.tokenizer
         self.stop_ids, self._vocab_size = ready.stop_ids, ready.vocab_size
+        self._peak = None
+        if isinstance(self.model, LoadedModel):
+            adapter = c.model.lora.rank is not None
+            self._peak = peak_of(mesh.local_devices, self.model.config, frozen=adapter)
         shapes = jax.eval_shape(lambda: ready.params)
         functions = ready.functions  # alone: what is held here lives as long as the trainer
         self._programs_of = lambda config: config.programs(functions, shapes, mesh, optimizer)
@@ -511,18 +519,9 @@ class Trainer:
         batch, evaluates = config.train.batch_size - config.replay.groups, bool(config.eval.every)
         signs = data_signs(prompts, held_out, batch=batch, evaluates=evaluates)
         who = config, self.model.name, self.policy, self.engine
-        return Loop(
-            *who,
-            feed,
-            judge,
-            held_out,
-            fingerprint,
-            code,
-            left_out,
-            signs,
-            self.history,
-            callbacks=self._callbacks,
-        )
+        about = feed, judge, held_out, fingerprint, code, left_out, signs
+        more = {"history": self.history, "callbacks": self._callbacks, "peak": self._peak}
+        return Loop(*who, *about, **more)
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)

@@ -11,6 +11,7 @@ from gvpo_jax.config import Config
 from gvpo_jax.config_file import override
 from gvpo_jax.errors import UserError
 from gvpo_jax.integrations.trl_arguments import DEFAULTS, REFUSED, WITHOUT_EFFECT
+from gvpo_jax.rundir.trackers import PACKAGES
 from gvpo_jax.training.step import TrainConfig
 
 _OPTIMIZERS = {
@@ -263,8 +264,9 @@ class GVPOConfig:
         }
         kinds = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
         trackers = [kind for kind in kinds if kind not in ("none", "all")]
-        if unknown := [kind for kind in trackers if kind != "tensorboard"]:
-            raise UserError(f"report_to={unknown[0]!r} has no equal here: there is tensorboard")
+        if unknown := [kind for kind in trackers if kind not in PACKAGES]:
+            known = ", ".join(PACKAGES)
+            raise UserError(f"report_to={unknown[0]!r} has no equal here: there are {known}")
         limit = self.save_total_limit or total  # all stay
         return {
             "eval__every": _one_of("eval_strategy", evaluates, eval_every),
@@ -275,7 +277,7 @@ class GVPOConfig:
             "checkpoint__keep_best": 1 if saves == "best" else 0,
             "log__completions_every": _updates(self.logging_steps, total),
             "log__samples": (self.num_completions_to_print or 3) if self.log_completions else 0,
-            "log__tensorboard": "tensorboard" in trackers,
+            "log__trackers": trackers,
         }
 
 

@@ -23,7 +23,7 @@ _LOCK = ".lock"
 # What is copied. Checkpoints go there by themselves.
 _COPIED = (
     *("config.yaml", "metrics.jsonl", "summary.json", "report.html"),
-    *("completions", "eval", "tensorboard"),
+    *("completions", "eval", "tensorboard", "profile"),
 )
 BEAT, SILENT = 20.0, 90.0  # seconds between two signs of life, and without any
 

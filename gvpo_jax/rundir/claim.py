@@ -23,7 +23,7 @@ SETTINGS = "config.yaml"
 _LOCK = ".lock"
 # What `clear` removes; not the settings, without which the folder would be no run's.
 _WRITTEN = (
-    *("checkpoints", "completions", "eval", "tensorboard", "weights"),
+    *("checkpoints", "completions", "eval", "tensorboard", "profile", "weights"),
     *("metrics.jsonl", "summary.json", "report.html"),
 )
 

@@ -1,6 +1,7 @@
 """What a run counts and tells: counters, metrics, samples and evaluations."""
 
 import dataclasses
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,15 @@ from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.rundir.claim import write_evaluation
 from gvpo_jax.rundir.files import read_history
 from gvpo_jax.rundir.formats import compact, percent
+from gvpo_jax.rundir.traces import Trace, traced_updates
+from gvpo_jax.rundir.trackers import (
+    PATIENCE,
+    AboutRun,
+    TrackerName,
+    Trackers,
+    name_of_run,
+    without_secrets,
+)
 from gvpo_jax.rundir.writers import MetricsWriter, Progress
 from gvpo_jax.settings import setting
 
@@ -24,11 +34,42 @@ from gvpo_jax.settings import setting
 class LogConfig:
     """What is shown and written while the run goes on."""
 
-    tensorboard: bool = setting(False, "Write TensorBoard files; needs the extra.", free=True)
+    trackers: list[TrackerName] = setting(
+        [],
+        "Where metrics go as well, any of wandb, trackio and tensorboard; each needs the extra of "
+        "its name.",
+        free=True,
+    )
+    project: str = setting("gvpo-jax", "Of wandb and trackio.", free=True)
+    tensorboard: bool = setting(False, "An older name of log.trackers=[tensorboard].", free=True)
+    profile: str | None = setting(
+        None,
+        "START:COUNT traces so many updates, from this one on, counted from 1, into profile/.",
+        free=True,
+    )
     completions_every: int = setting(
         10, "Updates between samples written to disk.", least=1, free=True
     )
     samples: int = setting(3, "Completions shown on screen each time.", least=0, free=True)
+
+    def check(self) -> None:
+        """That the settings make sense.
+
+        Raises:
+            UserError: a tracker is named twice, the project has no name, or the profile is not
+                START:COUNT.
+        """
+        names = self.trackers
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise UserError(f"log.trackers names {twice[0]} twice; name it once")
+        if not self.project.strip():
+            raise UserError("log.project is empty: give the name that trackers put the run under")
+        traced_updates(self.profile)
+
+    def all_trackers(self) -> list[str]:
+        """Those of `trackers`, with the one by an older name."""
+        old = self.tensorboard and "tensorboard" not in self.trackers
+        return [*self.trackers, *(["tensorboard"] if old else [])]
 
 
 @dataclasses.dataclass
@@ -43,6 +84,8 @@ class Counters:
     # "before" and "after" -> metrics of the held-out rows
     evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     left_out: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(_COUNTED, 0))
+    # Each tracker by which the run was followed, and the run's id there.
+    trackers: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_checkpoint(cls, saved: Mapping[str, Any]) -> "Counters":
@@ -96,8 +139,15 @@ class RunLog:
     An update's metrics are fetched when the next update has been sent off, so that the loop never
     waits for them. Of several processes the first alone writes and shows.
 
+    Trackers are handed the same metrics, see `gvpo_jax.rundir.trackers`.
+
     `history` becomes what metrics.jsonl holds, a dict for each line, and grows with it. Of several
     processes only the first has the lines of earlier sessions.
+
+    Attributes:
+        trace: of the updates of `log.profile`.
+        summary: as in summary.json, once the session has come to its end.
+        patience: seconds that the end waits for trackers.
     """
 
     def __init__(
@@ -110,15 +160,14 @@ class RunLog:
         history: list[dict[str, Any]],
         *,
         evaluated: bool,
+        settings: Mapping[str, Any] | None = None,  # all of the run, by section, for trackers
     ):
         self.counters, self._run_dir, self._writer = counters, run_dir, None
         self._history = history
         history.clear()
         if is_first():
             last = counters.step or -1  # not 0: a fresh run keeps no evaluation of an earlier try
-            self._writer = MetricsWriter(
-                run_dir, tensorboard=options.tensorboard, first_step=last, evaluated=evaluated
-            )
+            self._writer = MetricsWriter(run_dir, first_step=last, evaluated=evaluated)
             history += read_history(run_dir)
         console = None if is_first() else Console(quiet=True)
         self._progress = Progress(total_steps, counters.step, per_round=per_round, console=console)
@@ -129,6 +178,11 @@ class RunLog:
         self._wall_before = counters.wall_seconds
         self._told: set[str] = set()
         self._to_show: dict[int, Sequence[Mapping[str, Any]]] = {}  # samples, below their step
+        self.summary: Mapping[str, Any] = {}
+        self.patience = PATIENCE
+        updates = traced_updates(options.profile) if is_first() else range(0)
+        self.trace = Trace(run_dir / "profile", updates, self.attempt, self.note)
+        self._trackers = Trackers(self._followed_by(options, settings or {}), self.note)
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
@@ -139,23 +193,38 @@ class RunLog:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
         if error[0] is None:
             self.flush()
+        self.trace.close(self.counters.step)
         self._progress.__exit__(*error)
         if self._writer:
             self._writer.close()
+        self._trackers.close(self.summary if error[0] is None else None, self.patience)
 
-    def step(self, on_device: Mapping[str, jax.Array | float], here: Mapping[str, float]) -> None:
-        """Book an update that was just sent off."""
+    def step(
+        self,
+        on_device: Mapping[str, jax.Array | float],
+        here: Mapping[str, float],
+        *,
+        at_peak: float | None = None,
+    ) -> None:
+        """Book an update that was just sent off.
+
+        at_peak: seconds that it would take if the chips did nothing but multiply at their peak.
+        """
         self._fetch()
         now = time.perf_counter()
         seconds, self._step_start = now - self._step_start, now
         c, told = self.counters, dict(here)
         tokens = int(told.pop("tokens"))
         c.step += 1
+        self.trace.end(c.step, on_device)
         c.num_tokens += tokens
         c.train_seconds += seconds
         told |= {"num_tokens": c.num_tokens, "step_time": seconds}
         told |= {f"left_out/{name}": float(count) for name, count in c.left_out.items() if count}
         told["tokens_per_second"] = tokens / seconds
+        if at_peak is not None:
+            told["mfu"] = at_peak / seconds
+        told |= device_memory(jax.local_devices())
         compiled = self._compiling > seconds / 10
         self._pending, self._compiling = (c.step, on_device, told, compiled), 0.0
 
@@ -224,6 +293,24 @@ class RunLog:
         self._history.append({"step": step, **metrics})
         if writer := self._writer:
             self.attempt(lambda: writer.log(step, metrics))
+        self._trackers.log(step, metrics)
+
+    def _followed_by(self, options: LogConfig, settings: Mapping[str, Any]) -> dict[str, AboutRun]:
+        """The trackers of this process, and what they are told; a fresh run is given its ids."""
+        ids, about = self.counters.trackers, {}
+        for name in options.all_trackers() if is_first() else ():
+            resumed = name in ids
+            ids.setdefault(name, secrets.token_hex(8))
+            about[name] = AboutRun(
+                folder=self._run_dir.absolute(),
+                name=name_of_run(settings.get("run", {}).get("dir", str(self._run_dir))),
+                id=ids[name],
+                resumed=resumed,
+                first_step=self.counters.step or -1,
+                project=options.project,
+                settings=without_secrets(settings),
+            )
+        return about
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
@@ -281,6 +368,20 @@ def as_numbers(on_device: Mapping[str, Any]) -> dict[str, float]:
     dropped |= {f"{source}/staleness" for source in sources if source not in present}
     undated = {name for name, value in metrics.items() if name.endswith("/staleness") and value < 0}
     return {name: value for name, value in metrics.items() if name not in dropped | undated}
+
+
+def device_memory(devices: Sequence[Any]) -> dict[str, float]:
+    """`memory_gib` in use on the fullest of these devices, and `memory_peak_gib` so far.
+
+    In GiB. What devices do not tell is left out; processors tell nothing.
+    """
+    stats = [device.memory_stats() or {} for device in devices]
+    names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
+    return {
+        name: max(found) / 2**30
+        for name, key in names.items()
+        if (found := [of_device[key] for of_device in stats if key in of_device])
+    }
 
 
 def crossed(last: int, step: int, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, completions, TensorBoard and the terminal."""
+"""What a run tells while it runs: metrics.jsonl, completions and the terminal."""
 
 import contextlib
 from collections import deque
@@ -22,29 +22,21 @@ _BESIDE = 8  # columns of the spinner, the word "step" and spaces
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
-    """Writes metrics.jsonl, completions/, eval/ and, if asked, tensorboard/ of one run folder.
+    """Writes metrics.jsonl and completions/ of one run folder.
 
     What an interrupted run wrote after its last checkpoint is dropped on start, and so is the end
     of a run that is made longer: the files are those of a run that did it all in one go.
 
     Args:
         run_dir: the folder.
-        tensorboard: whether to write for it too.
         first_step: the last step whose result is kept; -1 keeps nothing.
         evaluated: whether the evaluation at that step is kept too.
 
     Raises:
-        UserError: the folder can't be used, or tensorboardX is missing and asked for.
+        UserError: the folder can't be used.
     """
 
-    def __init__(
-        self,
-        run_dir: Path | str,
-        *,
-        tensorboard: bool,
-        first_step: int,
-        evaluated: bool = True,
-    ):
+    def __init__(self, run_dir: Path | str, *, first_step: int, evaluated: bool = True):
         self._run_dir = Path(run_dir).absolute()  # a reward function may change the directory
         self._unwritten = b""
         self._metrics = self._run_dir / METRICS
@@ -56,8 +48,6 @@ class MetricsWriter(contextlib.AbstractContextManager):
             )
         with usable(self._run_dir):
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            board = self._run_dir / "tensorboard"
-            self._tensorboard = _open_tensorboard(board, first_step) if tensorboard else None
             _keep_steps_until(self._metrics, first_step, evaluated)
             _drop_files_after(self._run_dir, first_step, evaluated)
             self._file = self._metrics.open("ab", buffering=0)
@@ -68,9 +58,6 @@ class MetricsWriter(contextlib.AbstractContextManager):
         Raises:
             UserError: it can't be written; the next call tries again to write it first.
         """
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, float(value), step)
         line = to_json({"step": step, **metrics}) + "\n"
         self._unwritten += line.encode(errors="backslashreplace")
         if self._file.closed:
@@ -99,11 +86,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         write_jsonl(self._run_dir / "completions" / f"step_{step:06d}.jsonl", rows)
 
     def close(self) -> None:
-        """Close the files; a second call does nothing."""
+        """Close the file; a second call does nothing."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -219,18 +203,6 @@ def _drop_files_after(run_dir: Path, last_step: int, evaluated: bool) -> None:
         for step, file in step_files(run_dir / folder).items():
             if step > end:
                 file.unlink()
-
-
-def _open_tensorboard(folder: Path, first_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "TensorBoard logging needs tensorboardX:"
-            ' pip install "gvpo-jax[tensorboard]", or switch it off'
-        ) from None
-    suffix = f".from_{first_step}"  # else two starts within one second would share a file
-    return SummaryWriter(str(folder), purge_step=first_step + 1, filename_suffix=suffix)
 
 
 def _live_bar(console: Console, total: int, first_step: int) -> tuple[RichProgress, TaskID]:

@@ -1,7 +1,11 @@
 """How fast a program could be at best: its floating-point work, and what a TPU chip can do."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from gvpo_jax.models.decoder import DecoderConfig
 
@@ -37,6 +41,25 @@ CHIPS: dict[str, Chip] = {
 }
 
 
+# bfloat16 FLOP/s at peak by JAX's name of a device; of GPUs without sparsity, from the data sheets
+# of NVIDIA's A100, H100 and H200.
+_PEAKS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
 @dataclass(frozen=True)
 class Work:
     """FLOP of one run of a program over all devices."""
@@ -56,6 +79,43 @@ class Shape:
     frozen: bool = False  # none of them has a gradient; an adapter's own work is not counted
 
 
+@dataclass(frozen=True)
+class Peak:
+    """What the chips of one process could do at best, with a model."""
+
+    shape: Shape
+    flops: float  # bfloat16 FLOP/s of all its chips
+
+    def seconds(self, prompt_lengths: Any, lengths: Any) -> float:
+        """Of an update on this process's groups, see `update_flops`, if it only multiplied."""
+        return update_flops(self.shape, prompt_lengths, lengths) / self.flops
+
+
+def peak_of(devices: Sequence[Any], model: DecoderConfig, *, frozen: bool) -> Peak | None:
+    """That of these devices; None: there is one that we know no peak of, such as a processor.
+
+    frozen: the model is, and an adapter is trained.
+    """
+    peaks = [_PEAKS.get(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    if not known or len(known) < len(peaks):
+        return None
+    return Peak(shape_of(model, frozen=frozen), sum(known))
+
+
+def shape_of(model: DecoderConfig, *, frozen: bool) -> Shape:
+    """Of a decoder; `frozen` as in `Shape`."""
+    d = model.hidden_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return Shape(
+        layers=model.num_layers,
+        matmul_params_per_layer=d * (2 * queries + 2 * keys + 3 * model.inner_width),
+        attention_width=queries,
+        head_params=model.vocab_size * d,
+        frozen=frozen,
+    )
+
+
 def program_work(
     name: str,
     model: DecoderConfig,
@@ -66,15 +126,7 @@ def program_work(
     frozen: bool,
 ) -> Work:
     """Of a run's program, by its name; batch: "train", "score" and "rollout" -> g, k, p and t."""
-    d = model.hidden_size
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    shape = Shape(
-        layers=model.num_layers,
-        matmul_params_per_layer=d * (2 * queries + 2 * keys + 3 * model.inner_width),
-        attention_width=queries,
-        head_params=model.vocab_size * d,
-        frozen=frozen,
-    )
+    shape = shape_of(model, frozen=frozen)
     match name:
         case "train step":
             return train_work(shape, **batch["train"], remat=remat, two_passes=two_passes)
@@ -95,8 +147,31 @@ def forward_flops(s: Shape, *, groups: int, k: int, p: int, t: int, tokens_score
     """
     tokens = groups * (p + k * (t - 1))
     pairs = groups * (p * p + k * (t - 1) * (p + t - 1))
+    return _forward(s, tokens, pairs, tokens_scored)
+
+
+def _forward(s: Shape, tokens: float, pairs: float, tokens_scored: float) -> float:
     layers = s.layers * (2 * s.matmul_params_per_layer * tokens + 4 * s.attention_width * pairs)
     return layers + 2 * s.head_params * tokens_scored
+
+
+def update_flops(s: Shape, prompt_lengths: Any, lengths: Any) -> float:
+    """FLOP that an update asks for on groups of prompts `[g]` and completions `[g, k]` tokens long.
+
+    What `train_work` calls the model's, of tokens as they are, without padding: three times
+    2 N T + 4 L w P + 2 V d S, with N parameters in the products of all L layers, T tokens computed,
+    queries of width w, P pairs of a query and a key, a head of V x d and S completion tokens. For
+    one text that is the 6 N + 12 L H Q T a token of PaLM (Chowdhery et al. 2022, appendix B). With
+    an adapter backward through the products costs once what forward does, not twice.
+    """
+    lengths = np.asarray(lengths, np.float64)
+    prompts = np.where(lengths.any(axis=1), np.asarray(prompt_lengths, np.float64), 0)
+    fed = np.maximum(lengths - 1, 0)
+    tokens = prompts.sum() + fed.sum()
+    pairs = (prompts**2).sum() + (fed * (prompts[:, None] + fed)).sum()
+    forward = _forward(s, tokens, pairs, lengths.sum())
+    between_tokens = _forward(s, 0, pairs, 0)
+    return float(3 * forward - (forward - between_tokens if s.frozen else 0))
 
 
 def score_work(s: Shape, *, groups: int, k: int, p: int, t: int) -> Work:

@@ -324,7 +324,7 @@ def test_a_backend_that_cant_start_is_one_line(tmp_path, platform, cure):
 
 def test_all_missing_extras_are_told_at_once_before_anything_is_read(train, tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    absent = ("gguf", "reasoning_gym", "math_verify", "httpx2", "pyarrow", "tensorboardX")
+    absent = ("gguf", "reasoning_gym", "math_verify", "httpx2", "pyarrow", "wandb", "tensorboardX")
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
@@ -338,12 +338,15 @@ def test_all_missing_extras_are_told_at_once_before_anything_is_read(train, tmp_
         "rewards.funcs=[gvpo_jax.rewards.math:math_verify_reward]",
         "servers.kind=vllm",
         "servers.urls=[http://localhost:1]",
+        "log.trackers=[wandb]",
         "log.tensorboard=true",
     )
-    assert line.endswith(': pip install "gvpo-jax[gguf,tasks,math,servers,parquet,tensorboard]"\n')
+    extras = "gguf,tasks,math,servers,parquet,wandb,tensorboard"
+    assert line.endswith(f': pip install "gvpo-jax[{extras}]"\n')
     for module in absent:
         assert module in line
     assert 'pip install "gvpo-jax[tensorboard]"' in train("log.tensorboard=true")
+    assert 'pip install "gvpo-jax[wandb]"' in train("log.trackers=wandb")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

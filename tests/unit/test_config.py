@@ -407,6 +407,8 @@ def test_difference_names_what_a_resumed_run_must_keep():
         checkpoint__keep=9,
         log__samples=0,
         log__tensorboard=True,
+        log__trackers=["wandb"],
+        log__profile="3:2",
         eval__batch_size=1,
         mesh__data=2,
     )

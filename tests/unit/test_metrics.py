@@ -1,12 +1,10 @@
 """metrics.jsonl survives crashes and resumes; the terminal shows lines that are safe and plain."""
 
 import errno
-import importlib
 import io
 import json
 import math
 import re
-import sys
 import time
 
 import jax
@@ -23,7 +21,7 @@ from gvpo_jax.rundir.writers import MetricsWriter, Progress
 
 
 def write(run_dir, steps, *, first_step=0):
-    with MetricsWriter(run_dir, tensorboard=False, first_step=first_step) as writer:
+    with MetricsWriter(run_dir, first_step=first_step) as writer:
         for step in steps:
             writer.log(step, {"reward": step / 10, "num_tokens": 100 * step})
 
@@ -38,7 +36,7 @@ def strict(text):
 
 
 def test_each_step_is_one_line_on_disk_before_the_next(tmp_path):
-    with MetricsWriter(tmp_path / "run", tensorboard=False, first_step=0) as writer:
+    with MetricsWriter(tmp_path / "run", first_step=0) as writer:
         writer.log(1, {"reward": 0.5, "num_tokens": 7})
         assert lines_of(tmp_path / "run") == ['{"step": 1, "reward": 0.5, "num_tokens": 7}']
         writer.log(2, {"reward": np.float32(0.25), "num_tokens": np.int64(14)})
@@ -60,7 +58,7 @@ def test_a_link_in_place_of_the_metrics_is_not_followed(tmp_path, there):
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+    with MetricsWriter(tmp_path, first_step=0) as writer:
         writer.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(-np.inf), "d": 1.5})
     assert strict(lines_of(tmp_path)[0]) == {"step": 1, "a": None, "b": None, "c": None, "d": 1.5}
 
@@ -88,10 +86,10 @@ def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
 
 
 def test_resume_drops_later_completions_and_keeps_earlier_ones(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+    with MetricsWriter(tmp_path, first_step=0) as writer:
         for step in (2, 4, 6):
             writer.completions(step, [{"prompt": "q", "completion": "a", "reward": 1.0}])
-    MetricsWriter(tmp_path, tensorboard=False, first_step=4).close()
+    MetricsWriter(tmp_path, first_step=4).close()
     assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
         "step_000002.jsonl",
         "step_000004.jsonl",
@@ -105,7 +103,7 @@ def test_damage_in_the_middle_is_named_not_skipped(tmp_path):
 
 
 def test_lines_of_one_step_are_merged_in_step_order(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+    with MetricsWriter(tmp_path, first_step=0) as writer:
         writer.log(2, {"reward": 0.2})
         writer.log(1, {"reward": 0.1})
         writer.log(2, {"eval/accuracy": 0.4})
@@ -122,31 +120,13 @@ def test_no_metrics_file_is_no_metrics(tmp_path):
 def test_completions_keep_any_text_and_any_column(tmp_path):
     text = "a\u2028b\n\x00\ud800 é"
     row = {"prompt": [{"role": "user", "content": text}], "reward": math.nan, "n": np.arange(2)}
-    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+    with MetricsWriter(tmp_path, first_step=0) as writer:
         writer.completions(10, [row, {"set": {1}}])
     raw = (tmp_path / "completions" / "step_000010.jsonl").read_bytes().split(b"\n")
     first, second = strict(raw[0]), strict(raw[1])
     assert first == {"prompt": [{"role": "user", "content": text}], "reward": None, "n": [0, 1]}
     assert second == {"set": "{1}"}
     assert [path.name for path in (tmp_path / "completions").iterdir()] == ["step_000010.jsonl"]
-
-
-def test_tensorboard_gets_the_values_and_purges_on_resume(tmp_path):
-    importlib.import_module("tensorboardX")
-    with MetricsWriter(tmp_path, tensorboard=True, first_step=0) as writer:
-        writer.log(1, {"reward": 0.5})
-    with MetricsWriter(tmp_path, tensorboard=True, first_step=1) as writer:
-        writer.log(2, {"reward": 0.75})
-    data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-    assert np.float32(0.5).tobytes() in data
-    assert np.float32(0.75).tobytes() in data
-
-
-def test_missing_tensorboard_is_named_with_its_remedy(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match=r'pip install "gvpo-jax\[tensorboard\]"'):
-        MetricsWriter(tmp_path, tensorboard=True, first_step=0)
-    MetricsWriter(tmp_path, tensorboard=False, first_step=0).close()
 
 
 def plain_console():
@@ -393,7 +373,7 @@ def test_metrics_that_found_no_space_are_written_when_there_is_some(tmp_path):
         def close(self):
             self.file.close()
 
-    with MetricsWriter(tmp_path, tensorboard=False, first_step=0) as writer:
+    with MetricsWriter(tmp_path, first_step=0) as writer:
         writer._file = disk = FullAfterFiveBytes(writer._file)
         with pytest.raises(UserError, match=r"can't write .*metrics\.jsonl: No space left"):
             writer.log(1, {"reward": 0.5})
@@ -407,7 +387,7 @@ def test_metrics_that_found_no_space_are_written_when_there_is_some(tmp_path):
 def test_metrics_reopened_go_on_where_they_were(tmp_path, monkeypatch):
     """Also where the folder can't be reached for a while, and after a change of directory."""
     monkeypatch.chdir(tmp_path)
-    with MetricsWriter("run", tensorboard=False, first_step=0) as writer:
+    with MetricsWriter("run", first_step=0) as writer:
         monkeypatch.chdir("/")
         writer.log(1, {"reward": 0.5})
         writer.reopen()
@@ -423,14 +403,14 @@ def test_metrics_reopened_go_on_where_they_were(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_that_a_longer_run_has_not_is_dropped(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False, first_step=-1) as writer:
+    with MetricsWriter(tmp_path, first_step=-1) as writer:
         for step, name in ((1, "reward"), (1, "eval/reward"), (2, "reward"), (2, "eval/reward")):
             writer.log(step, {name: 0.5})
     kept = [(1, "reward"), (1, "eval/reward"), (2, "reward")]
     for name in ("eval/after.jsonl", "eval/step_000001.jsonl", "eval/step_000002.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}\n")
-    MetricsWriter(tmp_path, tensorboard=False, first_step=2, evaluated=False).close()
+    MetricsWriter(tmp_path, first_step=2, evaluated=False).close()
     assert [tuple(strict(line))[1:] for line in lines_of(tmp_path)] == [(n,) for _, n in kept]
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["step_000001.jsonl"]
 

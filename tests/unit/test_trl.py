@@ -126,7 +126,7 @@ def test_settings_say_what_the_arguments_say():
     assert (c.loss.name, c.loss.beta) == ("gvpo", 0.2)
     assert (c.reference.name, c.reference.decay) == ("ema", 0.9)
     assert (c.rollout.temperature, c.rollout.top_p, c.rollout.top_k) == (0.7, 0.9, 0)
-    assert (c.rollout.stop, c.log.samples, c.log.tensorboard) == (["\n"], 3, True)
+    assert (c.rollout.stop, c.log.samples, c.log.trackers) == (["\n"], 3, ["tensorboard"])
     assert (c.servers.kind, c.servers.urls) == ("vllm", ["http://127.0.0.1:8000"])
     assert c.data.template_arguments == {"enable_thinking": False}
     assert (c.eval.every, c.checkpoint.every, c.checkpoint.keep_best) == (80, 80, 1)
