@@ -1,4 +1,4 @@
-"""The command `gvpo-jax`: train, eval, report, inspect, export, compile."""
+"""The command `gvpo-jax`: what each of its commands does, and what becomes of errors."""
 
 import argparse
 import contextlib
@@ -9,12 +9,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gvpo_jax import __version__
 from gvpo_jax.buckets import is_address
-from gvpo_jax.config_trl import TRL_NAMES
-from gvpo_jax.errors import UserError, one_line, tell
+from gvpo_jax.cli_arguments import make_parser, parse
+from gvpo_jax.errors import Page, UserError, one_line, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
     interrupted = "gvpo-jax: interrupted"
     try:
-        arguments = _parse(argv)
+        arguments = parse(argv)
         if arguments.command is None:
-            _parser().print_help()
+            make_parser().print_help()
             raise UserError("a COMMAND is missing; see gvpo-jax --help")
         from gvpo_jax.installed import check_trainer
         from gvpo_jax.noise import without_tracebacks
@@ -75,177 +74,40 @@ def _ended_by(error: Exception) -> int:
         finally:
             os._exit(lost_host.STATUS)  # JAX would wait for the others, then abort
     if isinstance(error, UserError):
-        tell(f"gvpo-jax: error: {one_line(str(error))}", error=True)
+        _tell(str(error), error.page)
+        return 2
+    if told := _out_of_memory(error):
+        _tell(told, Page.MEMORY)
         return 2
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        name = str(error.filename)[:40]
-        tell(f"gvpo-jax: error: {name!r}... is too long a name for a file", error=True)
+        _tell(f"{str(error.filename)[:40]!r}... is too long a name for a file")
         return 2
     raise error
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """The line for it, if this is what the error means: of the machine, or of a device."""
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    text = str(error).strip().partition("\n")[0][:250]
+    if not isinstance(error, MemoryError) and not (of_jax and "RESOURCE_EXHAUSTED" in text):
+        return None
+    reason = text.removeprefix("RESOURCE_EXHAUSTED: ").removeprefix("Out of memory ")
+    return (
+        f"out of memory ({reason or 'the machine has no more'}); train.micro_batches, "
+        "model.remat=layer or a smaller rollout.slots need less; the same command goes on from the "
+        "last checkpoint"
+    )
+
+
+def _tell(problem: str, page: Page | None = None) -> None:
+    """One line; behind it, where there is a page that says more, its address."""
+    more = f"\nsee {page.url}" if page else ""
+    tell(f"gvpo-jax: error: {one_line(problem)}{more}", error=True)
 
 
 _GOES_ON = (
     "; the same command goes on from the last checkpoint, or starts over where there is none yet"
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    def format_help(self) -> str:
-        """With all settings, where the command takes some."""
-        text = super().format_help()
-        if "key=value" not in text:
-            return text
-        from gvpo_jax.config_file import settings_help
-
-        return f"{text}\n{settings_help()}\n"
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may also stand behind options, where argparse does not expect them."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    overrides = getattr(arguments, "overrides", None)
-    strangers = [arg for arg in rest if overrides is None or arg.startswith("-")]
-    if strangers:  # of a command, or of none
-        name = strangers[0].lstrip("-").partition("=")[0].replace("-", "_")
-        hint = f"; TRL's {name} is {TRL_NAMES[name]} here" if name in TRL_NAMES else ""
-        hint += "; settings are written key=value, without dashes" if overrides is not None else ""
-        parser.error(f"unrecognized arguments: {' '.join(strangers)}{hint}")
-    if overrides is not None:
-        arguments.overrides = [*overrides, *rest]
-    return arguments
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="gvpo-jax",
-        description="GVPO post-training of language models in JAX.",
-        epilog="gvpo-jax COMMAND --help says more; start with: gvpo-jax train quickstart",
-    )
-    parser.add_argument("--version", action="version", version=f"gvpo-jax {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
-    train = _command(
-        commands,
-        "train",
-        "train, or go on with a run",
-        "Train as a config says, into the folder run.dir. Started again, with the config or that\n"
-        "folder, it goes on from the last checkpoint.",
-        "gvpo-jax train quickstart loss.beta=0.2 run.dir=runs/beta02",
-    )
-    train.add_argument(
-        "config", help="a YAML config, e.g. configs/quickstart.yaml, or a run folder to go on with"
-    )
-    evaluate = _command(
-        commands,
-        "eval",
-        "accuracy or reward on the held-out rows",
-        "Sample answers to the held-out rows, judge them, and print the metrics as JSON.",
-        "gvpo-jax eval runs/beta02",
-    )
-    evaluate.add_argument(
-        "config", help="a run folder (its last checkpoint), or a config (the model it starts from)"
-    )
-    evaluate.add_argument(
-        "--trust-rewards",
-        action="store_true",
-        help="run code that a run folder names, also where it was not trained with here",
-    )
-    _add_step(evaluate)
-    compiling = _compile_command(commands)
-    for command in (train, evaluate, compiling):
-        command.add_argument(
-            "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loss.beta=0.2"
-        )
-    report = _command(
-        commands,
-        "report",
-        "draw report.html again",
-        "Write the page of a run, report.html, anew from its files.",
-        "gvpo-jax report runs/beta02",
-    )
-    report.add_argument("run_dir", help="a run folder")
-    inspect = _command(
-        commands,
-        "inspect",
-        "list a run's checkpoints, and whether they are whole",
-        "Read every checkpoint of a run, and compare it with its checksums.",
-        "gvpo-jax inspect runs/beta02",
-    )
-    inspect.add_argument("run_dir", help="a run folder")
-    export = _command(
-        commands,
-        "export",
-        "write the trained model as a folder that transformers loads",
-        "Write the model of a run's last checkpoint: safetensors, config and tokenizer. A run's\n"
-        "adapter (model.lora) is merged into the weights, or written alone with --adapter.",
-        "gvpo-jax export runs/beta02 my-model",
-    )
-    export.add_argument("run_dir", help="a run folder")
-    export.add_argument("folder", nargs="?", help="where to write; default: RUN/export")
-    _add_step(export)
-    export.add_argument(
-        "--adapter", action="store_true", help="write the adapter alone, as PEFT loads it"
-    )
-    return parser
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-    def number(text: str) -> int | str:
-        return text if text == "best" else int(text)
-
-    parser.add_argument(
-        "--step",
-        type=number,
-        metavar="N",
-        help="of this checkpoint; best: of the best held-out score; default: of the last",
-    )
-
-
-def _compile_command(commands: Any) -> _Parser:
-    compiling = _command(
-        commands,
-        "compile",
-        "compile a run's programs for a TPU that is not there: do they fit?",
-        "Compile what a config trains with for a TPU, on a machine without one, and tell its\n"
-        "memory and time. Needs the extra compile.",
-        "gvpo-jax compile qwen2.5-math-1.5b --topology v5e:4x4",
-    )
-    compiling.add_argument("config", nargs="?", help="a YAML config, or a run folder")
-    compiling.add_argument("--topology", help="chip and shape, e.g. v5e:4x4")
-    compiling.add_argument("--slices", type=int, default=1, help="of that topology; default: 1")
-    compiling.add_argument(
-        "--model-config", metavar="FILE", help="a config.json to take in place of model.name"
-    )
-    compiling.add_argument(
-        "--only",
-        action="append",
-        choices=("train", "reference", "rollout"),
-        help="compile this program alone; may be given twice",
-    )
-    compiling.add_argument("--out", metavar="FILE", help="where to write the report as JSON")
-    compiling.add_argument(
-        "--diff",
-        nargs=2,
-        metavar=("A.json", "B.json"),
-        help="compile nothing, but compare two reports of --out",
-    )
-    return compiling
-
-
-def _command(commands: Any, name: str, short: str, description: str, example: str) -> _Parser:
-    where = "settings: all are in docs/settings.md"
-    if name in ("train", "eval", "compile"):
-        where += ", and listed below;\na YAML file holds them, section.name=value changes one"
-    return commands.add_parser(
-        name,
-        help=short,
-        description=description,
-        epilog=f"example: {example}\n\n{where}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def _on_screen(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from gvpo_jax.collect.sft import SftConfig
 from gvpo_jax.data.hub import is_hub_name
 from gvpo_jax.data.prompts import DataConfig
 from gvpo_jax.data.reasoning_gym import TaskConfig as TaskConfig
-from gvpo_jax.errors import UserError
-from gvpo_jax.installed import is_installed
+from gvpo_jax.errors import Page, UserError
+from gvpo_jax.installed import EXTRAS, has_extra
 from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.parallel.mesh import MeshConfig
@@ -238,29 +238,31 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
     funcs = " ".join(c.rewards.funcs)
     tasks = bool(c.data.tasks) or "gvpo_jax.rewards.reasoning_gym:" in funcs
     needed = {
-        "gguf": (c.model.name.endswith(".gguf"), "gguf"),
-        "gcs": (any(str(path).startswith("gs://") for path in paths), "gcsfs"),
-        "tasks": (tasks, "reasoning_gym"),
-        "math": ("gvpo_jax.rewards.math:" in funcs, "math_verify"),
-        "qlora": (c.model.quantization != "none", "qwix"),
-        "servers": (c.servers.kind != "none", "httpx2"),
-        "hub": (any(is_hub_name(file) for file in files[:2] if file), "datasets"),
-        "parquet": (any(file and file.endswith(".parquet") for file in files), "pyarrow"),
-        **{name: (name in c.log.all_trackers(), module) for name, module in PACKAGES.items()},
+        "gguf": c.model.name.endswith(".gguf"),
+        "gcs": any(str(path).startswith("gs://") for path in paths),
+        "tasks": tasks,
+        "math": "gvpo_jax.rewards.math:" in funcs,
+        "qlora": c.model.quantization != "none",
+        "servers": c.servers.kind != "none",
+        "hub": any(is_hub_name(file) for file in files[:2] if file),
+        "parquet": any(file and file.endswith(".parquet") for file in files),
+        **{name: name in c.log.all_trackers() for name in PACKAGES},
     }
     missing = {
-        extra: module
-        for extra, (wanted, module) in needed.items()
-        if wanted and extra not in unused and not is_installed(module)
+        extra: EXTRAS[extra][0]
+        for extra, wanted in needed.items()
+        if wanted and extra not in unused and not has_extra(extra)
     }
     if "hub" in missing:
         file = next(file for file in files[:2] if file and is_hub_name(file))
         raise UserError(
             f"{file} is neither a file nor a folder here; if it is a dataset of the hub: "
-            f'pip install "gvpo-jax[{",".join(missing)}]"'
+            f'pip install "gvpo-jax[{",".join(missing)}]"',
+            page=Page.EXTRAS,
         )
     if missing:
         raise UserError(
             f"this config needs what is not installed ({', '.join(missing.values())}): "
-            f'pip install "gvpo-jax[{",".join(missing)}]"'
+            f'pip install "gvpo-jax[{",".join(missing)}]"',
+            page=Page.EXTRAS,
         )

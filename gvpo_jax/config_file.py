@@ -19,7 +19,8 @@ import yaml
 from gvpo_jax.buckets import is_address
 from gvpo_jax.config import Config
 from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml, shown
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
+from gvpo_jax.installed import PACKAGED
 from gvpo_jax.parallel.distributed import DistributedConfig
 from gvpo_jax.rewards.trust import unknown
 from gvpo_jax.rundir.bucket import entries, pull
@@ -29,8 +30,6 @@ from gvpo_jax.settings import RUN_SCHEMES, all_settings, check_path, describe
 
 _DATE = "data.template_date"
 WARM_START = "sft/model"  # in a run's folder: the model, or adapter, that it begins with
-CONFIGS = Path(__file__).parent / "configs"  # where the wheel carries the files of configs/
-_PACKAGED = (CONFIGS, CONFIGS.parent.parent / "configs")
 
 # Settings that earlier versions had in the section `rollout`, and their names in `servers` today.
 _MOVED = {
@@ -226,7 +225,8 @@ def check_claim(config: Config) -> Path:
             hint = " (train.steps may only grow; train.stop_at ends a session)" if grows else ""
             raise UserError(
                 f"{config.run.dir} holds a run with other settings ({', '.join(there)}); give "
-                f"those{hint}, or choose another run.dir, or start over with run.overwrite=true"
+                f"those{hint}, or choose another run.dir, or start over with run.overwrite=true",
+                page=Page.RESUMING,
             )
     return folder
 
@@ -253,6 +253,12 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     folder = pull(path)
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{path} is not a run folder: it has no {SETTINGS}")
+    by_hand = (folder / SETTINGS).read_bytes().lstrip()[:1] == b"#"  # no run writes comments
+    if by_hand and not has_begun(str(path)):  # training there would replace it
+        raise UserError(
+            f"{path} is not a run folder: its {SETTINGS} was written by hand; give the file, "
+            f"{Path(path) / SETTINGS}"
+        )
     # More epochs are in place of the steps that the first ones took.
     by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
     instead = ["train.steps=null"] if by_epochs else []
@@ -302,7 +308,7 @@ def _find(path: Path) -> Path:
         )
         raise UserError(f"{path} is a folder, not a config file{hint}")
     name = path.name if path.suffix else f"{path.name}.yaml"
-    for folder in _PACKAGED:
+    for folder in PACKAGED:
         if path.parent in (Path(), Path("configs")) and os.path.isfile(folder / name):
             return folder / name
     raise _no_such(path)
@@ -321,7 +327,7 @@ def no_run(path: Path) -> UserError:
 
 def _no_such(path: Path) -> UserError:
     """The mistake of a command that is given neither a config nor a run folder."""
-    packaged = sorted({file.stem for folder in _PACKAGED for file in folder.glob("*.yaml")})
+    packaged = sorted({file.stem for folder in PACKAGED for file in folder.glob("*.yaml")})
     beside = [file.name for file in path.parent.glob("*.yaml")]
     beside += [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]
     found = [

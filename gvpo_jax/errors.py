@@ -1,18 +1,76 @@
 """The errors that are the user's to mend, and text that can't harm the terminal."""
 
 import contextlib
+import enum
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+_SITE = "https://github.com/gvpo-jax/gvpo-jax/blob/main/"
+
+
+class Page(enum.StrEnum):
+    """The parts of the documentation that errors point to."""
+
+    EXTRAS = "docs/install.md#extras"
+    VERSIONS = "docs/install.md#versions"
+    DEVICES = "docs/install.md#devices"
+    MEMORY = "docs/scaling.md#less-memory"
+    MODELS = "docs/models.md#where-a-model-comes-from"
+    ROWS = "docs/data.md#your-own-rows"
+    COLUMNS = "docs/data.md#other-forms-of-rows"
+    PROMPTS = "docs/data.md#prompts"
+    REWARDS = "docs/rewards.md#writing-one"
+    REWARD_FAILED = "docs/rewards.md#when-one-fails"
+    REWARD_CHANGED = "docs/rewards.md#when-its-code-changes"
+    RESUMING = "docs/runs.md#resuming"
+    SERVERS = "docs/servers.md#settings"
+    WEIGHTS = "docs/servers.md#new-weights"
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it."""
+        return _SITE + self
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line that says what is wrong and how to mend it.
 
     The command line prints the line and exits with status 2; in a program it is an ordinary
-    `ValueError`.
+    `ValueError`. With a page, a second line says where to read more.
+
+    Args:
+        *args: the line.
+        page: of the documentation, where it says more than the line.
     """
+
+    page: Page | None = None
+
+    def __init__(self, *args: Any, page: Page | None = None):
+        super().__init__(*args)
+        page, self.page = page or self.page, None
+        if page is not None:
+            self.explain(page)
+
+    def explain(self, page: Page) -> None:
+        """Point to a page, if this points to none yet; tracebacks show it too."""
+        if self.page is None:
+            self.page = page
+            self.add_note(f"see {page.url}")
+
+
+@contextlib.contextmanager
+def explained_by(page: Page) -> Iterator[None]:
+    """Lets the user's mistakes within point to a page; also a decorator of functions."""
+    try:
+        yield
+    except UserError as error:
+        error.explain(page)
+        raise
 
 
 class NotFinite(UserError):

@@ -21,7 +21,7 @@ from gvpo_jax.collect.feed import Feed, TrainBatch, pack_round, unpack_round
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import check_claim, claim
 from gvpo_jax.data.prompts import EncodedPrompts
-from gvpo_jax.errors import NotFinite, UserError
+from gvpo_jax.errors import NotFinite, Page, UserError
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.preemption import (
     Abandoned,
@@ -353,13 +353,16 @@ class Loop:
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
         if what := _what_differs(saved["data_fingerprint"], self.data_fingerprint):
-            raise UserError(f"{what} are not those of this run; bring them back, or {_ELSE}")
+            raise UserError(
+                f"{what} are not those of this run; bring them back, or {_ELSE}", page=Page.RESUMING
+            )
         code = saved.get("reward_code", self.reward_code)  # version 0.1 saved none
         changed = changed_code(self.judge.reward_funcs, code)
         if changed and not self.config.rewards.allow_changed_code:
             raise UserError(
                 f"the code of reward {', '.join(changed)} has changed since this run began; bring "
-                f"it back, go on all the same with rewards.allow_changed_code=true, or {_ELSE}"
+                f"it back, go on all the same with rewards.allow_changed_code=true, or {_ELSE}",
+                page=Page.REWARD_CHANGED,
             )
 
     def _with_left_out(self, counters: Counters) -> Counters:
@@ -431,7 +434,7 @@ def _kept(save: Callable[[], None], counters: Counters) -> Iterator[None]:
                 told = f"{error}; the {counters.step} updates before it are saved"
                 if isinstance(error, RewardError):
                     told += ", and go on with mended code by rewards.allow_changed_code=true"
-                raise type(error)(told) from error
+                raise type(error)(told, page=error.page) from error
         raise
 
 

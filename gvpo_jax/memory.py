@@ -3,19 +3,18 @@
 `gvpo-jax compile` knows better, for TPUs: it asks the compiler.
 """
 
-import contextlib
-import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gvpo_jax.config import Config
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
 from gvpo_jax.logprobs import CHUNK_BYTES
+from gvpo_jax.machine import host_memory
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.lora import Params
 from gvpo_jax.models.stacking import stacking_of
@@ -49,29 +48,55 @@ def check_memory(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bo
     Raises:
         UserError: the parameters, with the optimizer state if it trains, can't fit.
     """
-    available = device_memory(mesh)
-    if available is None:
+    need = estimate(config, model, mesh, trains=trains)
+    if need.available is None:
         return
+    if need.kept > need.available:
+        raise UserError(need.told(config.model.name), page=Page.MEMORY)
+    if need.peak > need.available and is_first():
+        told = f"gvpo-jax: warning: {need.told(config.model.name)}"
+        print(told, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on each device: what there is, by item what a run needs, and its largest sums."""
+
+    available: int | None  # None: unknown
+    items: Mapping[str, int]
+    kept: int  # parameters, and the optimizer state where it trains: what always lies there
+    peak: int  # at one time, at least
+
+    def told(self, model: str) -> str:
+        """Whether it fits, in a line; where it does not, with what makes it smaller."""
+        items, of = self.items, f"it needs {self.peak / _GIB:.3g} GiB or more on each device"
+        if self.available is None:
+            return f"{of}; what a device has is not known"
+        there = f"a device has {self.available / _GIB:.3g} GiB"
+        if self.kept > self.available:
+            trains = "optimizer state" in items
+            kept = [name for name in ("parameters", "optimizer state") if name in items]
+            largest = max(kept, key=lambda name: items[name])
+            what = "parameters and optimizer state" if trains else "its parameters"
+            return (
+                f"{model} does not fit: {what} alone need {self.kept / _GIB:.3g} GiB on each "
+                f"device, {there}; smaller with {_SMALLER[largest]}"
+            )
+        if self.peak <= self.available:
+            return f"{of}, {there}"
+        largest = max(items, key=lambda name: items[name])
+        return (
+            f"this run may not fit: {of}, {there}; the largest part are {largest} "
+            f"({items[largest] / _GIB:.3g} GiB): smaller with {_SMALLER[largest]}"
+        )
+
+
+def estimate(config: Config, model: DecoderConfig, mesh: Mesh, *, trains: bool) -> Need:
+    """What a run needs, see `check_memory`."""
+    available = device_memory(mesh)
     items = memory_needed(config, model, mesh, trains=trains)
     kept = items["parameters"] + items.get("optimizer state", 0)
-    needed = peak(items, together=bool(config.rollout.lookahead))
-    largest = max(items, key=lambda name: items[name])
-    there = f"a device has {available / _GIB:.3g} GiB"
-    if kept > available:
-        largest = max(("parameters", "optimizer state"), key=lambda name: items.get(name, 0))
-        what = "parameters and optimizer state" if trains else "its parameters"
-        raise UserError(
-            f"{config.model.name} does not fit: {what} alone need {kept / _GIB:.3g} GiB on each "
-            f"device, {there}; smaller with {_SMALLER[largest]}"
-        )
-    if needed > available and is_first():
-        print(
-            f"gvpo-jax: warning: this run may not fit: it needs {needed / _GIB:.3g} GiB or more on "
-            f"each device, {there}; the largest part are {largest} "
-            f"({items[largest] / _GIB:.3g} GiB): smaller with {_SMALLER[largest]}",
-            file=sys.stderr,
-            flush=True,
-        )
+    return Need(available, items, kept, peak(items, together=bool(config.rollout.lookahead)))
 
 
 def memory_needed(
@@ -125,13 +150,8 @@ def device_memory(mesh: Mesh) -> int | None:
     device = mesh.local_devices[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    found = []
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(Path("/sys/fs/cgroup", file).read_text()))
-    return min(found) // len(mesh.local_devices) if found else None
+    found = host_memory()
+    return None if found is None else found // len(mesh.local_devices)
 
 
 def _cache(config: Config, model: DecoderConfig, mesh: Mesh, groups: int, k: int) -> int:

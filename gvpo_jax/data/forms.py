@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 
 # ShareGPT's names of those who speak, in lower case.
 _ROLES = {name: name for name in ("system", "user", "assistant", "tool", "developer")}
@@ -41,6 +41,7 @@ class Form:
                 f"data.answer_pattern={self.answer_pattern} is no regular expression: {error}"
             ) from None
 
+    @explained_by(Page.COLUMNS)
     def named(self, place: str, row: Any) -> Any:
         """The row with its columns under their new names.
 
@@ -55,6 +56,7 @@ class Form:
         rest = {name: value for name, value in row.items() if name not in used}
         return rest | {new: _at(place, row, old) for new, old in self.columns.items()}
 
+    @explained_by(Page.COLUMNS)
     def answered(self, place: str, row: Any) -> Any:
         """The row with the answer alone as its `solution`.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gvpo_jax.data.files import SUFFIXES
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -33,7 +33,9 @@ def read_hub(path: str, name: str | None, split: str) -> Iterator[tuple[str, Any
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise UserError(f'{path}: datasets is missing: pip install "gvpo-jax[hub]"') from None
+        raise UserError(
+            f'{path}: datasets is missing: pip install "gvpo-jax[hub]"', page=Page.EXTRAS
+        ) from None
     try:
         with _at_once_if_offline():
             rows = datasets.load_dataset(path, name, split=split)

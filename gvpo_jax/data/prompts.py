@@ -23,7 +23,7 @@ from gvpo_jax.data.rows import (
     load_rows,
     load_sets,
 )
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.settings import setting
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ class DataConfig:
         """Whether the chat template asks for the date."""
         return bool(_DATE_CALL.search(str(self.template or tokenizer.chat_template)))
 
+    @explained_by(Page.PROMPTS)
     def encode(
         self, rows: Any, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None
     ) -> "EncodedPrompts":

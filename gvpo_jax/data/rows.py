@@ -19,7 +19,7 @@ from gvpo_jax.buckets import fetch, is_address
 from gvpo_jax.data.files import files_of, read_files, set_name
 from gvpo_jax.data.forms import Form, from_talk
 from gvpo_jax.data.hub import is_hub_name, read_hub
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 
 Row = dict[str, Any]
 
@@ -32,6 +32,7 @@ class PlacedRow(dict[str, Any]):
         self.place = place  # such as "train.jsonl:3" or "row 3"
 
 
+@explained_by(Page.ROWS)
 def load_rows(
     path: str | Path,
     form: Form | None = None,
@@ -79,6 +80,7 @@ def load_rows(
     return rows
 
 
+@explained_by(Page.ROWS)
 def load_sets(path: str | Path, size: int, **options: Any) -> list[Row]:
     """The first rows of each evaluation set: of a file, a folder, a pattern or a hub's dataset.
 
@@ -119,6 +121,7 @@ def _is_kept(place: str, row: Row, keep: Callable[[Row], Any]) -> bool:
     return bool(stays)
 
 
+@explained_by(Page.ROWS)
 def as_rows(dataset: Any) -> list[Row]:
     """The rows of a dataset: a list of dicts, a `datasets.Dataset`, a DataFrame, a generator.
 

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gvpo_jax.buckets import fetch, is_address
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.models.debug import debug_config, debug_tensors, debug_tokenizer
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.family import all_families
@@ -138,6 +138,7 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+@explained_by(Page.MODELS)
 def download(name: str, patterns: Sequence[str] = _DOWNLOADED) -> Path:
     """The folder with what the hub has under a name, of the files that the patterns name.
 

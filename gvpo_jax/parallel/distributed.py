@@ -182,11 +182,11 @@ def raise_together(work: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return work()
-    result, message, own = None, "", None
+    result, message, own, page = None, "", None, None
     try:
         result = work()
     except UserError as error:
-        message = str(error)
+        message, page = str(error), error.page
     except Exception as error:  # a bug, or no memory: the others must not wait for this process
         message, own = f"{type(error).__name__}: {error}", error
     text = np.frombuffer(message.encode(errors="replace")[:512].ljust(512, b"\0"), np.uint8)
@@ -195,7 +195,9 @@ def raise_together(work: Callable[[], Any]) -> Any:
             if own is not None:
                 raise own
             told = bytes(row).rstrip(b"\0").decode(errors="replace")
-            raise UserError(told if process == jax.process_index() else f"host {process}: {told}")
+            if process == jax.process_index():
+                raise UserError(told, page=page)
+            raise UserError(f"host {process}: {told}")
     return result
 
 

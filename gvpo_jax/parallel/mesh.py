@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
 from gvpo_jax.settings import setting
 
 AXES = ("data", "fsdp", "tensor")
@@ -82,7 +82,8 @@ def all_devices() -> Sequence[Any]:
         install = f"install its plugin (pip install 'jax[{extras[0]}]'), " if extras else ""
         raise UserError(
             f"JAX can't start on JAX_PLATFORMS={asked}: {reason or 'its plugin is missing'}; "
-            f"{install}or use this machine's processor: JAX_PLATFORMS=cpu"
+            f"{install}or use this machine's processor: JAX_PLATFORMS=cpu",
+            page=Page.DEVICES,
         ) from None
 
 

@@ -17,13 +17,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gvpo_jax.data.reward_values import FLOAT32_MAX, as_number
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
 from gvpo_jax.rewards.attempt import attempt, describe, needs_loop, result_within, submit, within
 from gvpo_jax.rewards.functions import RewardFunc, check_columns, function_names, is_async
 
 
 class RewardError(UserError):
     """A reward function failed; the message names the function and, where it is known, the row."""
+
+    page = Page.REWARD_FAILED
 
 
 class Scores(NamedTuple):

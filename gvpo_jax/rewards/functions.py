@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_jax.data.fingerprints import source_of, stable_json
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.rewards.attempt import attempt, finish_all
 
 RewardFunc = Callable[..., Any]
@@ -97,6 +97,7 @@ def is_async(func: Any) -> bool:
     )
 
 
+@explained_by(Page.REWARDS)
 def check_columns(
     reward_funcs: Sequence[RewardFunc], columns: Collection[str], what: str = "the data"
 ) -> None:

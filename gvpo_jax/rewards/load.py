@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.rewards.attempt import describe
 from gvpo_jax.rewards.functions import RewardFunc
 from gvpo_jax.settings import setting
@@ -51,6 +51,7 @@ class RewardConfig:
         "all, the end token too.",
     )
 
+    @explained_by(Page.REWARDS)
     def functions(self) -> list[RewardFunc]:
         """The functions.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
 from gvpo_jax.rewards import completion_text
 from gvpo_jax.rewards.workers import WorkerPool
 
@@ -41,7 +41,9 @@ def math_verify_reward(*, deadline: float = 30.0, workers: int = 2) -> Callable[
     ) -> list[Any]:
         """1.0 or 0.0 for each of n completions, by n solutions."""
         if importlib.util.find_spec("math_verify") is None:
-            raise UserError('math-verify is missing: pip install "gvpo-jax[math]"')
+            raise UserError(
+                'math-verify is missing: pip install "gvpo-jax[math]"', page=Page.EXTRAS
+            )
         texts = [completion_text(completion) for completion in completions]
         questions = [_question(prompt) for prompt in prompts]
         return pool.map(list(zip(questions, texts, map(str, solution), strict=True)))

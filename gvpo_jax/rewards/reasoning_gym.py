@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError
 from gvpo_jax.rewards import completion_text
 from gvpo_jax.rewards.workers import WorkerPool
 
@@ -59,7 +59,9 @@ def reasoning_gym_reward(
     ) -> list[Any]:
         """Scores [n] of n completions; the answer is the completion without outer whitespace."""
         if importlib.util.find_spec("reasoning_gym") is None:
-            raise UserError('reasoning-gym is missing: pip install "gvpo-jax[tasks]"')
+            raise UserError(
+                'reasoning-gym is missing: pip install "gvpo-jax[tasks]"', page=Page.EXTRAS
+            )
         if denied := sorted(set(task) & RUNS_ANSWERS - set(allow_code)):
             raise UserError(
                 f"the scorer of {', '.join(denied)} runs the answer as Python code; leave it out, "

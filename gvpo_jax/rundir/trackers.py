@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from gvpo_jax.buckets import is_address
 from gvpo_jax.errors import UserError
-from gvpo_jax.installed import is_installed
+from gvpo_jax.installed import EXTRAS, is_installed
 
 TrackerName = Literal["wandb", "trackio", "tensorboard"]
 # Each is imported from a package, which the extra of the tracker's name brings along.
-PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
+PACKAGES = {name: EXTRAS[name][0] for name in get_args(TrackerName)}
 WAITING = 1000  # lines of metrics that wait for a tracker at most
 PATIENCE, HURRY = 30.0, 5.0  # seconds that an end waits for all trackers; one told by a signal
 _FINISH = 20.0  # seconds that W&B takes to send what is left

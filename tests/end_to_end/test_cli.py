@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.cli import main
 from gvpo_jax.config_file import claim, load_config
+from gvpo_jax.errors import Page
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import load_model
 
@@ -44,7 +46,10 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 @pytest.fixture
 def refused(tmp_path, capfd):
-    """Call with arguments: one line on stderr, status 2, no file touched; gives the line."""
+    """Call with arguments: one line on stderr, status 2, no file touched; gives the line.
+
+    Below it there may be the address of a page.
+    """
 
     def refused(*arguments: object) -> str:
         before = contents(tmp_path)
@@ -53,9 +58,11 @@ def refused(tmp_path, capfd):
         assert status == 2, err
         assert err.startswith("gvpo-jax: error: "), err
         assert err.endswith("\n"), err
-        assert err.count("\n") == 1, err
+        line, *more = err.splitlines()
+        assert more in [[], *([f"see {page.url}"] for page in Page)], err
         assert contents(tmp_path) == before
-        return err
+        refused.page = more[0] if more else None
+        return f"{line}\n"
 
     return refused
 
@@ -87,6 +94,7 @@ def test_a_run_and_all_that_is_done_with_it(tmp_path, capfd, refused):
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
     line = refused("train", DEBUG, f"run.dir={run}", *SHORT, "loss.beta=0.2")
     assert f"{run} holds a run with other settings (loss.beta=0.05)" in line
+    assert refused.page == f"see {Page.RESUMING.url}"
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").is_file()
@@ -313,7 +321,8 @@ def test_a_backend_that_cant_start_is_one_line(tmp_path, platform, cure):
     command = [sys.executable, "-c", code, "train", DEBUG, f"run.dir={tmp_path / 'run'}"]
     environment = os.environ | {"JAX_PLATFORMS": platform}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    line = done.stderr.splitlines()[-1]
+    *_, line, page = done.stderr.splitlines()
+    assert page == f"see {Page.DEVICES.url}"
     assert line.startswith(f"gvpo-jax: error: JAX can't start on JAX_PLATFORMS={platform}: ")
     assert "Traceback" not in done.stderr
     assert cure in line
@@ -322,7 +331,9 @@ def test_a_backend_that_cant_start_is_one_line(tmp_path, platform, cure):
     assert not (tmp_path / "run").exists()
 
 
-def test_all_missing_extras_are_told_at_once_before_anything_is_read(train, tmp_path, monkeypatch):
+def test_all_missing_extras_are_told_at_once_before_anything_is_read(
+    train, refused, tmp_path, monkeypatch
+):
     found = importlib.util.find_spec
     absent = ("gguf", "reasoning_gym", "math_verify", "httpx2", "pyarrow", "wandb", "tensorboardX")
     monkeypatch.setattr(
@@ -347,6 +358,7 @@ def test_all_missing_extras_are_told_at_once_before_anything_is_read(train, tmp_
         assert module in line
     assert 'pip install "gvpo-jax[tensorboard]"' in train("log.tensorboard=true")
     assert 'pip install "gvpo-jax[wandb]"' in train("log.trackers=wandb")
+    assert refused.page == f"see {Page.EXTRAS.url}"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
@@ -356,9 +368,14 @@ def test_the_command_alone_shows_its_help(capsys, arguments):
     out = capsys.readouterr().out
     assert out.startswith("usage: gvpo-jax [-h]")
     assert "start with: gvpo-jax train quickstart" in out
+    examples = [line.split()[1] for line in out.splitlines() if line.startswith("  gvpo-jax ")]
+    assert set(examples) >= {"train", "eval", "export"}
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "compile", "report", "inspect", "export"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "eval", "compile", "report", "inspect", "export"],
+)
 def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -369,6 +386,69 @@ def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, comm
     assert any(line.startswith("settings: all are in docs/settings.md") for line in lines)
     listed = any(line.startswith("  train.batch_size=8") for line in lines)
     assert listed == (command in ("train", "eval", "compile"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "page"),
+    [
+        (["rewards.funcs=[my.py:gone]"], Page.REWARDS),
+        (["rewards.funcs=[my.py:wants]"], Page.REWARDS),
+        (["data.path=my.jsonl"], Page.ROWS),
+        (["data.columns={prompt: question}"], Page.COLUMNS),
+        (["data.max_prompt_length=5"], Page.PROMPTS),
+        (["model.name=a/b", "data.eval_size=0"], Page.MODELS),
+        (["servers.kind=vllm"], Page.SERVERS),
+        (["loss.beta=0"], None),
+    ],
+)
+def test_a_mistake_points_to_the_page_that_explains_it(
+    refused, tmp_path, monkeypatch, overrides, page
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    (tmp_path / "my.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "my.py").write_text("def wants(prompt, completion, answer):\n    return 1.0\n")
+    refused("train", DEBUG, f"run.dir={tmp_path / 'run'}", *SHORT, *overrides)
+    assert refused.page == (f"see {page.url}" if page else None)
+
+
+def test_a_reward_that_fails_in_a_run_points_to_a_page(tmp_path, capfd):
+    file = tmp_path / "my.py"
+    file.write_text("def fails(prompt, completion):\n    return 1 / 0\n")
+    overrides = [f"run.dir={tmp_path / 'run'}", *SHORT, f"rewards.funcs=['{file}:fails']"]
+    assert main(["train", DEBUG, *overrides]) == 2
+    *_, line, page = capfd.readouterr().err.splitlines()
+    assert "ZeroDivisionError: division by zero (my.py:2)" in line
+    assert page == f"see {Page.REWARD_FAILED.url}"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "(the machine has no more)"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nx"),
+            "(allocating 9 bytes.)",
+        ),
+    ],
+)
+def test_no_memory_is_one_line(refused, monkeypatch, error, reason):
+    def train(config):
+        raise error
+
+    monkeypatch.setattr("gvpo_jax.commands.train", train)
+    line = refused("train", DEBUG)
+    assert line.startswith(f"gvpo-jax: error: out of memory {reason}; train.micro_batches, ")
+    assert refused.page == f"see {Page.MEMORY.url}"
+
+
+def test_other_errors_of_jax_are_no_mistake_of_the_user(monkeypatch):
+    def train(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr("gvpo_jax.commands.train", train)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        main(["train", DEBUG])
 
 
 @pytest.mark.parametrize("command", ["eval", "report", "inspect", "export"])

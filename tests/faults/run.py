@@ -121,8 +121,9 @@ class Case:
         return [ended[0], ended[1]]
 
     def is_refused(self, done: subprocess.CompletedProcess, *words: str) -> str:
-        """By one line that says these words."""
+        """By one line that says these words; below it may be the address of a page."""
         lines = done.stderr.strip().splitlines()
+        lines = lines[:-1] if lines[-1].startswith("see https://") else lines
         assert done.returncode == 2, f"status {done.returncode}: {done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
         assert len(lines[-1]) <= 500

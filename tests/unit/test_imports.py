@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "gvpo_jax"
 # above it in this list, never one below it.
 HOUSE = (
     ("gvpo_jax loss baselines logprobs precision", "nothing but jax"),
-    ("errors settings buckets installed noise", "what all others may use"),
+    ("errors settings buckets installed machine noise", "what all others may use"),
     ("parallel", "the mesh, the layout of arrays, and several processes"),
     ("ops", "attention, packing and products"),
     ("models", "decoder, and Hugging Face files in and out"),
@@ -35,7 +35,9 @@ HOUSE = (
         "all sections together: what lies above sees them, what lies below its own",
     ),
     ("tpu_compile", "programs compiled without a TPU"),
-    ("cli commands trainer loop callbacks memory prepared __main__", "the story, top to bottom"),
+    ("commands trainer loop callbacks memory prepared starter", "the story of a run, top to bottom"),
+    ("doctor", "what is there, and what will not work"),
+    ("cli cli_arguments __main__", "the command line"),
     ("integrations", "other people's trainers"),
 )
 FOLDERS = [names.split() for names, _ in HOUSE]

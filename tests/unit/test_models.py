@@ -603,7 +603,7 @@ def test_a_gated_model_says_how_to_get_it(monkeypatch):
         raise GatedRepoError("403 Client Error", response=response)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(UserError, match=r"^org/name is gated: accept .*co/org/name, .* HF_TOKEN$"):
+    with pytest.raises(UserError, match=r"^org/name is gated: accept .*co/org/name, .* HF_TOKEN\n"):
         load_model("org/name")
 
 

@@ -207,10 +207,10 @@ def test_a_failure_names_the_line_of_the_user_s_file(tmp_path):
         "def inner():\n    return json.loads('{')\n\n\ndef one(prompt, completion):\n"
         "    return int(completion[:0])\n"
     )
-    told = "JSONDecodeError: .* \\(mine.py:9\\)$"
+    told = "JSONDecodeError: .* \\(mine.py:9\\)\n"
     with pytest.raises(UserError, match=told):
         trainer(tmp_path / "run").train(ROWS, f"{tmp_path / 'mine.py'}:broken")
-    with pytest.raises(UserError, match=r"ValueError: .* \(mine.py:13\)$"):
+    with pytest.raises(UserError, match=r"ValueError: .* \(mine.py:13\)\n"):
         trainer(tmp_path / "run").train(ROWS, f"{tmp_path / 'mine.py'}:one")
 
 

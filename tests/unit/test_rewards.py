@@ -492,7 +492,7 @@ def test_a_column_that_is_not_there_is_named(on_error):
         return 1.0
 
     for func in (picky, batched(one)):
-        with pytest.raises(UserError, match=r"needs answer, .* the columns are topic$"):
+        with pytest.raises(UserError, match=r"needs answer, .* the columns are topic\n"):
             run([func], on_error=on_error, topic=[1, 2, 3])
         assert run([func], answer=[1, 2, 3]).rewards.tolist() == [1, 1, 1]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
@@ -57,6 +57,7 @@ class Client:
             "trust_env": False,  # no proxies
         }
 
+    @explained_by(Page.SERVERS)
     def post(
         self,
         path: str,
@@ -196,7 +197,9 @@ def _httpx() -> Any:
     try:
         import httpx2
     except ImportError:
-        raise UserError('servers are asked with httpx2: pip install "gvpo-jax[servers]"') from None
+        raise UserError(
+            'servers are asked with httpx2: pip install "gvpo-jax[servers]"', page=Page.EXTRAS
+        ) from None
     return httpx2
 
 

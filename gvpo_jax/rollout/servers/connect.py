@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.settings import setting
 
@@ -45,6 +45,7 @@ class ServersConfig:
         None, "Name of the environment variable that holds the servers' key.", free=True
     )
 
+    @explained_by(Page.SERVERS)
     def check(self) -> None:
         """That the settings go together.
 
@@ -66,6 +67,7 @@ class ServersConfig:
         if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError("servers.api_key_env is the name of an environment variable, not a key")
 
+    @explained_by(Page.SERVERS)
     def connect(self) -> Fleet:
         """The servers, of which nothing is asked yet.
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gvpo_jax.data.batch import pad_prompts
-from gvpo_jax.errors import UserError
+from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.models.adapters import export_adapter
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
@@ -131,6 +131,7 @@ class WeightSync:
             self._probes = from_first_host(lambda: first)
         return self.sync(params)
 
+    @explained_by(Page.WEIGHTS)
     def sync(self, params: Any, version: int | None = None) -> SyncReport:
         """Write the parameters, have them loaded, and compare.
 
