@@ -19,9 +19,9 @@ from gvpo_jax.errors import Page, UserError, one_line, tell
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    The exit status is 0, 1 if `compile` finds what does not fit or `inspect` what is broken, 2 for
-    the user's mistakes, 75 if another host of the run died, 130 if interrupted, 143 if ended by
-    SIGTERM, saved where it was training.
+    The exit status is 0, 1 if `compile` finds what does not fit, `inspect` what is broken or
+    `doctor` what will not work, 2 for the user's mistakes, 75 if another host of the run died, 130
+    if interrupted, 143 if ended by SIGTERM, saved where it was training.
     """
     for stream in (sys.stdout, sys.stderr):  # what they can't show must not end a run
         if isinstance(stream, io.TextIOWrapper):
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             make_parser().print_help()
             raise UserError("a COMMAND is missing; see gvpo-jax --help")
+        if arguments.command in _WITHOUT_TRAINER:
+            return _WITHOUT_TRAINER[arguments.command](arguments)
         from gvpo_jax.installed import check_trainer
         from gvpo_jax.noise import without_tracebacks
         from gvpo_jax.parallel.preemption import end_when_stuck
@@ -196,6 +198,23 @@ def _compile(arguments: argparse.Namespace) -> int:
     return 0 if report["fits"] else 1
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    from gvpo_jax.starter import next_steps, write_starter
+
+    written = write_starter(arguments.folder)
+    print(next_steps(written))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from gvpo_jax.doctor.examine import examine
+    from gvpo_jax.doctor.findings import as_json, as_text
+
+    found = examine(lambda: _config(arguments) if arguments.config else None)
+    print(as_json(found) if arguments.json else as_text(found))
+    return 1 if any(finding.level == "problem" for finding in found) else 0
+
+
 def _run_folder(arguments: argparse.Namespace) -> str:
     """What the command was given; a folder, or an address."""
     from gvpo_jax.config_file import check_run_address, no_run
@@ -227,3 +246,5 @@ _COMMANDS = {
     "export": _export,
     "compile": _compile,
 }
+# These say what is missing, or need nothing.
+_WITHOUT_TRAINER = {"init": _init, "doctor": _doctor}

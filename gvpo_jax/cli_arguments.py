@@ -9,6 +9,9 @@ from gvpo_jax.config_trl import TRL_NAMES
 from gvpo_jax.errors import UserError
 
 _EXAMPLES = """examples:
+  gvpo-jax doctor                        what is installed, and what will not work
+  gvpo-jax init my-task                  a config, a reward and rows for a task of your own
+  gvpo-jax train my-task/config.yaml     train on it; the same command goes on with the run
   gvpo-jax train quickstart loss.beta=0.2 run.dir=runs/beta02    any setting can be given
   gvpo-jax eval runs/beta02              accuracy or reward on held-out rows
   gvpo-jax export runs/beta02 my-model   a folder that transformers loads
@@ -69,6 +72,25 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gvpo-jax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    init = _command(
+        commands,
+        "init",
+        "write the files of a task of your own, to start with",
+        "Write a commented config, a file with a reward function, ten rows and held-out rows.\n"
+        "A file that is there already is never replaced.",
+        "gvpo-jax init my-task",
+    )
+    init.add_argument("folder", nargs="?", default=".", help="where to write; default: here")
+    doctor = _command(
+        commands,
+        "doctor",
+        "tell what is there, and what will not work",
+        "List versions, devices, memory, disks and extras, and what will not work. With a config:\n"
+        "also whether its model is there and fits into memory. No weights are read.",
+        "gvpo-jax doctor quickstart",
+    )
+    doctor.add_argument("config", nargs="?", help="a YAML config, or a run folder")
+    doctor.add_argument("--json", action="store_true", help="print JSON, for a report of a fault")
     train = _command(
         commands,
         "train",
@@ -97,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_step(evaluate)
     compiling = _compile_command(commands)
-    for command in (train, evaluate, compiling):
+    for command in (train, evaluate, compiling, doctor):
         command.add_argument(
             "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loss.beta=0.2"
         )

@@ -369,12 +369,12 @@ def test_the_command_alone_shows_its_help(capsys, arguments):
     assert out.startswith("usage: gvpo-jax [-h]")
     assert "start with: gvpo-jax train quickstart" in out
     examples = [line.split()[1] for line in out.splitlines() if line.startswith("  gvpo-jax ")]
-    assert set(examples) >= {"train", "eval", "export"}
+    assert set(examples) >= {"doctor", "init", "train", "eval", "export"}
 
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "eval", "compile", "report", "inspect", "export"],
+    ["train", "eval", "compile", "report", "inspect", "export", "init", "doctor"],
 )
 def test_a_commands_help_has_an_example_and_says_where_settings_are(capsys, command):
     with pytest.raises(SystemExit, match="0"):

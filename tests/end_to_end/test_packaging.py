@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gvpo_jax.starter import FILES
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
@@ -42,11 +44,13 @@ def test_every_module_template_and_config_is_in_the_wheel(wheel):
     package = files_below(ROOT / "gvpo_jax", "*.py", "*.html", "*.css")
     package = {f"gvpo_jax/{name}" for name in package}
     configs = {
-        f"gvpo_jax/configs/{name}" for name in files_below(ROOT / "configs", "*.yaml", "*.jsonl")
+        f"gvpo_jax/configs/{name}"
+        for name in files_below(ROOT / "configs", "*.yaml", "*.jsonl", "*.py")
     }
     assert len(package) > 40
     assert {f"gvpo_jax/report/templates/{name}" for name in ("page.html", "style.css")} <= package
     assert {"gvpo_jax/configs/debug.jsonl", "gvpo_jax/configs/quickstart.yaml"} <= configs
+    assert {f"gvpo_jax/configs/init/{name}" for name in FILES} <= configs
     typed = {"gvpo_jax/py.typed"}  # tells type checkers that the annotations may be relied on
     assert package | configs | typed <= names
     others = {name for name in names - package - configs - typed if ".dist-info/" not in name}
