@@ -35,7 +35,10 @@ HOUSE = (
         "all sections together: what lies above sees them, what lies below its own",
     ),
     ("tpu_compile", "programs compiled without a TPU"),
-    ("commands trainer loop callbacks memory prepared starter", "the story of a run, top to bottom"),
+    (
+        "commands trainer loop callbacks memory prepared starter",
+        "the story of a run, top to bottom",
+    ),
     ("doctor", "what is there, and what will not work"),
     ("cli cli_arguments __main__", "the command line"),
     ("integrations", "other people's trainers"),
