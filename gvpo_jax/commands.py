@@ -50,12 +50,16 @@ def train(config: Config) -> dict[str, Any]:
             check_columns(funcs, columns_of(rows), "the training data")
         if held_out:
             check_columns(funcs, columns_of(held_out), "the held-out data")
+        if held_out and config.eval.checker:
+            checker = batched(load_function(config.eval.checker, "eval.checker"))
+            check_columns([checker], columns_of(held_out), "the held-out data")
         if held_out and not reward_funcs:
             raise UserError(
                 "held-out rows need reward functions: name some in rewards.funcs, or give "
                 "data.eval_size=0"
             )
-        remember([*config.rewards.funcs, *([config.data.filter] if config.data.filter else [])])
+        others = config.data.filter, config.eval.checker
+        remember([*config.rewards.funcs, *(spec for spec in others if spec)])
         return reward_funcs, rows, held_out
 
     reward_funcs, rows, held_out = raise_together(prepare)

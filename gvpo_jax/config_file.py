@@ -136,10 +136,11 @@ def _wherever(value: Any, kind: str) -> Any:
     """What is left of a setting that names files when they are moved."""
     if value is None or kind not in ("input", "function", "functions", "model"):
         return value
-    if kind in ("input", "function"):  # rows are told by what they are
+    if kind == "input":  # rows are told by what they are
         return True
-    if kind == "functions":
-        return [os.path.basename(spec) if ".py:" in spec else spec for spec in value]
+    if kind in ("function", "functions"):
+        specs = [value] if kind == "function" else value
+        return [os.path.basename(spec) if ".py:" in spec else spec for spec in specs]
     return os.path.basename(value.rstrip("/")) if os.path.isabs(value) else value
 
 
@@ -289,9 +290,12 @@ def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
     own = {x.partition("=")[0].strip() for x in overrides}
     there = open_run(path)
     funcs = [] if "rewards.funcs" in own else there.rewards.funcs
-    rows = [] if "data.filter" in own or there.data.filter is None else [there.data.filter]
-    for kind, specs in (("reward function", funcs), ("data.filter", rows)):
-        for spec in unknown(specs):
+    named = [("reward function", spec) for spec in funcs]
+    for key in ("data.filter", "eval.checker"):
+        spec = operator.attrgetter(key)(there)
+        named += [(key, spec)] if spec is not None and key not in own else []
+    for kind, spec in named:
+        if unknown([spec]):
             raise UserError(
                 f"{path} names the {kind} {spec}, which was not trained with here and would be "
                 "run: read it, then give --trust-rewards"

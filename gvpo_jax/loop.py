@@ -65,6 +65,7 @@ class Loop:
     data_signs: Sequence[str]  # what else there is to tell about the rows
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `RunLog`
     callbacks: Callbacks = dataclasses.field(default_factory=lambda: Callbacks(()))
+    checker: Judge | None = None  # says which of those answers are right; None: their rewards do
     peak: Peak | None = None  # what this process's chips can do, if they are known
     round: list[TrainBatch] | None = None  # the round under way; None: the next has not begun
     done: int = 0  # updates of it that are done
@@ -302,6 +303,7 @@ class Loop:
             self.judge,
             self.config.eval,
             max_completion_length=self.config.rollout.max_completion_length,
+            checker=self.checker,
         )
         log.evaluation(name, metrics, records)
         self.callbacks.on_evaluate(log.counters.step, dict(metrics))

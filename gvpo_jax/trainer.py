@@ -46,6 +46,7 @@ from gvpo_jax.parallel.layout import check_batch, group_shards
 from gvpo_jax.prepared import prepare, read_again
 from gvpo_jax.rewards import batched, load_reward_func
 from gvpo_jax.rewards.functions import changed_code, code_fingerprint, function_names
+from gvpo_jax.rewards.load import load_function
 from gvpo_jax.rollout import Engine, InProcessEngine
 from gvpo_jax.rollout.servers.engine import http_engine
 from gvpo_jax.rollout.servers.weight_sync import sequence_logps
@@ -353,6 +354,7 @@ class Trainer:
         """
         held_out, judge = self._encode(dataset), self._judge(reward_funcs)
         judge.check(held_out, "the held-out data")
+        checker = self._checker(held_out)
         code = self._reward_code
         if code and (changed := changed_code(judge.reward_funcs, code)) and is_first():
             print(
@@ -367,6 +369,7 @@ class Trainer:
             judge,
             self.config.eval,
             max_completion_length=self.config.rollout.max_completion_length,
+            checker=checker,
         )
 
     def generate(
@@ -520,7 +523,8 @@ class Trainer:
         signs = data_signs(prompts, held_out, batch=batch, evaluates=evaluates)
         who = config, self.model.name, self.policy, self.engine
         about = feed, judge, held_out, fingerprint, code, left_out, signs
-        more = {"history": self.history, "callbacks": self._callbacks, "peak": self._peak}
+        more: dict[str, Any] = {"history": self.history, "callbacks": self._callbacks}
+        more |= {"peak": self._peak, "checker": self._checker(held_out)}
         return Loop(*who, *about, **more)
 
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
@@ -532,6 +536,17 @@ class Trainer:
                 raise UserError(f"a reward function is something to call, got {func!r}")
         c = self.config
         return Judge([batched(f) for f in funcs], c.rewards, self.tokenizer, c.rollout.stop)
+
+    def _checker(self, held_out: EncodedPrompts | None) -> Judge | None:
+        """What `eval.checker` names, which takes the columns of these rows."""
+        c = self.config
+        if c.eval.checker is None or held_out is None:
+            return None
+        func = batched(load_function(c.eval.checker, "eval.checker"))
+        options = dataclasses.replace(c.rewards, funcs=[], weights=[])
+        checker = Judge([func], options, self.tokenizer, c.rollout.stop)
+        checker.check(held_out, "the held-out data")
+        return checker
 
     def _read_groups(self, prompts: EncodedPrompts) -> OfflineGroups:
         if self.config.loss.name == "sft":

@@ -1,8 +1,11 @@
 """Accuracy or mean reward on held-out prompts: sample, judge, count."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from gvpo_jax.collect.collector import Judge, sample_records
@@ -31,6 +34,17 @@ class EvalConfig:
         "A completion with at least this reward counts as right; null: 1 where all rewards are 0 "
         "or 1, and else the mean reward is given in place of accuracy.",
     )
+    checker: str | None = setting(
+        None,
+        "module:function, or path/file.py:function: says in place of the rewards which answers are "
+        "right, at success_reward or 1; so a reward that is tricked shows.",
+        path="function",
+    )
+    answer_pattern: str | None = setting(
+        None,
+        "A regular expression for the answer in a completion: its last match votes in eval/maj@k, "
+        "where the answer that most of num_generations give counts.",
+    )
     pass_at: list[int] = setting(
         [],
         "Numbers k for eval/pass@k: the chance that one of k completions is right, estimated from "
@@ -38,7 +52,13 @@ class EvalConfig:
     )
 
     def check(self) -> None:
-        """Raise UserError where a k of `pass_at` is none, or more than there are completions."""
+        """Raise UserError where a k of `pass_at` or the pattern is none."""
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise UserError(
+                f"eval.answer_pattern={self.answer_pattern} is no regular expression: {error}"
+            ) from None
         for k in self.pass_at:
             if not 1 <= k <= self.num_generations:
                 raise UserError(
@@ -55,24 +75,27 @@ def evaluate(
     options: EvalConfig,
     *,
     max_completion_length: int,
+    checker: Judge | None = None,
 ) -> tuple[dict[str, float], list[Row]]:
     """Accuracy and mean reward on held-out prompts, with the same random keys every time.
 
     A completion is right when its reward reaches `success_reward`. Without that setting, 1 is right
     where all rewards are 0 or 1, and there is no accuracy where they are not. A completion without
-    a reward is wrong, is counted in `eval/unscored`, and does not enter the mean reward.
+    a reward is wrong, is counted in `eval/unscored`, and does not enter the mean reward. With a
+    checker its values take the rewards' place in this, but for the mean.
 
     Returns:
         Metrics, and one record per completion. The metrics are `eval/reward`, the mean over prompts
-        of their mean rewards, and `eval/unscored`; where there is accuracy, `eval/accuracy` and an
-        `eval/pass@K` for each of `pass_at`. With `_low` and `_high` behind their names they have
-        95% intervals over prompts, if there are two prompts or more; with `/TASK`, accuracy or
-        reward is that of a task, see `task_names`.
+        of their mean rewards, and `eval/unscored`; where there is accuracy, `eval/accuracy`, an
+        `eval/pass@K` for each of `pass_at`, and with an `answer_pattern` `eval/maj@K`. With `_low`
+        and `_high` behind their names they have 95% intervals over prompts, if there are two
+        prompts or more; with `/TASK`, accuracy or reward is that of a task, see `task_names`.
 
     Raises:
         UserError: no completion got a reward, or a reward function failed.
     """
     records: list[Row] = []
+    verdicts: list[float | None] = []  # of the checker, or else the rewards
     numbers, size = range(len(held_out.rows)), options.batch_size
     for start in numbers[::size]:
         here = my_items(numbers[start : start + size])
@@ -87,24 +110,24 @@ def evaluate(
             longest_prompt=held_out.longest,
         )
         _, scores = judge.judge(held_out, here, groups)
+        checks = checker.judge(held_out, here, groups)[1] if checker else scores
         # Not the prompts: they are as wide as each process's longest.
         given = (groups.completions, groups.lengths, scores.rewards, scores.by_func)
-        *drawn, rewards, by_func = gather(given)
+        *drawn, rewards, by_func, checked = gather((*given, checks.rewards))
         texts, rows = judge.texts(*drawn), held_out.rows[start : start + size]
         records += sample_records(rows, texts, rewards, by_func, start)
+        verdicts += [None if math.isnan(x) else x for x in checked[: len(rows)].ravel().tolist()]
     given = [r["reward"] for r in records if r["reward"] is not None]
     if not given:
         raise UserError("no held-out completion got a reward; look at the reward functions")
     least = options.success_reward
-    if least is None and set(given) <= {0, 1}:
+    if least is None and (checker or set(given) <= {0, 1}):
         least = 1
-    for r in records:
+    for r, verdict in zip(records, verdicts, strict=True):
         r.pop("correct", None)  # a column of that name would be taken for ours
         if least is not None:
-            r["correct"] = r["reward"] is not None and r["reward"] >= least
-    return _summary(records, options.pass_at) | {
-        "eval/unscored": float(len(records) - len(given))
-    }, records
+            r["correct"] = verdict is not None and verdict >= least
+    return _summary(records, options) | {"eval/unscored": float(len(records) - len(given))}, records
 
 
 def pass_at_k(completions: int, right: int, k: int) -> float:
@@ -115,15 +138,54 @@ def pass_at_k(completions: int, right: int, k: int) -> float:
     return 1 - math.comb(completions - right, k) / math.comb(completions, k)
 
 
-def _summary(records: Sequence[Row], pass_at: Sequence[int]) -> dict[str, float]:
+def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """The chance that the answer which most completions of a prompt give is right.
+
+    Where several are given equally often, it is the mean over them; and so it is over completions
+    with the same answer that are judged otherwise. None is no answer; without any it is 0.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    most = max(votes.values(), default=0)
+    chances = [
+        fmean(ok for answer, ok in zip(answers, right, strict=True) if answer == winner)
+        for winner, count in votes.items()
+        if count == most
+    ]
+    return fmean(chances) if chances else 0.0
+
+
+def _majorities(records: Sequence[Row], pattern: str) -> list[list[float]]:
+    """By prompt."""
+    by_prompt: dict[int, list[Row]] = {}
+    for r in records:
+        by_prompt.setdefault(r["group"], []).append(r)
+    return [
+        [majority([_answer(pattern, r["completion"]) for r in rs], [r["correct"] for r in rs])]
+        for rs in by_prompt.values()
+    ]
+
+
+def _answer(pattern: str, text: str) -> str | None:
+    """What the first group of the last match is, or all of it, without spaces around it."""
+    matches = list(re.finditer(pattern, text))
+    if not matches:
+        return None
+    answer = matches[-1][1 if matches[-1].re.groups else 0]
+    return None if answer is None else answer.strip()
+
+
+def _summary(records: Sequence[Row], options: EvalConfig) -> dict[str, float]:
     metrics: dict[str, float] = {}
     main, *more = ("correct", "reward") if "correct" in records[0] else ("reward",)
     found = {_NAMES[column]: _by_prompt(records, column) for column in (main, *more)}
     if more:
         right = found[_NAMES[main]]
-        for k in pass_at:
+        for k in options.pass_at:
             each = [[pass_at_k(len(r), round(sum(r)), k)] for r in right]
             found[f"eval/pass@{k}"] = right if k == 1 else each  # with accuracy's interval
+        if options.answer_pattern is not None:
+            name = f"eval/maj@{options.num_generations}"
+            found[name] = _majorities(records, options.answer_pattern)
     for name, scores in found.items():
         interval = mean_interval(scores)
         metrics[name] = interval.mean

@@ -445,6 +445,8 @@ def test_files_that_were_moved_are_no_other_settings():
         "rewards__funcs": ["/b/other.py:one", "own:two"],
         "model__name": "/b/another",
         "data__path": None,
+        "data__filter": "/a/own.py:other",
+        "eval__checker": "/a/own.py:right",
     }.items():
         assert difference(there, override(there, **{key: value})) == [key.replace("__", ".")]
 
