@@ -68,7 +68,7 @@ class Callbacks:
         ending = False
         for callback in self._callbacks:
             try:
-                ending |= getattr(callback, event)(step, *metrics) is True
+                ending |= bool(getattr(callback, event)(step, *metrics))
             except UserError:
                 raise
             except Exception as error:

@@ -127,12 +127,12 @@ def _on_screen(values: Mapping[str, Any]) -> dict[str, Any]:
 def _eval(arguments: argparse.Namespace) -> None:
     config, of_run = _config(arguments), _is_run(arguments.config)
     from gvpo_jax.commands import evaluate
-    from gvpo_jax.config_file import check_rewards
+    from gvpo_jax.config_file import check_trusted
 
     if arguments.step is not None and not of_run:
         raise UserError(f"--step: {arguments.config} is a config; only a run has checkpoints")
     if of_run and not arguments.trust_rewards:
-        check_rewards(arguments.config, arguments.overrides)
+        check_trusted(arguments.config, arguments.overrides)
     print(
         json.dumps(_on_screen(evaluate(config, checkpoint=of_run, step=arguments.step)), indent=2)
     )
@@ -235,7 +235,8 @@ def _config(arguments: argparse.Namespace):
     from gvpo_jax.config_file import load_config, open_run
 
     if _is_run(arguments.config):
-        return open_run(arguments.config, arguments.overrides)
+        to_train = arguments.command == "train"
+        return open_run(arguments.config, arguments.overrides, to_train=to_train)
     return load_config(arguments.config, arguments.overrides)
 
 

@@ -5,13 +5,15 @@ All raise `UserError` for the user's mistakes.
 
 import contextlib
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from gvpo_jax.buckets import as_path, is_address
+from gvpo_jax.collect.evaluate import EvalConfig
 from gvpo_jax.collect.replay import ReplayConfig
 from gvpo_jax.config import Config, check_extras
-from gvpo_jax.config_file import WARM_START, check_claim, load_config, override
+from gvpo_jax.config_file import WARM_START, check_claim, override, servers_of
 from gvpo_jax.config_values import shown
 from gvpo_jax.data.rows import Row, columns_of
 from gvpo_jax.errors import UserError, tell
@@ -20,12 +22,13 @@ from gvpo_jax.parallel.lost_host import call_witness
 from gvpo_jax.parallel.mesh import all_devices
 from gvpo_jax.rewards import batched
 from gvpo_jax.rewards.functions import check_columns
-from gvpo_jax.rewards.load import load_function
+from gvpo_jax.rewards.load import RewardConfig, load_function
 from gvpo_jax.rewards.trust import remember
+from gvpo_jax.rollout.engine import RolloutConfig
 from gvpo_jax.rollout.servers.connect import ServersConfig
 from gvpo_jax.rundir.bucket import push
-from gvpo_jax.rundir.claim import SETTINGS, lock, write_evaluation
-from gvpo_jax.rundir.files import read_scores
+from gvpo_jax.rundir.claim import clear, has_begun, lock, write_evaluation
+from gvpo_jax.rundir.files import read_scores, write_text
 from gvpo_jax.rundir.trackers import PACKAGES
 from gvpo_jax.trainer import Trainer
 from gvpo_jax.training.checkpoint import Checkpoints
@@ -37,7 +40,7 @@ def train(config: Config) -> dict[str, Any]:
     """Train as the config says; returns the summary. Its mistakes show before a model is loaded."""
     check_extras(config)
     _join(config)
-    config, first = _warm_started(config)
+    asked, (config, first) = config, warm_started(config)
     offline = config.data.groups_path is not None or config.loss.name == "sft"
 
     def prepare():
@@ -59,12 +62,13 @@ def train(config: Config) -> dict[str, Any]:
                 "data.eval_size=0"
             )
         others = config.data.filter, config.eval.checker
-        remember([*config.rewards.funcs, *(spec for spec in others if spec)])
+        served = servers_of(config) if config.servers.kind != "none" else []
+        remember([*config.rewards.funcs, *(spec for spec in others if spec), *served])
         return reward_funcs, rows, held_out
 
     reward_funcs, rows, held_out = raise_together(prepare)
     if first:
-        _warm_start(first, rows)
+        _warm_start(asked, first, rows)
     if is_first():
         tell(f"loading {config.model.name}")
     trainer = Trainer(config)
@@ -73,62 +77,81 @@ def train(config: Config) -> dict[str, Any]:
     return trainer.train(rows, reward_funcs, eval_dataset=held_out)
 
 
-def _warm_started(config: Config) -> tuple[Config, Config | None]:
+def warm_started(config: Config) -> tuple[Config, Config | None]:
     """The run from its warm start's result on, and the warm start as a run of its own, if any."""
-    sft = config.sft
+    sft, data, rollout = config.sft, config.data, config.rollout
     if not sft.on:
         return config, None
-    folder = config.run.dir if is_address(config.run.dir) else str(config.run.folder.absolute())
-    first = override(
+    folder = str(config.run.folder.absolute())
+    first = dataclasses.replace(
         config,
-        run__dir=f"{folder}/sft",
-        sft__steps=None,
-        sft__epochs=None,
-        loss=dataclasses.asdict(LossConfig(name="sft")),
-        reference=dataclasses.asdict(ReferenceConfig()),
-        replay=dataclasses.asdict(ReplayConfig()),
-        servers=dataclasses.asdict(ServersConfig()),
-        optimizer__learning_rate=sft.learning_rate,
-        train__steps=sft.steps,
-        train__epochs=sft.epochs,
-        train__batch_size=sft.batch_size or config.train.batch_size,
-        train__num_iterations=1,
-        train__steps_per_generation=1,
-        train__stop_at=None,
-        rollout__demonstrations=0,
-        rollout__lookahead=0,
-        data__groups_path=None,
+        run=dataclasses.replace(config.run, dir=f"{folder}/sft"),
+        data=dataclasses.replace(data, eval_path=None, eval_size=0, groups_path=None),
+        # What samples and judges may be changed until the run itself has begun.
+        rollout=RolloutConfig(max_completion_length=rollout.max_completion_length),
+        servers=ServersConfig(),
+        replay=ReplayConfig(),
+        rewards=RewardConfig(),
+        sft=dataclasses.replace(sft, steps=None, epochs=None),
+        loss=LossConfig(name="sft"),
+        reference=ReferenceConfig(),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=sft.learning_rate, warmup_steps=0
+        ),
+        train=dataclasses.replace(
+            config.train,
+            steps=sft.steps,
+            epochs=sft.epochs,
+            batch_size=sft.batch_size or config.train.batch_size,
+            num_iterations=1,
+            steps_per_generation=1,
+            stop_at=None,
+        ),
+        eval=EvalConfig(),
     )
     lora = config.model.lora.rank is not None
     start = {"model__adapter" if lora else "model__name": f"{folder}/{WARM_START}"}
     return override(config, sft__steps=None, sft__epochs=None, **start), first
 
 
-def _warm_start(first: Config, rows: list[Row]) -> None:
-    """Supervised fine-tuning, whose result is written beside it, if that is not done yet."""
-    done = as_path(first.run.dir) / WARM_START.rpartition("/")[2]
-    is_done = from_first_host(lambda: (done / "gvpo_jax_export.json").exists())
-    if is_done and not first.run.overwrite:
-        raise_together(lambda: _check_same_start(first))
+def _warm_start(config: Config, first: Config, rows: list[Row]) -> None:
+    """Supervised fine-tuning, whose result is written beside it, if that is not done yet.
+
+    What is done is used again for the same rows and model alone: until the run has begun, whose
+    checkpoints know them too, the warm start's own checkpoint is asked.
+    """
+    folder = config.run.folder.absolute()
+    done, asked = folder / WARM_START, folder / "sft" / "asked.json"
+    wanted = {"steps": config.sft.steps, "epochs": config.sft.epochs}
+
+    def begin() -> bool:
+        """Whether there is anything to do."""
+        if config.run.overwrite:
+            with lock(config.run.dir):
+                clear(config.run.dir)
+                asked.unlink(missing_ok=True)
+                shutil.rmtree(done, ignore_errors=True)
+        if not asked.exists():
+            return True
+        there = json.loads(asked.read_text())
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                raise UserError(
+                    f"{folder} began with a warm start of sft.{name}={shown(there.get(name))}: "
+                    "give that, or choose another run.dir, or start over with run.overwrite=true"
+                )
+        return not has_begun(config.run.dir)
+
+    if not from_first_host(begin):
         return
     if is_first():
         tell(f"warm start: supervised fine-tuning on {first.sft.column!r}, in {first.run.dir}")
     trainer = Trainer(first)
     trainer.train_offline(rows)
-    lora = first.model.lora.rank is not None
-    (trainer.save_adapter if lora else trainer.save_pretrained)(str(done))
-
-
-def _check_same_start(first: Config) -> None:
-    """That a warm start which is done is the one that is asked for."""
-    there = load_config(check_claim(first) / SETTINGS)
-    for name in ("steps", "epochs"):  # a run that goes on may grow; this one is over
-        if (was := getattr(there.train, name)) != getattr(first.train, name):
-            raise UserError(
-                f"{first.run.dir} holds a warm start with sft.{name}={shown(was)}, and the run "
-                "began from it: give that, or choose another run.dir, or start over with "
-                "run.overwrite=true"
-            )
+    if not from_first_host(asked.exists):
+        lora = first.model.lora.rank is not None
+        (trainer.save_adapter if lora else trainer.save_pretrained)(done)
+        from_first_host(lambda: write_text(asked, json.dumps(wanted) + "\n"))
 
 
 def evaluate(

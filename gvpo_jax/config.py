@@ -86,6 +86,11 @@ class Config:
                 f"train.steps={train.steps} and train.epochs={train.epochs:g} are both given: "
                 "leave one out, or set it to null"
             )
+        if self.sft.on and is_address(self.run.dir):
+            raise UserError(
+                f"run.dir={self.run.dir}: a warm start (sft.steps, sft.epochs) needs a folder on "
+                "this machine; or do it first, as a run of its own, with loss.name=sft"
+            )
         if self.sft.steps is not None and self.sft.epochs is not None:
             raise UserError(
                 f"sft.steps={self.sft.steps} and sft.epochs={self.sft.epochs:g} are both given: "

@@ -22,9 +22,16 @@ from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, 
 from gvpo_jax.errors import Page, UserError
 from gvpo_jax.installed import PACKAGED
 from gvpo_jax.parallel.distributed import DistributedConfig
-from gvpo_jax.rewards.trust import unknown
+from gvpo_jax.rewards.trust import OWN_REWARDS, unknown
 from gvpo_jax.rundir.bucket import entries, pull
-from gvpo_jax.rundir.claim import SETTINGS, check_name, check_not_foreign, has_begun, usable
+from gvpo_jax.rundir.claim import (
+    SETTINGS,
+    RunConfig,
+    check_name,
+    check_not_foreign,
+    has_begun,
+    usable,
+)
 from gvpo_jax.rundir.files import write_text
 from gvpo_jax.settings import RUN_SCHEMES, all_settings, check_path, describe
 
@@ -243,8 +250,11 @@ def with_run_date(config: Config, run_dir: str | Path) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def open_run(path: Path | str, overrides: Sequence[str] = (), *, to_train: bool = False) -> Config:
     """The config of a run folder, overrides on top, with `run.dir` set to where it lies now.
+
+    to_train: else the folder does not say where compiled programs are read from, which may be
+        somebody else's.
 
     Raises:
         UserError: the folder is no run.
@@ -263,6 +273,8 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     # More epochs are in place of the steps that the first ones took.
     by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
     instead = ["train.steps=null"] if by_epochs else []
+    if not to_train:
+        instead.append(f"run.compilation_cache={shown(RunConfig().compilation_cache)}")
     there = load_config(folder / SETTINGS)
     for key in ("model.name", "model.adapter"):  # of a folder that was moved since
         given = str(operator.attrgetter(key)(there))
@@ -279,10 +291,10 @@ def check_run_address(address: str) -> None:
         raise UserError(f"{address} is not a run folder: it has no {SETTINGS}")
 
 
-def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
-    """That a run folder names no code which this user has not trained with, see `rewards.trust`.
+def check_trusted(path: Path | str, overrides: Sequence[str] = ()) -> None:
+    """That a run folder names no code and no servers which this user has not trained with.
 
-    Overrides are the user's own, and so is what they name.
+    See `rewards.trust`. Overrides are the user's own, and so is what they name.
 
     Raises:
         UserError: it does.
@@ -290,7 +302,7 @@ def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
     own = {x.partition("=")[0].strip() for x in overrides}
     there = open_run(path)
     funcs = [] if "rewards.funcs" in own else there.rewards.funcs
-    named = [("reward function", spec) for spec in funcs]
+    named = [("reward function", spec) for spec in funcs if spec not in OWN_REWARDS]
     for key in ("data.filter", "eval.checker"):
         spec = operator.attrgetter(key)(there)
         named += [(key, spec)] if spec is not None and key not in own else []
@@ -300,6 +312,19 @@ def check_rewards(path: Path | str, overrides: Sequence[str] = ()) -> None:
                 f"{path} names the {kind} {spec}, which was not trained with here and would be "
                 "run: read it, then give --trust-rewards"
             )
+    own_servers = there.servers.kind == "none" or own & {"servers.kind", "servers.urls"}
+    if not own_servers and unknown(servers_of(there)):
+        raise UserError(
+            f"{path} names servers ({', '.join(there.servers.urls)}), which were not trained with "
+            "here and would be sent weights, prompts and a key: look at servers in its "
+            f"{SETTINGS}, then give --trust-rewards, or sample here with servers.kind=none"
+        )
+
+
+def servers_of(config: Config) -> list[str]:
+    """What `rewards.trust` remembers of a run's servers."""
+    servers = config.servers
+    return [f"{servers.kind} {sorted(servers.urls)} {servers.api_key_env} {servers.weights_dir}"]
 
 
 def _find(path: Path) -> Path:

@@ -116,7 +116,8 @@ class Trainer:
         check_batch(mesh, groups, 1 if c.loss.name == "sft" else c.rollout.num_generations, name)
         my_slice(c.train.batch_size - c.replay.groups)  # raises where new groups do not divide
         fleet = None if c.servers.kind == "none" else raise_together(c.servers.connect)
-        self._callbacks = Callbacks(callbacks)
+        self._callbacks = tuple(callbacks)
+        Callbacks(callbacks)  # raises where one is none
         if optimizer is not None and not hasattr(optimizer, "update"):
             raise UserError(f"optimizer: {optimizer!r} is no transformation of Optax")
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
@@ -523,7 +524,7 @@ class Trainer:
         signs = data_signs(prompts, held_out, batch=batch, evaluates=evaluates)
         who = config, self.model.name, self.policy, self.engine
         about = feed, judge, held_out, fingerprint, code, left_out, signs
-        more: dict[str, Any] = {"history": self.history, "callbacks": self._callbacks}
+        more: dict[str, Any] = {"history": self.history, "callbacks": Callbacks(self._callbacks)}
         more |= {"peak": self._peak, "checker": self._checker(held_out)}
         return Loop(*who, *about, **more)
 
@@ -555,6 +556,7 @@ class Trainer:
                 self._completion_ids,
                 self.config.sft.column,
                 self.config.rollout.max_completion_length,
+                reference=self.policy.reference_fingerprint,
                 bad_samples=self.config.data.bad_samples,
             )
         return read_groups(

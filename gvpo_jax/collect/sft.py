@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gvpo_jax.collect.offline import OfflineGroups
-from gvpo_jax.data.groups import Source, length_problem, make_group
+from gvpo_jax.data.groups import Source, length_problem, make_group, with_reference
 from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import setting
@@ -37,6 +37,7 @@ def read_solutions(
     column: str,
     max_completion_length: int,
     *,
+    reference: int,
     bad_samples: Literal["error", "skip"],
 ) -> OfflineGroups:
     """Every text of the rows' column as a group of one completion, whose reward does not count.
@@ -46,6 +47,7 @@ def read_solutions(
         encode: a text -> token ids, end token included.
         column: a text or a list of texts.
         max_completion_length: tokens.
+        reference: fingerprint of the run's; it scores none of them, as the loss does not ask.
         bad_samples: what becomes of a text that is empty or too long: `skip` counts it.
 
     Raises:
@@ -68,9 +70,8 @@ def read_solutions(
             except UserError as error:
                 problem = str(error)
             if problem is None:
-                groups.append(
-                    make_group(prompt, [ids], [0.0], source=Source.DEMONSTRATION, row=place)
-                )
+                group = make_group(prompt, [ids], [0.0], source=Source.DEMONSTRATION, row=place)
+                groups.append(with_reference(group, group.ref_logps, reference))
             elif bad_samples == "error":
                 raise UserError(
                     f"{name}, {column}: {problem}; data.bad_samples=skip leaves out what can't be "

@@ -169,7 +169,10 @@ def _memory(config: "Config", shape: Any, run: Path | None) -> Iterator[Finding]
         yield Finding("config", "memory", value, level, told, Page.MEMORY)
     if run is None or config.model.lora.rank is not None:
         return
-    size = (need.kept + need.items["reference"]) * mesh.size // mesh.shape["data"]
+    saved = need.kept
+    if config.reference.name != "initial":  # that one is loaded again
+        saved += need.items["reference"]
+    size = saved * mesh.size // mesh.shape["data"]
     wanted, free = size * (config.checkpoint.keep + 1), machine.free_disk(run)
     value = f"about {size / _GIB:.3g} GiB each, of {free / _GIB:.3g} GiB free"
     if free < wanted:

@@ -18,10 +18,11 @@ from gvpo_jax.callbacks import Callback
 from gvpo_jax.data.rows import as_rows
 from gvpo_jax.errors import UserError, tell
 from gvpo_jax.integrations.trl_config import GVPOConfig as GVPOConfig
+from gvpo_jax.models.adapters import NOT_COMPUTED
 from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.models.own import OwnModel
 from gvpo_jax.parallel.distributed import is_first
-from gvpo_jax.rewards.functions import is_async
+from gvpo_jax.rewards.functions import function_name, is_async
 from gvpo_jax.trainer import Trainer
 
 _GIVEN = ("trainer_state", "log_extra", "log_metric")  # what TRL hands to reward functions
@@ -151,24 +152,30 @@ class GVPOTrainer:
         """One more, see the class."""
         self._heard.add(callback)
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train to the end, going on with the run in `output_dir` if there is one.
 
         resume_from_checkpoint: True or None; another folder is refused.
         """
-        where = self.trainer.config.run.dir
-        if isinstance(resume_from_checkpoint, str) and where not in resume_from_checkpoint:
-            raise UserError(f"resume_from_checkpoint: a run goes on in its output_dir, {where}")
+        where, given = self.trainer.config.run.dir, resume_from_checkpoint
+        if given is not None and not isinstance(given, bool):
+            asked = Path(given).absolute()
+            if Path(where).absolute() not in (asked, *asked.parents):
+                raise UserError(f"resume_from_checkpoint: a run goes on in its output_dir, {where}")
         rows = self._held_out if self.args.evaluates() else []
         c = self.trainer.config.train
         settled = c.settled(len(self._rows), c.batch_size)
         self.state.max_steps = settled.updates
-        self._heard.tell("on_train_begin")
+        self.control.should_training_stop = False
+        if is_first():
+            self._heard.tell("on_train_begin")
         summary = self.trainer.train(self._rows, self._funcs, eval_dataset=rows)
-        self._heard.tell("on_train_end")
+        self._note_progress()
+        if is_first():
+            self._heard.tell("on_train_end")
         losses = [row["loss"] for row in self.trainer.history if "loss" in row]
-        self.state.global_step = len(losses)
-        return TrainOutput(len(losses), fmean(losses) if losses else float("nan"), summary)
+        loss = fmean(losses) if losses else float("nan")
+        return TrainOutput(self.state.global_step, loss, summary)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Rewards of the held-out rows, as `eval_reward` and so on."""
@@ -183,7 +190,12 @@ class GVPOTrainer:
 
         output_dir: by default `output_dir`/export.
         """
-        folder = output_dir or f"{self.trainer.config.run.dir}/export"
+        run = self.trainer.config.run.dir
+        folder = output_dir or f"{run}/export"
+        if Path(folder).absolute() == Path(run).absolute():  # as TRL's scripts do
+            folder = f"{run}/export"
+            if is_first():
+                tell(f"gvpo-jax: the model goes to {folder}, as {run} is the run's own")
         (self.trainer.save_adapter if self._lora else self.trainer.save_pretrained)(folder)
 
     def push_to_hub(self, *_: Any, **__: Any) -> None:
@@ -201,7 +213,16 @@ class GVPOTrainer:
             )
         return _with_state(func, self._give)
 
+    def _note_progress(self) -> None:
+        """Have the state say how far the run is: in every process, and after a resume."""
+        state, c = self.state, self.trainer.config.train
+        state.global_step = self.trainer.policy.updates
+        visited = state.global_step * c.batch_size / c.num_iterations
+        state.epoch = visited / max(len(self._rows), 1)
+
     def _give(self) -> dict[str, Any]:
+        self._note_progress()
+
         def log_metric(name: str, value: float) -> None:
             self._logged.setdefault(name, []).append(float(value))
 
@@ -217,6 +238,7 @@ class _Heard(Callback):
 
     def __init__(self, owner: GVPOTrainer, callbacks: Sequence[Any]):
         self._owner, self._callbacks = owner, [_object(callback) for callback in callbacks]
+        self._filled = False
 
     def add(self, callback: Any) -> None:
         self._callbacks.append(_object(callback))
@@ -240,28 +262,36 @@ class _Heard(Callback):
         more["processing_class"] = owner.processing_class
         for callback in self._callbacks:
             if method := getattr(callback, event, None):
-                method(owner.args, owner.state, owner.control, **more)
+                changed = method(owner.args, owner.state, owner.control, **more)
+                owner.control = owner.control if changed is None else changed
         return owner.control.should_training_stop
 
     def on_step_end(self, step: int, metrics: Mapping[str, float]) -> bool:
-        state, c = self._owner.state, self._owner.trainer.config.train
-        state.global_step = step
-        visited = step * c.batch_size / c.num_iterations
-        state.epoch = visited / max(len(self._owner._rows), 1)
+        self._owner._note_progress()
+        state = self._owner.state
+        self._fill()
         logs = dict(metrics) | {name: fmean(x) for name, x in self._owner._logged.items()}
         self._owner._logged.clear()
         state.log_history.append({"epoch": state.epoch} | logs)
         ending = self.tell("on_step_end")
-        if step % max(int(self._owner.args.logging_steps), 1) == 0:
+        if step % max(self._owner.trainer.config.log.completions_every, 1) == 0:
             ending |= self.tell("on_log", logs=logs)
         return ending
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> bool:
         state, named = self._owner.state, _named(metrics)
+        self._fill()
         state.log_history.append({"step": step, "epoch": state.epoch} | named)
         ending = self.tell("on_evaluate", metrics=named)
         self._note_best(step, named)  # behind, as in transformers
         return ending
+
+    def _fill(self) -> None:
+        """Once: what earlier sessions logged."""
+        if not self._filled:
+            earlier = self._owner.trainer.history[:-1]
+            self._owner.state.log_history[:0] = [_named(row) for row in earlier]
+        self._filled = True
 
     def _note_best(self, step: int, metrics: Mapping[str, float]) -> None:
         state, args = self._owner.state, self._owner.args
@@ -304,7 +334,7 @@ def _held_out_rows(dataset: Any) -> list[dict[str, Any]]:
     if dataset is None:
         return []
     if isinstance(dataset, Mapping):
-        return [{"task": name} | row for name, rows in dataset.items() for row in as_rows(rows)]
+        return [row | {"task": name} for name, rows in dataset.items() for row in as_rows(rows)]
     return as_rows(dataset)
 
 
@@ -312,11 +342,15 @@ def _adapter(peft: Any, notes: list[str]) -> dict[str, Any]:
     """PEFT's LoraConfig as settings."""
     if peft is None:
         return {}
-    if not hasattr(peft, "r"):
+    kind = getattr(peft, "peft_type", "LORA")
+    if str(getattr(kind, "value", kind)) != "LORA":
         raise UserError(f"peft_config: {type(peft).__name__} has no equal here, only LoraConfig")
-    for name, plain in _PLAIN_LORA.items():
-        if (value := getattr(peft, name, None)) and value != plain:
+    for name in NOT_COMPUTED + _NOT_TAKEN:
+        if value := getattr(peft, name, None):
             raise UserError(f"peft_config: {name}={value!r} has no equal here")
+    for name, plain in _PLAIN_LORA.items():
+        if getattr(peft, name, plain[0]) not in plain:
+            raise UserError(f"peft_config: {name}={getattr(peft, name)!r} has no equal here")
     if getattr(peft, "lora_dropout", 0):
         notes.append("lora_dropout: without effect; there is no dropout")
     targets = getattr(peft, "target_modules", None)
@@ -326,15 +360,13 @@ def _adapter(peft: Any, notes: list[str]) -> dict[str, Any]:
             "['q_proj', 'v_proj']"
         )
     settings = {"model__lora__rank": peft.r, "model__lora__alpha": float(peft.lora_alpha)}
-    if targets is not None and not isinstance(targets, str):
-        settings["model__lora__targets"] = sorted(targets)
+    if not isinstance(targets, str):  # without any PEFT takes these two, of most models
+        settings["model__lora__targets"] = sorted(targets or ["q_proj", "v_proj"])
     return settings
 
 
-_PLAIN_LORA = {
-    "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None,
-    "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {},
-}  # fmt: skip
+_NOT_TAKEN = ("use_rslora", "exclude_modules", "layers_to_transform", "layers_pattern")
+_PLAIN_LORA = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
 def _quantization(given: Any) -> dict[str, Any]:
@@ -366,5 +398,6 @@ def _with_state(func: Callable[..., Any], give: Callable[[], dict[str, Any]]) ->
         return await func(*arguments, **columns, **more())
 
     made: Any = functools.wraps(func)(call_async if is_async(func) else call)
+    made.__name__ = function_name(func)
     made.__signature__ = inspect.Signature([p for p in parameters if p.name not in _GIVEN])
     return made

@@ -58,6 +58,7 @@ TAKEN: dict[str, Any] = {
     "beta": None,
     "loss_type": "gvpo",
     "importance_sampling_level": "token",
+    "scale_rewards": "group",
     "epsilon": 0.2,
     "epsilon_high": None,
     "sync_ref_model": False,
@@ -78,6 +79,7 @@ TAKEN: dict[str, Any] = {
     "log_completions": False,
     "num_completions_to_print": None,
     "report_to": "none",
+    "project": "huggingface",
 }
 
 _TORCH = "it is about PyTorch"
@@ -146,7 +148,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "disable_tqdm": (None, "a terminal gets a bar, a file one line for each update"),
     "skip_memory_metrics": (True, _LOG),
     "run_name": (None, _TRACKIO),
-    "project": ("huggingface", _TRACKIO),
     "trackio_space_id": (None, _TRACKIO),
     "trackio_bucket_id": (None, _TRACKIO),
     "trackio_static_space_id": (None, _TRACKIO),
@@ -183,7 +184,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "vllm_importance_sampling_clip_max": (3.0, "GVPO needs no importance weights"),
     "vllm_importance_sampling_clip_min": (None, "GVPO needs no importance weights"),
     "vllm_importance_sampling_cap": (None, "GVPO needs no importance weights"),
-    "scale_rewards": ("group", "loss_type says so: GVPO and Dr. GRPO scale none, GRPO by group"),
     "use_transformers_continuous_batching": (False, "see rollout.slots"),
     "transformers_continuous_batching_config": (None, "see rollout.slots"),
     "use_transformers_paged": (False, "see rollout.slots"),

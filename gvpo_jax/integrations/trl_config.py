@@ -48,6 +48,9 @@ class GVPOConfig:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"TRL's GRPOConfig has no argument {name}{hint}")
         vars(self).update(DEFAULTS | {"output_dir": output_dir} | given)
+        best = self.metric_for_best_model
+        if best is not None and self.greater_is_better is None:  # as transformers does
+            self.greater_is_better = not best.endswith("loss")
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"GVPOConfig has no argument {name}")
@@ -65,6 +68,12 @@ class GVPOConfig:
         for name, (default, why) in WITHOUT_EFFECT.items():
             if getattr(self, name) != default:
                 reasons.setdefault(why, []).append(name)
+        if self.loss_type == "gvpo":
+            clips = ("epsilon", "epsilon_high", "importance_sampling_level")
+            if given := [name for name in clips if getattr(self, name) != DEFAULTS[name]]:
+                reasons["GVPO clips nothing, and has no importance weights"] = given
+        if "all" in self._trackers():
+            reasons["name the trackers"] = ["report_to='all'"]
         return [f"{', '.join(names)}: without effect; {why}" for why, names in reasons.items()]
 
     def evaluates(self) -> bool:
@@ -108,6 +117,7 @@ class GVPOConfig:
             "train__epochs": train.epochs,
             "train__num_iterations": self.num_iterations,
             "data__shuffle": self.shuffle_dataset,
+            "data__too_long": "skip",
             "data__max_prompt_length": self.max_prompt_length,
             "data__template_arguments": self.chat_template_kwargs or {},
             "rewards__weights": list(self.reward_weights or []),
@@ -216,20 +226,34 @@ class GVPOConfig:
         return settings
 
     def _loss(self) -> dict[str, Any]:
-        name, gvpo = self.loss_type, self.loss_type == "gvpo"
-        if name == "grpo" and self.importance_sampling_level == "sequence":
+        name, level = self.loss_type, self.importance_sampling_level
+        if name == "gvpo":
+            if self.beta == 0:
+                raise UserError("beta=0: GVPO needs a beta above 0; the paper takes 0.01 to 0.5")
+            beta = 0.1 if self.beta is None else self.beta
+            return {"loss__name": name, "loss__beta": beta} | self._reference()
+        if level == "sequence" and name == "grpo":
             name = "gspo"
-        if gvpo and self.beta == 0:
-            raise UserError("beta=0: GVPO needs a beta above 0; the paper takes 0.01 to 0.5")
+        elif level != "token":
+            raise UserError(
+                f"importance_sampling_level={level!r} with loss_type={name!r} has no equal here"
+            )
+        scaled = {"none": False, "False": False, "group": True, "True": True}
+        scales = scaled.get(str(self.scale_rewards))
+        if scales is not (name not in ("dr_grpo", "rloo", "rebel", "dpo")) and (
+            scales is None or self.scale_rewards != DEFAULTS["scale_rewards"]
+        ):
+            raise UserError(
+                f"scale_rewards={self.scale_rewards!r} with loss_type={self.loss_type!r} has no "
+                "equal here: grpo, dapo and gspo scale by group, dr_grpo and rloo do not"
+            )
         settings: dict[str, Any] = {"loss__name": name}
-        if gvpo:
-            settings["loss__beta"] = 0.1 if self.beta is None else self.beta
-        else:
+        if name not in ("rebel", "dpo"):
+            high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+            settings |= {"loss__epsilon": self.epsilon, "loss__epsilon_high": high}
             settings["loss__kl_coef"] = self.beta or 0.0
-            if self.epsilon != DEFAULTS["epsilon"]:
-                settings["loss__epsilon"] = self.epsilon
-            if self.epsilon_high is not None:
-                settings["loss__epsilon_high"] = self.epsilon_high
+        elif self.beta:
+            settings["loss__beta"] = self.beta
         return settings | self._reference()
 
     def _reference(self) -> dict[str, Any]:
@@ -249,6 +273,9 @@ class GVPOConfig:
     def _eval_k(self) -> int:
         return self.num_generations_eval or self.num_generations
 
+    def _trackers(self) -> list[str]:
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+
     def _written(self, total: int, epoch: int) -> dict[str, Any]:
         evaluates, saves = _text(self.eval_strategy), _text(self.save_strategy)
         eval_every = {
@@ -262,8 +289,7 @@ class GVPOConfig:
             "steps": _updates(self.save_steps, total),
             "best": eval_every.get(evaluates, 0) or total,
         }
-        kinds = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
-        trackers = [kind for kind in kinds if kind not in ("none", "all")]
+        trackers = [kind for kind in self._trackers() if kind not in ("none", "all")]
         if unknown := [kind for kind in trackers if kind not in PACKAGES]:
             known = ", ".join(PACKAGES)
             raise UserError(f"report_to={unknown[0]!r} has no equal here: there are {known}")
@@ -278,6 +304,7 @@ class GVPOConfig:
             "log__completions_every": _updates(self.logging_steps, total),
             "log__samples": (self.num_completions_to_print or 3) if self.log_completions else 0,
             "log__trackers": trackers,
+            **({} if self.project == DEFAULTS["project"] else {"log__project": self.project}),
         }
 
 

@@ -29,7 +29,7 @@ from gvpo_jax.parallel.layout import place_params, shardings
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter_config.json may ask for that changes what is computed, beside alpha and rank.
-_NOT_COMPUTED = (
+NOT_COMPUTED = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
     "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora",
     "alora_invocation_tokens", "arrow_config", "use_bdlora", "monteclora_config",
@@ -264,7 +264,7 @@ def _stacked(leaves: Mapping[Any, Any], parts: list[Any], rank: int) -> tuple[An
 def _refuse_unsupported(file: Path, settings: Mapping[str, Any]) -> None:
     if (kind := settings.get("peft_type")) != "LORA":
         raise UserError(f"{file}: peft_type {kind} is not supported, only LORA")
-    asked = [name for name in _NOT_COMPUTED if settings.get(name)]
+    asked = [name for name in NOT_COMPUTED if settings.get(name)]
     if settings.get("bias", "none") != "none":
         asked.append(f"bias={settings['bias']}")
     if settings.get("init_lora_weights", True) not in _STARTS:

@@ -1,8 +1,8 @@
-"""The code that this user has trained with here, which `gvpo-jax eval` runs without asking.
+"""What this user has trained with here, which `gvpo-jax eval` uses without asking.
 
-A run folder may come from somebody else, and its config names functions to call. Training leaves an
-empty file for each function in ~/.local/state/gvpo-jax/trained_with, named by what the function is:
-its module, or its file's place and content.
+A run folder may come from somebody else, and its config names functions to call and servers to talk
+to. Training leaves an empty file for each in ~/.local/state/gvpo-jax/trained_with, named by what it
+is: a function's module, or its file's place and content; addresses, and whose key they get.
 """
 
 import contextlib
@@ -12,9 +12,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+# Of the functions that come with the package those that judge, and do nothing else.
+OWN_REWARDS = (
+    "gvpo_jax.rewards.debug:letter_share",
+    "gvpo_jax.rewards.math:math_verify",
+    "gvpo_jax.rewards.numbers:exact_number",
+    "gvpo_jax.rewards.reasoning_gym:reasoning_gym_score",
+)
+
 
 def remember(specs: Sequence[str]) -> None:
-    """Of functions, as `module:function` or `path/file.py:function`; nothing where it can't."""
+    """Of functions, as `module:function` or `path/file.py:function`, and other texts.
+
+    Nothing where it can't.
+    """
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -23,10 +34,9 @@ def remember(specs: Sequence[str]) -> None:
 
 
 def unknown(specs: Sequence[str]) -> list[str]:
-    """Those of the functions that are neither this package's own nor remembered."""
-    foreign = [spec for spec in specs if spec.partition(".")[0] != __name__.partition(".")[0]]
+    """Those that are not remembered."""
     found = []
-    for spec in foreign:
+    for spec in specs:
         try:
             known = (_folder() / _key(spec)).exists()
         except (OSError, RuntimeError):

@@ -260,7 +260,8 @@ def check_installed(names: Sequence[str]) -> None:
 def name_of_run(run_dir: str) -> str:
     """What a tracker calls the run of this folder, or of this address of a bucket."""
     path = run_dir if is_address(run_dir) else Path(run_dir).resolve().as_posix()
-    return path.rstrip("/").rpartition("/")[2] or "run"
+    *_, above, name = ["", "", *path.rstrip("/").split("/")]
+    return f"{above}-{name}" if name == "sft" and above else name or "run"  # a warm start's
 
 
 def without_secrets(value: Any) -> Any:

@@ -50,6 +50,7 @@ def batch_sizes(config: Config) -> dict[str, Sizes]:
     c = config
     longest = -(-c.data.max_prompt_length // 8) * 8  # as `pad_prompts` rounds
     t, k = c.rollout.max_completion_length, c.rollout.num_generations
+    k = 1 if c.loss.name == "sft" else k  # each text is a group of its own
     part = max(c.train.batch_size // c.train.micro_batches, 1)
     new = (c.train.batch_size - c.replay.groups) * c.train.steps_per_generation
     drawn = k - c.rollout.demonstrations - c.replay.completions

@@ -56,7 +56,7 @@ class LossConfig:
         if self.name != "sft":
             return of_update, of_batch
         both = (of_update, of_batch)
-        update, batch = ({n: x for n, x in ms.items() if not _of_rewards(n)} for ms in both)
+        update, batch = ({n: x for n, x in ms.items() if not _of_groups(n)} for ms in both)
         return update, batch
 
     def objective(self, max_completion_length: int) -> Objective:
@@ -78,8 +78,8 @@ class LossConfig:
         return method(**{name: value for name, value in options.items() if value is not None})
 
 
-def _of_rewards(name: str) -> bool:
-    whose = ("reward", "gvpo_mse", "weight_abs", "source/", "skipped_groups")
+def _of_groups(name: str) -> bool:
+    whose = ("reward", "gvpo_mse", "weight_abs", "source/", "skipped_groups", "kl", "log_ratio")
     return name.startswith(whose)
 
 

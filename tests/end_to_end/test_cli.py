@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gvpo_jax.cli import main
-from gvpo_jax.config_file import claim, load_config
+from gvpo_jax.config_file import claim, load_config, open_run
 from gvpo_jax.errors import Page
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import load_model
@@ -508,7 +508,37 @@ def test_code_that_a_run_folder_names_is_not_run(tmp_path, capfd, refused, monke
     assert ran.exists()
 
 
-@pytest.mark.parametrize("spec", ["subprocess:getoutput", "json:dumps"])
+def test_servers_that_a_run_folder_names_get_nothing_unasked(tmp_path, refused, monkeypatch):
+    """They would be sent the key that the folder asks for by its name."""
+    monkeypatch.setenv("SOMEBODYS_KEY", "secret")
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
+    config = run / "config.yaml"
+    text = config.read_text().replace("kind: none", "kind: vllm")
+    text = text.replace("urls: []", "urls: ['http://127.0.0.1:9']")
+    text = text.replace("api_key_env: null", "api_key_env: SOMEBODYS_KEY")
+    assert text.count("SOMEBODYS_KEY") == text.count("127.0.0.1:9") == 1
+    config.write_text(text)
+    told = refused("eval", run)
+    assert "names servers (http://127.0.0.1:9), which were not trained with here" in told
+    assert main(["eval", str(run), "servers.kind=none", "servers.urls=[]"]) == 0
+
+
+def test_compiled_programs_are_not_read_from_where_a_run_folder_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    run, poisoned = tmp_path / "run", tmp_path / "poisoned"
+    assert main(["train", DEBUG, f"run.dir={run}", *SHORT]) == 0
+    config = run / "config.yaml"
+    cache = "compilation_cache: ~/.cache/gvpo-jax"
+    assert cache in config.read_text()
+    config.write_text(config.read_text().replace(cache, f"compilation_cache: {poisoned}"))
+    assert open_run(run).run.compilation_cache == "~/.cache/gvpo-jax"
+    assert open_run(run, to_train=True).run.compilation_cache == str(poisoned)
+    given = open_run(run, [f"run.compilation_cache={poisoned}"]).run.compilation_cache
+    assert given == str(poisoned)
+
+
+@pytest.mark.parametrize("spec", ["subprocess:getoutput", "json:dumps", "gvpo_jax.cli:main"])
 def test_a_module_s_function_is_no_reward_until_somebody_says_so(tmp_path, refused, spec):
     """With columns of its choice a folder could have shells do anything."""
     run = tmp_path / "run"
@@ -555,7 +585,9 @@ def test_a_checkpoint_that_can_not_be_written_is_told_without_tracebacks(tmp_pat
     assert told.endswith("those before it stay: make room, and give the same command")
 
 
-@pytest.mark.parametrize("spec", ["subprocess:run", "own.py:keep", ".py:keep", "/usr/x.py:keep"])
+@pytest.mark.parametrize(
+    "spec", ["subprocess:run", "own.py:keep", ".py:keep", "/usr/x.py:keep", "gvpo_jax.cli:main"]
+)
 def test_a_run_folder_s_filter_is_run_only_when_told(tmp_path, refused, monkeypatch, spec):
     """Any function is one that could do harm, called with rows that come along."""
     monkeypatch.chdir(tmp_path)

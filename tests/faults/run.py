@@ -614,7 +614,7 @@ def main() -> int:
             print(f"{fault}: {name}: {problem or 'passed'}", flush=True)
         results[fault] = found
         options.out.write_text(json.dumps(results, indent=2) + "\n")
-    if not options.short:
+    if options.out == HERE / "results.json":
         page = HERE / "README.md"
         page.write_text(with_table(page.read_text(), results))
     if failed:

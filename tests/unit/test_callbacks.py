@@ -23,7 +23,7 @@ class Recorder(Callback):
 
     def on_step_end(self, step, metrics):
         self.told.append(("step", step, metrics["loss"]))
-        return step == self.end_at
+        return np.bool_(step == self.end_at)  # as a comparison of arrays gives it
 
     def on_evaluate(self, step, metrics):
         self.told.append(("evaluation", step, metrics["eval/reward"]))
@@ -66,6 +66,13 @@ def test_a_session_that_a_callback_ended_goes_on_bitwise(tmp_path, end_at, round
     parts = run(tmp_path / "parts", [Recorder()], **rounds)
     for a, b in zip(params(whole), params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_same_trainer_goes_on_after_a_callback_ended_the_session(tmp_path):
+    settings = {"train__steps": 3, "checkpoint__every": 1}
+    trainer = Trainer(config(tmp_path, **settings), load_model("debug"), callbacks=[Recorder(2)])
+    assert trainer.train(ROWS, letter_share)["steps"] == 2
+    assert trainer.train(ROWS, letter_share)["steps"] == 3
 
 
 def test_a_callback_that_fails_ends_the_run_with_a_line_and_loses_nothing(tmp_path):

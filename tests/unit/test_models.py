@@ -612,7 +612,7 @@ def test_failing_download_is_one_line(monkeypatch):
         raise OSError("no network\nand a page of advice")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    told = r"org/name .* could not be downloaded .*: no network; try again, or give a folder$"
+    told = r"org/name .* could not be downloaded .*: no network; try again, or give a folder\n"
     with pytest.raises(UserError, match=told):
         load_model("org/name")
 

@@ -161,6 +161,7 @@ def test_the_run_begins_with_the_warm_start_s_model_as_its_reference(tmp_path):
     assert began.model.name == str(run / "sft" / "model")
     assert began.sft.steps is None
     assert [row["step"] for row in read_metrics(run / "sft")] == [1, 2, 3]
+    assert read_metrics(run / "sft")[-1]["learning_rate"] == pytest.approx(3e-3)
     first = read_metrics(run)[0]
     assert first["log_ratio"] == pytest.approx(0, abs=1e-4)  # to the reference: that same model
     start = load_model("debug")
@@ -201,3 +202,60 @@ def test_a_mistake_of_the_run_shows_before_the_warm_start(tmp_path):
     with pytest.raises(UserError, match="no_such"):
         commands.train(warm(tmp_path / "run", tmp_path, "rewards.funcs=[no_such.py:f]"))
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_epochs_are_done_once_too(tmp_path):
+    epochs = "sft.steps=null", "sft.epochs=1"
+    commands.train(warm(tmp_path / "run", tmp_path, *epochs, "train.stop_at=1"))
+    before = (tmp_path / "run" / "sft" / "metrics.jsonl").read_bytes()
+    assert before.count(b"\n") == 3  # six rows, two at a time
+    commands.train(warm(tmp_path / "run", tmp_path, *epochs))
+    assert (tmp_path / "run" / "sft" / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"began with a warm start of sft.epochs=1"):
+        commands.train(warm(tmp_path / "run", tmp_path, "sft.steps=null", "sft.epochs=2"))
+
+
+def failing(tmp_path):
+    """A run whose warm start is done, and which then failed before its first checkpoint."""
+    file = tmp_path / "own.py"
+    file.write_text("def fails(prompt, completion):\n    return 1 / 0\n")
+    run, reward = tmp_path / "run", f"rewards.funcs=['{file}:fails']"
+    with pytest.raises(UserError, match="division by zero"):
+        commands.train(warm(run, tmp_path, reward))
+    return run
+
+
+def test_what_samples_may_be_changed_until_the_run_has_begun(tmp_path):
+    run = failing(tmp_path)
+    before = (run / "sft" / "metrics.jsonl").read_bytes()
+    assert commands.train(warm(run, tmp_path, "rollout.num_generations=3"))["steps"] == 2
+    assert (run / "sft" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_warm_start_of_other_rows_or_another_model_is_not_used_again(tmp_path):
+    run = failing(tmp_path)
+    rows = tmp_path / "others.jsonl"
+    rows.write_text("".join(json.dumps(row | {"solution": " no"}) + "\n" for row in ROWS))
+    with pytest.raises(UserError, match="training rows are not those of this run"):
+        commands.train(warm(run, tmp_path, f"data.path={rows}"))
+
+
+def test_starting_over_begins_with_the_warm_start(tmp_path, monkeypatch):
+    """Ended in the middle of it, the next start has no old run to go on with."""
+    run = tmp_path / "run"
+    commands.train(warm(run, tmp_path))
+
+    def ends(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_offline", ends)
+        with pytest.raises(KeyboardInterrupt):
+            commands.train(warm(run, tmp_path, "run.overwrite=true", "sft.learning_rate=1e-3"))
+    assert read_metrics(run) == []
+    assert not (run / "sft" / "model").exists()
+
+
+def test_in_a_bucket_there_is_none():
+    with pytest.raises(UserError, match=r"run.dir=gs://bucket/run: a warm start"):
+        override(Config(), run__dir="gs://bucket/run", sft__steps=3)

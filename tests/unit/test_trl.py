@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig
 from small_run import one_layer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -134,6 +134,10 @@ def test_settings_say_what_the_arguments_say():
     grpo = GVPOConfig(loss_type="grpo", beta=0.04, epsilon=0.1, epsilon_high=0.3)
     loss = grpo.config(40, devices=1).loss
     assert (loss.name, loss.kl_coef, loss.epsilon, loss.epsilon_high) == ("grpo", 0.04, 0.1, 0.3)
+    plain = GVPOConfig(loss_type="dapo").config(40, devices=1)
+    assert (plain.loss.epsilon, plain.loss.epsilon_high) == (0.2, 0.2)  # TRL's None
+    assert plain.data.too_long == "skip"
+    GVPOConfig(loss_type="dr_grpo", scale_rewards="none").config(40, devices=1)
     sequence = GVPOConfig(loss_type="grpo", importance_sampling_level="sequence")
     assert sequence.config(40, devices=1).loss.name == "gspo"
 
@@ -156,6 +160,9 @@ def test_settings_say_what_the_arguments_say():
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "a multiple of the 16"),
         ({"generation_batch_size": 8, "steps_per_generation": 1}, "not both"),
         ({"loss_type": "vespo"}, "loss.name"),
+        ({"loss_type": "grpo", "scale_rewards": "none"}, "scale_rewards='none' with loss_type"),
+        ({"loss_type": "dapo", "scale_rewards": "batch"}, "scale_rewards='batch' with loss_type"),
+        ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, "has no equal here"),
         ({"mesh__fsdb": 1}, "did you mean 'fsdp'"),
     ],
 )  # fmt: skip
@@ -177,6 +184,11 @@ def test_what_has_no_effect_is_said_once_for_each_reason():
         "first update",
     ]
     assert GVPOConfig().notes() == []
+    (clip,) = GVPOConfig(epsilon=0.1).notes()
+    assert clip.startswith("epsilon: without effect; GVPO clips nothing")
+    assert GVPOConfig(report_to="all").notes() == [
+        "report_to='all': without effect; name the trackers"
+    ]
 
 
 class Heard(TrainerCallback):
@@ -246,6 +258,46 @@ def test_a_callback_stops_the_training(tmp_path):
     assert port(tmp_path).train().global_step == 3
 
 
+def test_a_trainer_that_was_stopped_goes_on_when_asked_again(tmp_path):
+    ported = port(tmp_path, callbacks=[Heard(stop_at=2)])
+    assert ported.train().global_step == 2
+    assert ported.train().global_step == 3
+
+
+def test_the_state_after_a_resume_is_that_of_the_run(tmp_path):
+    """Reward functions and callbacks see how far it is, and what was logged before."""
+    seen = []
+
+    def reward(completions, trainer_state, **_):
+        seen.append((trainer_state.global_step, trainer_state.epoch))
+        return share(completions)
+
+    port(tmp_path, reward, callbacks=[Heard(stop_at=2)]).train()
+    port_again = port(tmp_path, reward)
+    port_again.train()
+    assert seen == [(0, 0.0), (1, 0.25), (2, 0.5)]  # an update takes 2 of 8 prompts
+    assert [row["step"] for row in port_again.state.log_history] == [1, 2, 3]
+
+
+def test_early_stopping_knows_that_a_reward_should_rise(tmp_path):
+    """transformers' own default: greater is better, unless the metric is a loss."""
+    calls = []
+
+    def rising(completions, **_):
+        calls.append(len(calls))
+        return [float(len(calls))] * len(completions)
+
+    more = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 6}
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    given = {"eval_dataset": ROWS[:2]}
+    ported = port(
+        tmp_path, rising, callbacks=[stop], given=given, metric_for_best_model="reward", **more
+    )
+    assert ported.train().global_step == 6
+    assert ported.state.best_global_step == 6
+    assert not GVPOConfig(metric_for_best_model="eval_loss").greater_is_better
+
+
 def test_early_stopping_of_transformers_itself(tmp_path):
     """Reward 0 for all: no evaluation is better than the first."""
     more = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8}
@@ -296,6 +348,10 @@ def test_lora_quantisation_optimizer_and_tokenizer(tmp_path):
     ported.train()
     ported.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    ported.save_model(str(tmp_path / "run"))  # the run's own folder
+    assert (tmp_path / "run" / "export" / "adapter_model.safetensors").is_file()
+    plain = port(tmp_path / "plain", given={"peft_config": LoraConfig(r=2)})
+    assert plain.trainer.config.model.lora.names() == ("q", "v")  # PEFT's own for such models
 
 
 def test_several_evaluation_sets(tmp_path):
@@ -318,6 +374,9 @@ def test_several_evaluation_sets(tmp_path):
         ({"tools": [print]}, "tools has no equal here"),
         ({"optimizers": (optax.sgd(1.0), print)}, "put the schedule into the Optax"),
         ({"peft_config": LoraConfig(use_dora=True)}, "use_dora=True has no equal"),
+        ({"peft_config": LoraConfig(exclude_modules=["v_proj"])}, "exclude_modules="),
+        ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "init_lora_weights='pissa'"),
+        ({"peft_config": VeraConfig()}, "VeraConfig has no equal"),
         ({"peft_config": LoraConfig(target_modules=".*proj")}, "is a pattern; give a list"),
         ({"quantization_config": object()}, "quantization_config has no equal"),
     ],
