@@ -273,9 +273,10 @@ def open_run(path: Path | str, overrides: Sequence[str] = (), *, to_train: bool 
     # More epochs are in place of the steps that the first ones took.
     by_epochs = any(x.partition("=")[0].strip() == "train.epochs" for x in overrides)
     instead = ["train.steps=null"] if by_epochs else []
-    if not to_train:
-        instead.append(f"run.compilation_cache={shown(RunConfig().compilation_cache)}")
     there = load_config(folder / SETTINGS)
+    cache = RunConfig().compilation_cache
+    if not to_train and there.run.compilation_cache not in (None, cache):
+        instead.append(f"run.compilation_cache={cache}")
     for key in ("model.name", "model.adapter"):  # of a folder that was moved since
         given = str(operator.attrgetter(key)(there))
         if given.endswith(f"/{WARM_START}") and entries(f"{path}/{WARM_START}"):

@@ -112,7 +112,7 @@ def memory_needed(
     if data.eval_size and (data.eval_path or data.tasks):
         eval_ = config.eval
         sampled += [_cache(config, model, mesh, eval_.batch_size, eval_.num_generations)]
-    if trains and not data.groups_path:
+    if trains and not data.groups_path and config.loss.name != "sft":
         rollout = batch_sizes(config)["rollout"]
         sampled += [_cache(config, model, mesh, rollout.groups, rollout.k)]
     kept = {

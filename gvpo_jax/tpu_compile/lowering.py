@@ -102,6 +102,8 @@ def run_programs(config: Config, model: DecoderConfig, mesh: Mesh) -> list[Progr
         Program("train step", lower_step, fixed + beside, config.train.micro_batches),
         Program("reference scoring", lower_score, all_state + beside, 1),
     ]
+    if config.loss.name == "sft":
+        return training[:1]
     if not in_process:
         return training
     others = all_state + device_bytes(frozen) - (sampled - copied) + fixed + snapshot

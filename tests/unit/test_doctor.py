@@ -390,8 +390,8 @@ def test_memory_that_does_not_suffice(there, monkeypatch, available, level, said
 
 @pytest.mark.parametrize(("times", "level"), [(3.01, "ok"), (2.9, "note"), (0.9, "problem")])
 def test_checkpoints_that_do_not_fit_on_the_disk(there, monkeypatch, times, level):
-    """Of float32 parameters, AdamW's two moments and the reference; two stay, one is written."""
-    size = 4 * 4 * sum(x.size for x in jax.tree.leaves(param_shapes(debug_config())))
+    """Of float32 parameters and AdamW's two moments; two stay, one is written."""
+    size = 3 * 4 * sum(x.size for x in jax.tree.leaves(param_shapes(debug_config())))
     monkeypatch.setattr(machine, "free_disk", lambda _: int(times * size))
     found = list(about_config._memory(config_of(), debug_config(), Path()))
     finding = named(found, "checkpoints")

@@ -188,3 +188,12 @@ def test_where_nothing_tells_the_memory_nothing_is_said(monkeypatch, capfd):
     c = override(Config(), mesh__fsdp=1)
     check_memory(c, debug_config(), c.mesh.mesh(), trains=True)
     assert capfd.readouterr().err == ""
+
+
+def test_fine_tuning_samples_nothing():
+    sampled = override(Config(), data__eval_size=0)
+    learnt = override(sampled, loss__name="sft")
+    mesh = sampled.mesh.mesh(jax.devices()[:1])
+    of = [memory_needed(c, debug_config(), mesh) for c in (sampled, learnt)]
+    assert of[0]["keys and values"] > of[1]["keys and values"] == 0
+    assert of[0]["activations"] > of[1]["activations"]  # k completions of a prompt, or one
