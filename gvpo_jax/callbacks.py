@@ -11,7 +11,7 @@ class Callback:
 
     The methods are called in the first process alone, between updates. A run with callbacks waits
     for each update to be done before it sends off the next. What a method raises ends the run with
-    one line; the updates before it are saved.
+    one line; of a single process the updates before it are saved.
     """
 
     def on_step_end(self, step: int, metrics: Mapping[str, float]) -> bool | None:
