@@ -231,6 +231,9 @@ def check_claim(config: Config) -> Path:
             there = [f"{key}={shown(operator.attrgetter(key)(old))}" for key in keys]
             grows = config.optimizer.schedule == "constant" and "train.steps" in keys
             hint = " (train.steps may only grow; train.stop_at ends a session)" if grows else ""
+            began = {str(operator.attrgetter(key)(old)) for key in keys if key.startswith("model.")}
+            if any(name.endswith(f"/{WARM_START}") for name in began):
+                hint += " (it began with a warm start: give the same sft.steps or sft.epochs)"
             raise UserError(
                 f"{config.run.dir} holds a run with other settings ({', '.join(there)}); give "
                 f"those{hint}, or choose another run.dir, or start over with run.overwrite=true",

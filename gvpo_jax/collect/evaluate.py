@@ -11,8 +11,8 @@ from typing import Any
 from gvpo_jax.collect.collector import Judge, sample_records
 from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.data.rows import Row
-from gvpo_jax.errors import UserError
-from gvpo_jax.parallel.distributed import gather, my_items
+from gvpo_jax.errors import UserError, tell
+from gvpo_jax.parallel.distributed import gather, is_first, my_items
 from gvpo_jax.report.intervals import mean_interval
 from gvpo_jax.report.scores import task_names
 from gvpo_jax.rollout import Engine, SamplingParams
@@ -127,7 +127,23 @@ def evaluate(
         r.pop("correct", None)  # a column of that name would be taken for ours
         if least is not None:
             r["correct"] = verdict is not None and verdict >= least
+    if is_first() and (problem := _useless(records, options)):
+        tell(f"warning: {problem}", error=True)
     return _summary(records, options) | {"eval/unscored": float(len(records) - len(given))}, records
+
+
+def _useless(records: Sequence[Row], options: EvalConfig) -> str:
+    """What was asked for and says nothing; empty: all does."""
+    asked = [name for name in ("pass_at", "answer_pattern") if getattr(options, name)]
+    if asked and "correct" not in records[0]:
+        return (
+            f"{' and '.join(f'eval.{name}' for name in asked)} need right and wrong answers, and "
+            "rewards are graded: give eval.success_reward or eval.checker"
+        )
+    pattern = options.answer_pattern
+    if pattern and not any(_answer(pattern, r["completion"]) for r in records):
+        return f"eval.answer_pattern={pattern} matches none of {len(records)} completions"
+    return ""
 
 
 def pass_at_k(completions: int, right: int, k: int) -> float:

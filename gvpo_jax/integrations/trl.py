@@ -177,13 +177,29 @@ class GVPOTrainer:
         loss = fmean(losses) if losses else float("nan")
         return TrainOutput(self.state.global_step, loss, summary)
 
-    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+    @property
+    def train_dataset(self) -> list[dict[str, Any]]:
+        """Its rows."""
+        return self._rows
+
+    @property
+    def eval_dataset(self) -> list[dict[str, Any]]:
+        """Its rows; of several sets each with its set's name in the column `task`."""
+        return self._held_out
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the first process, which alone writes files."""
+        return is_first()
+
+    def evaluate(
+        self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Rewards of the held-out rows, as `eval_reward` and so on."""
         rows = self._held_out if eval_dataset is None else _held_out_rows(eval_dataset)
         if not rows:
             raise UserError("evaluate: there are no held-out rows, give eval_dataset")
         metrics, _ = self.trainer.evaluate(rows, self._funcs)
-        return _named(metrics)
+        return _named(metrics, metric_key_prefix)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the adapter, where one is trained, or the model, as transformers and PEFT load it.
@@ -262,7 +278,13 @@ class _Heard(Callback):
         more["processing_class"] = owner.processing_class
         for callback in self._callbacks:
             if method := getattr(callback, event, None):
-                changed = method(owner.args, owner.state, owner.control, **more)
+                try:
+                    changed = method(owner.args, owner.state, owner.control, **more)
+                except Exception as error:
+                    what = " ".join(f"{type(error).__name__}: {error}".split())
+                    name = f"{type(callback).__name__}.{event}"
+                    step = owner.state.global_step
+                    raise UserError(f"{name} failed at step {step}: {what}") from error
                 owner.control = owner.control if changed is None else changed
         return owner.control.should_training_stop
 
@@ -312,9 +334,9 @@ def _object(callback: Any) -> Any:
     return callback() if isinstance(callback, type) else callback
 
 
-def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+def _named(metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, float]:
     """Metrics of an evaluation by transformers' names: eval_reward for eval/reward."""
-    return {name.replace("eval/", "eval_", 1): value for name, value in metrics.items()}
+    return {name.replace("eval/", f"{prefix}_", 1): value for name, value in metrics.items()}
 
 
 def _listed(reward_funcs: Any) -> list[Any]:

@@ -130,3 +130,22 @@ def test_a_checker_says_what_is_right_in_place_of_the_reward(tmp_path):
     assert 0.5 <= metrics["eval/accuracy"] < 1
     with pytest.raises(UserError, match="needs limit, which the held-out data does not have"):
         trainer.evaluate([{"prompt": "ab"}], f"{file}:greedy")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reward", "told"),
+    [
+        ({"eval__pass_at": [2]}, 0.5, "eval.pass_at need right and wrong answers, and rewards are"),
+        ({"eval__answer_pattern": "zzz"}, 1.0, "answer_pattern=zzz matches none of 8 completions"),
+        ({"eval__pass_at": [2]}, 1.0, ""),
+    ],
+)
+def test_what_says_nothing_is_warned_of(tmp_path, capfd, settings, reward, told):
+    config = override(
+        Config(), run__dir=str(tmp_path), rollout__max_completion_length=4, **settings
+    )  # fmt: skip
+    rows = [{"prompt": "ab"}, {"prompt": "cd"}]
+    Trainer(config, trains=False).evaluate(rows, lambda prompt, completion: reward)
+    err = capfd.readouterr().err
+    assert told in err
+    assert ("warning" in err) == bool(told)

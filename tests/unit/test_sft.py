@@ -191,6 +191,12 @@ def test_it_is_done_once_and_goes_on_where_it_stopped(tmp_path):
     assert (run / "sft" / "metrics.jsonl").read_bytes() != before
 
 
+def test_without_its_warm_start_the_run_says_what_it_began_with(tmp_path):
+    commands.train(warm(tmp_path / "run", tmp_path, "train.stop_at=1"))
+    with pytest.raises(UserError, match="began with a warm start: give the same"):
+        commands.train(warm(tmp_path / "run", tmp_path, "sft.steps=null"))
+
+
 def test_with_an_adapter_the_run_goes_on_with_it(tmp_path):
     run = tmp_path / "run"
     commands.train(warm(run, tmp_path, "model.lora.rank=2"))

@@ -390,3 +390,20 @@ def test_what_the_trainer_can_not_take_is_refused(tmp_path, given, told):
         GVPOTrainer(**arguments | given)
     with pytest.raises(UserError, match="save_model"):
         GVPOTrainer.push_to_hub(None)
+
+
+def test_a_callback_of_transformers_that_fails_is_named(tmp_path):
+    class Broken(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise ValueError("too late")
+
+    told = "^Broken.on_step_end failed at step 1: ValueError: too late; the 1 updates before"
+    with pytest.raises(UserError, match=told):
+        port(tmp_path, callbacks=[Broken]).train()
+
+
+def test_what_scripts_ask_of_a_trainer(tmp_path):
+    ported = port(tmp_path, given={"eval_dataset": ROWS[:2]})
+    assert (ported.train_dataset, ported.eval_dataset) == (ROWS, ROWS[:2])
+    assert ported.is_world_process_zero()
+    assert "test_reward" in ported.evaluate(metric_key_prefix="test")
