@@ -510,7 +510,7 @@ def test_from_pretrained_answers_trl_s_names_before_it_loads():
 
 def test_a_setting_without_its_section_is_found(write):
     told = refused(write("batch_size: 4"))
-    assert "unknown setting batch_size: write sft.batch_size, train.batch_size or eval.b" in told
+    assert "unknown setting batch_size: write sft.batch_size or train.batch_size or eval" in told
     assert "unknown setting funcs: write rewards.funcs; " in refused(write(""), "funcs=[a:b]")
     assert "unknown setting train_steps: write train.steps; " in refused(write(""), "train_steps=4")
     assert "optimizer.lr: write optimizer.learning_rate; " in refused(write("optimizer: {lr: 1}"))
