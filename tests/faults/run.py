@@ -291,6 +291,10 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content)
 
 
+SIZES = (60, 400, 700, 1000, 1400)  # KiB
+MOUNTING = ("read-only", *(f"a file system of {room} KiB" for room in SIZES))
+
+
 def full() -> Cases:
     """Writing fails for want of room; what was trained stays."""
     for phase, count in (("metrics", 2), ("summary", 1), ("report", 1)):
@@ -310,7 +314,7 @@ def full() -> Cases:
 
     yield "save", saving
 
-    for room in (60, 400, 700, 1000, 1400):
+    for room in SIZES:
 
         def small(c: Case, room=room):
             """A file system of so many KiB, and then, with the same files, one with room."""
@@ -607,7 +611,10 @@ def main() -> int:
             continue
         found = {}
         every = list(cases())
-        for name, case in [every[len(every) // 2]] if options.short else every:
+        if options.short:  # none that mounts something, which not every container allows
+            every = [case for case in every if case[0] not in MOUNTING]
+            every = [every[len(every) // 2]]
+        for name, case in every:
             problem = trial(case, whole, folder / fault / name.replace("/", "-"))
             failed += bool(problem)
             found[name] = problem
