@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "gvpo_jax"
 # above it in this list, never one below it.
 HOUSE = (
     ("gvpo_jax loss baselines logprobs precision", "nothing but jax"),
-    ("errors settings buckets installed machine noise", "what all others may use"),
+    ("errors settings buckets http installed machine noise", "what all others may use"),
     ("parallel", "the mesh, the layout of arrays, and several processes"),
     ("ops", "attention, packing and products"),
     ("models", "decoder, and Hugging Face files in and out"),

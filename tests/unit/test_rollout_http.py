@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from http_stub import OWN_EOS, Logits, StubServer, network_of, seconds
 
-from gvpo_jax import gvpo_loss
+from gvpo_jax import gvpo_loss, http
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.logprobs import completion_mask
 from gvpo_jax.models.decoder import decoder_fns
 from gvpo_jax.models.load import LoadedModel, load_model
 from gvpo_jax.rollout import SamplingParams
-from gvpo_jax.rollout.servers import client, weight_sync
+from gvpo_jax.rollout.servers import weight_sync
 from gvpo_jax.rollout.servers.client import Fleet
 from gvpo_jax.rollout.servers.dialects import DIALECTS, ServerKind
 from gvpo_jax.rollout.servers.engine import HttpEngine
@@ -259,7 +259,7 @@ def test_a_server_that_is_not_there():
 
 
 def test_the_pause_before_a_try_doubles_up_to_a_limit():
-    pauses = np.array([client.pause(0.5, attempt) for attempt in range(1, 12)])
+    pauses = np.array([http.pause(0.5, attempt) for attempt in range(1, 12)])
     longest = np.minimum(0.5 * 2.0 ** np.arange(11), 30)
     assert (pauses <= longest).all()
     assert (pauses >= longest / 2).all()
@@ -291,7 +291,7 @@ def test_headers_that_drip_are_not_waited_for_either(stub):
 
 
 def test_an_endless_answer_is_not_read_to_its_end(stub, monkeypatch):
-    monkeypatch.setattr(client, "_LARGEST", 300)
+    monkeypatch.setattr(http, "_LARGEST", 300)
     said = complaint(lambda: generate(engine_on(stub), PROMPTS[:1]))
     assert "the answer is larger than" in said
     assert len(stub.requests) == 1  # it would be no smaller a second time

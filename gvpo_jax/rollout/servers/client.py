@@ -2,33 +2,28 @@
 
 import asyncio
 import contextlib
-import functools
-import json
-import random
-import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from gvpo_jax.errors import Page, UserError, explained_by
+from gvpo_jax.http import (
+    Answer,
+    BadReply,
+    TryAgain,
+    check_address,
+    client_options,
+    describe_failure,
+    exchange,
+    load_httpx,
+    one_short_line,
+    pause,
+    read_answer,
+)
 
 T = TypeVar("T")
-_CONNECT_SECONDS = 10.0
-_LONGEST_PAUSE = 30.0
-_SHOWN = 300  # characters of what a server said
-_LARGEST = 2**28  # bytes of an answer; 32 completions of 8,000 tokens with log-probs are 2**25
-_tls = functools.cache(ssl.create_default_context)  # reads all certificates of the system
-
-
-class TryAgain(Exception):
-    """A failure that a second try may not meet."""
-
-
-class BadReply(Exception):
-    """An answer that can't be used, and would be no better a second time."""
 
 
 @dataclass(eq=False, repr=False)  # the headers hold the key
@@ -47,15 +42,10 @@ class Client:
     run: Any = None  # a fleet's, which gives the result of an async function with arguments
 
     def __post_init__(self):
-        self._httpx = _httpx()
+        self._httpx = load_httpx()
         self.url = self.url.rstrip("/").removesuffix("/v1")
-        _check(self.url, self._httpx)
-        self._options = {
-            "headers": {"Connection": "close"} | dict(self.headers),
-            "timeout": self._httpx.Timeout(None, connect=_CONNECT_SECONDS),
-            "verify": _tls(),
-            "trust_env": False,  # no proxies
-        }
+        check_address(self.url)
+        self._options = client_options({"Connection": "close"} | dict(self.headers))
 
     @explained_by(Page.SERVERS)
     def post(
@@ -81,49 +71,19 @@ class Client:
             try:
                 if attempt:
                     self.run(asyncio.sleep, pause(self.first_pause, attempt))
-                return _read(self.run(self._exchange, path, body), read, if_missing)
+                return read_answer(self.run(self._exchange, path, body), read, if_missing)
             except (TryAgain, OSError, self._httpx.HTTPError) as error:
-                reason = self._describe(error)
+                reason = describe_failure(error, self.timeout)
             except BadReply as error:
-                raise UserError(_one_line(f"{where}: {error}")) from None
+                raise UserError(one_short_line(f"{where}: {error}")) from None
             except CancelledError:
                 raise UserError(f"{where}: stopped") from None
         tries = f"tried {self.retries + 1} times" if self.retries else "tried once"
-        raise UserError(_one_line(f"{where}: {reason}") + f" ({tries})")
+        raise UserError(one_short_line(f"{where}: {reason}") + f" ({tries})")
 
-    async def _exchange(self, path: str, body: Any) -> "_Answer":
-        """The whole answer, in `timeout` seconds for everything together."""
-        async with (
-            asyncio.timeout(self.timeout),
-            self._httpx.AsyncClient(**self._options) as client,
-            client.stream("POST", self.url + path, json=body) as response,
-        ):
-            content = bytearray()
-            async for part in response.aiter_bytes():
-                content += part
-                if len(content) > _LARGEST:
-                    raise BadReply(f"the answer is larger than {_LARGEST >> 20} MiB")
-            return _Answer(response.status_code, bytes(content))
-
-    def _describe(self, error: BaseException) -> str:
-        if isinstance(error, TryAgain):
-            return str(error)
-        if isinstance(error, TimeoutError):
-            return f"no answer within {self.timeout:g} s"
-        if isinstance(error, self._httpx.ConnectTimeout):
-            return f"no connection within {_CONNECT_SECONDS:g} s"
-        error = _below(error)
-        return f"{type(error).__name__}: {error}"
-
-
-@dataclass(frozen=True)
-class _Answer:
-    status: int
-    content: bytes
-
-    @property
-    def text(self) -> str:
-        return self.content.decode(errors="replace")
+    async def _exchange(self, path: str, body: Any) -> Answer:
+        async with self._httpx.AsyncClient(**self._options) as client:
+            return await exchange(client, self.url + path, body, self.timeout)
 
 
 class Fleet:
@@ -191,78 +151,3 @@ class Fleet:
         self._stopped = True
         for future in self._under_way.copy():
             future.cancel()
-
-
-def _httpx() -> Any:
-    try:
-        import httpx2
-    except ImportError:
-        raise UserError(
-            'servers are asked with httpx2: pip install "gvpo-jax[servers]"', page=Page.EXTRAS
-        ) from None
-    return httpx2
-
-
-def _check(url: str, httpx: Any) -> None:
-    if set("@?#") & set(url):  # not shown: it may hold a password
-        raise UserError(
-            "a server's address holds no name, key or query (@, ?, #): use servers.api_key_env"
-        )
-    try:
-        parts, _ = urlsplit(url), httpx.URL(url)
-        host, _ = (parts.hostname or "").encode("idna"), parts.port
-        if parts.scheme in ("http", "https") and host and url.isascii():
-            return
-    except (ValueError, httpx.InvalidURL):  # also where a host or a port can be none
-        pass
-    raise UserError(f"{url!r} is not the address of a server, such as http://localhost:8000")
-
-
-def pause(first: float, attempt: int) -> float:
-    """Seconds before try number `attempt`: they double each time, with jitter."""
-    return min(first * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1)
-
-
-def _below(error: BaseException) -> BaseException:
-    """The system's own error, of which httpx says little; that of a host's first address."""
-    if isinstance(error, ExceptionGroup):
-        return _below(error.exceptions[0])
-    below = error.__cause__ or error.__context__
-    return _below(below) if below else error
-
-
-def _read(
-    answer: _Answer, read: Callable[[Any], T] | None, if_missing: str | Exception
-) -> T | None:
-    status = answer.status
-    if isinstance(if_missing, Exception) and status == 404 and "error" not in answer.text:
-        raise if_missing  # where there is the path, an error of its own says what is missing
-    if status == 429 or status >= 500:
-        raise TryAgain(_said(answer))
-    if not 200 <= status < 300:
-        remedy = f"; {if_missing}" if if_missing and status == 404 else ""
-        raise BadReply(_said(answer) + remedy)
-    if read is None:
-        return None
-    try:
-        reply = json.loads(answer.content) if answer.content else None
-    except (ValueError, RecursionError):
-        raise TryAgain(f"the answer is not JSON: {answer.text[:60]!r}") from None
-    try:
-        return read(reply)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise BadReply(f"an answer of another form ({type(error).__name__}: {error})") from None
-
-
-def _said(answer: _Answer) -> str:
-    said = answer.text
-    with contextlib.suppress(ValueError, RecursionError, AttributeError):
-        reply = json.loads(answer.content)
-        error = reply.get("error", reply)
-        said = error if isinstance(error, str) else error.get("message") or said
-    return f"HTTP {answer.status}: {said}"
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from gvpo_jax.http import BadReply, TryAgain
 from gvpo_jax.rollout.engine import SamplingParams
-from gvpo_jax.rollout.servers.client import BadReply, TryAgain
 from gvpo_jax.rollout.stop import StopStrings
 
 Post = Callable[..., Any]
