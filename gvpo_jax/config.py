@@ -239,7 +239,7 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
     unused: extras that are not asked for.
     """
     files = c.data.path, c.data.eval_path, c.data.groups_path
-    paths = *files, c.run.dir, c.model.name, c.model.adapter
+    paths = *files, c.run.dir, c.model.name, c.model.adapter, *c.rewards.funcs
     funcs = " ".join(c.rewards.funcs)
     tasks = bool(c.data.tasks) or "gvpo_jax.rewards.reasoning_gym:" in funcs
     needed = {

@@ -22,6 +22,7 @@ from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, 
 from gvpo_jax.errors import Page, UserError
 from gvpo_jax.installed import PACKAGED
 from gvpo_jax.parallel.distributed import DistributedConfig
+from gvpo_jax.rewards.load import is_reward_model
 from gvpo_jax.rewards.trust import OWN_REWARDS, unknown
 from gvpo_jax.rundir.bucket import entries, pull
 from gvpo_jax.rundir.claim import (
@@ -147,7 +148,8 @@ def _wherever(value: Any, kind: str) -> Any:
         return True
     if kind in ("function", "functions"):
         specs = [value] if kind == "function" else value
-        return [os.path.basename(spec) if ".py:" in spec else spec for spec in specs]
+        files = [".py:" in spec or os.path.isabs(spec) for spec in specs]
+        return [os.path.basename(x) if f else x for x, f in zip(specs, files, strict=True)]
     return os.path.basename(value.rstrip("/")) if os.path.isabs(value) else value
 
 
@@ -306,7 +308,11 @@ def check_trusted(path: Path | str, overrides: Sequence[str] = ()) -> None:
     own = {x.partition("=")[0].strip() for x in overrides}
     there = open_run(path)
     funcs = [] if "rewards.funcs" in own else there.rewards.funcs
-    named = [("reward function", spec) for spec in funcs if spec not in OWN_REWARDS]
+    named = [
+        ("reward function", spec)
+        for spec in funcs
+        if spec not in OWN_REWARDS and not is_reward_model(spec)  # which is no code
+    ]
     for key in ("data.filter", "eval.checker"):
         spec = operator.attrgetter(key)(there)
         named += [(key, spec)] if spec is not None and key not in own else []
@@ -415,12 +421,15 @@ def _model(name: str, key: str, beside: Path | None) -> str:
 
 
 def _functions(specs: list[str], key: str, beside: Path | None) -> list[str]:
-    """`path/to/file.py:function`; `module:function` stays as it is."""
-    parts = [spec.rpartition(":") for spec in specs]
-    return [
-        f"{_input(where, key, beside)}:{name}" if where.endswith(".py") else spec
-        for spec, (where, _, name) in zip(specs, parts, strict=True)
-    ]
+    """`path/to/file.py:function` and folders of reward models; others stay as they are."""
+
+    def resolved(spec: str) -> str:
+        where, _, name = spec.rpartition(":")
+        if where.endswith(".py"):
+            return f"{_input(where, key, beside)}:{name}"
+        return spec if where else _model(spec, key, beside)
+
+    return [resolved(spec) for spec in specs]
 
 
 def _template(text: str, key: str, beside: Path | None) -> str:

@@ -26,6 +26,7 @@ class Page(enum.StrEnum):
     PROMPTS = "docs/data.md#prompts"
     REWARDS = "docs/rewards.md#writing-one"
     REWARD_FAILED = "docs/rewards.md#when-one-fails"
+    REWARD_MODELS = "docs/rewards.md#reward-models"
     REWARD_CHANGED = "docs/rewards.md#when-its-code-changes"
     RESUMING = "docs/runs.md#resuming"
     SERVERS = "docs/servers.md#settings"

@@ -3,6 +3,7 @@
 `gvpo-jax compile` knows better, for TPUs: it asks the compiler.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from gvpo_jax.logprobs import CHUNK_BYTES
 from gvpo_jax.machine import host_memory
 from gvpo_jax.models.decoder import DecoderConfig
 from gvpo_jax.models.lora import Params
+from gvpo_jax.models.reward_model import open_reward_model
 from gvpo_jax.models.stacking import stacking_of
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.parallel.layout import group_shards, shapes_on
@@ -32,6 +34,7 @@ _SMALLER = {
     "merged weights": "rollout.adapter=apart",
     "keys and values": "rollout.slots, or a shorter rollout.max_completion_length",
     "stacked layers": "model.scan_layers=false",
+    "reward models": "rewards.model.dtype=bfloat16, or a server, see LLMJudge",
     "activations": "train.micro_batches, or model.remat=layer",
 }
 
@@ -122,6 +125,8 @@ def memory_needed(
     }
     if max(sampled) and (merged := merged_bytes(config, mesh, frozen, params)):
         kept["merged weights"] = merged
+    if judging := _reward_models(config, mesh):
+        kept["reward models"] = judging
     if not trains:
         return kept
     if stacked := _stacked(config, model, mesh, frozen, params):
@@ -170,6 +175,13 @@ def _cache(config: Config, model: DecoderConfig, mesh: Mesh, groups: int, k: int
     own = (model.heads(i) for i in range(model.num_layers) if model.source(i) is None)
     features = sum(n * d // (1 if n % tensor else tensor) for n, d in own)
     return 2 * features * width * tokens // (mesh.size // tensor)
+
+
+def _reward_models(config: Config, mesh: Mesh) -> int:
+    """Weights on one device, of those in folders; they are cut over the devices of a process."""
+    folders = [spec for spec in config.rewards.funcs if os.path.isdir(spec)]
+    weights = sum(open_reward_model(folder).weights for folder in folders)
+    return weights * jnp.dtype(config.rewards.model.dtype).itemsize // len(mesh.local_devices)
 
 
 def _stacked(config: Config, model: DecoderConfig, mesh: Mesh, *trees: Params) -> int:

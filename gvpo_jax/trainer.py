@@ -531,7 +531,8 @@ class Trainer:
     def _judge(self, reward_funcs: RewardFuncs) -> Judge:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)
         given: Any = [reward_funcs] if one else reward_funcs
-        funcs = [load_reward_func(func) if isinstance(func, str) else func for func in given or ()]
+        how = self.config.rewards.model
+        funcs = [load_reward_func(f, how) if isinstance(f, str) else f for f in given or ()]
         for func in funcs:
             if not callable(func):
                 raise UserError(f"a reward function is something to call, got {func!r}")

@@ -78,10 +78,23 @@ def _files(config: "Config") -> Iterator[Finding]:
             error.explain(Page.ROWS)
             yield _refused(name, error)
     for spec in config.rewards.funcs:
+        if os.path.isdir(spec):
+            yield _reward_model(spec)
         file = spec.rpartition(":")[0]
         if file.endswith(".py") and not os.path.isfile(file):
             gone = UserError(f"{file}: there is no such file", page=Page.REWARDS)
             yield _refused("rewards.funcs", gone)
+
+
+def _reward_model(folder: str) -> Finding:
+    from gvpo_jax.models.reward_model import open_reward_model
+
+    try:
+        count = open_reward_model(folder).weights
+    except UserError as error:
+        return _refused("rewards.funcs", error)
+    told = f"{folder}: it is here, {count / 1e9:.2g} billion weights"
+    return Finding("config", "reward model", told)
 
 
 def _model(config: "Config"):

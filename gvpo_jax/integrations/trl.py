@@ -23,6 +23,7 @@ from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.models.own import OwnModel
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.rewards.functions import function_name, is_async
+from gvpo_jax.rewards.model import RewardModel, RewardModelConfig
 from gvpo_jax.trainer import Trainer
 
 _GIVEN = ("trainer_state", "log_extra", "log_metric")  # what TRL hands to reward functions
@@ -67,7 +68,8 @@ class GVPOTrainer:
 
     Args:
         model: a hub name, a folder, or a model that gvpo-jax loaded; not a PyTorch module.
-        reward_funcs: functions with TRL's signature; async ones too.
+        reward_funcs: functions with TRL's signature; async ones too. A text is the hub name or
+            the folder of a reward model.
         args: a `GVPOConfig`.
         train_dataset: rows with `prompt`: a `datasets.Dataset`, a list of dicts or a DataFrame.
         eval_dataset: held-out rows, or a dict of several sets, each of which gets its own scores.
@@ -129,8 +131,9 @@ class GVPOTrainer:
         self.state, self.control = TrainerState(), TrainerControl()
         self.state.is_world_process_zero = self.state.is_local_process_zero = is_first()
         self._logged: dict[str, list[float]] = {}
-        self._funcs = [self._reward(func) for func in _listed(reward_funcs)]
         config = args.config(len(self._rows), more=settings)
+        how = config.rewards.model
+        self._funcs = [self._reward(func, how) for func in _listed(reward_funcs)]
         heard = _Heard(self, callbacks or ())
         self.trainer = Trainer(
             config,
@@ -221,11 +224,13 @@ class GVPOTrainer:
             "with huggingface_hub.upload_folder"
         )
 
-    def _reward(self, func: Any) -> Callable[..., Any]:
-        if isinstance(func, str) or not callable(func) or hasattr(func, "forward"):
+    def _reward(self, func: Any, how: RewardModelConfig) -> Callable[..., Any]:
+        if isinstance(func, str | Path):
+            return RewardModel(str(func), how)
+        if not callable(func) or hasattr(func, "forward"):
             raise UserError(
-                f"reward_funcs: {func if isinstance(func, str) else type(func).__name__} is a "
-                "reward model, which has no equal here; give a function that calls one"
+                f"reward_funcs: {type(func).__name__} is a PyTorch model: give its name, or the "
+                "folder that save_pretrained wrote"
             )
         return _with_state(func, self._give)
 

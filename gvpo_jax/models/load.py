@@ -195,14 +195,19 @@ def _read_folder(folder: Path) -> ModelFiles:
         config = decoder_config(values)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from error
-    source, tokenizer = open_safetensors(folder), _read_tokenizer(folder)
+    source, tokenizer = open_safetensors(folder), read_tokenizer(folder)
     if "text_config" in values:
         values, source = text_values(values), text_tensors(source)
     generation = read_json(folder / "generation_config.json") or {}
     return ModelFiles(config, values, source, tokenizer, generation)
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
     if not any((folder / file).is_file() for file in _VOCABULARIES):
         raise UserError(f"{folder} holds no tokenizer: {' or '.join(_VOCABULARIES)} is missing")
     for file in _VOCABULARIES:

@@ -182,6 +182,8 @@ def _code(func: Any) -> str:
         return stable_json([_code(func.func), func.args, func.keywords])
     named = func if hasattr(func, "__qualname__") else type(func)
     module = named.__module__ or ""  # some functions written in C have none
+    if isinstance(own := getattr(func, "own_code", None), str):  # of reward models and judges
+        return f"{module}.{named.__qualname__} {own}"
     ours = module.partition(".")[0] == __name__.partition(".")[0]
     if ours and not hasattr(func, "runs_file"):
         return f"{module}.{named.__qualname__}"

@@ -12,13 +12,15 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gvpo_jax.buckets import is_address
 from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.rewards.attempt import describe
 from gvpo_jax.rewards.functions import RewardFunc
+from gvpo_jax.rewards.model import RewardModel, RewardModelConfig
 from gvpo_jax.settings import setting
 
 
@@ -26,7 +28,11 @@ from gvpo_jax.settings import setting
 class RewardConfig:
     """The reward functions."""
 
-    funcs: list[str] = setting([], "module:function, or path/file.py:function.", path="functions")
+    funcs: list[str] = setting(
+        [],
+        "module:function, or path/file.py:function; or a reward model: a folder, or its hub name.",
+        path="functions",
+    )
     weights: list[float] = setting([], "One for each function; empty: all 1.")
     on_error: Literal["raise", "skip"] = setting(
         "raise",
@@ -50,6 +56,7 @@ class RewardConfig:
         "Leave special tokens out of the texts that functions and records get; false: keep them "
         "all, the end token too.",
     )
+    model: RewardModelConfig = field(default_factory=RewardModelConfig)
 
     @explained_by(Page.REWARDS)
     def functions(self) -> list[RewardFunc]:
@@ -62,23 +69,39 @@ class RewardConfig:
             raise UserError(
                 "rewards.funcs is empty: name at least one, e.g. [my_rewards.py:correct]"
             )
-        return [load_reward_func(spec) for spec in self.funcs]
+        return [load_reward_func(spec, self.model) for spec in self.funcs]
 
 
-def load_reward_func(spec: str) -> RewardFunc:
-    """The function that `module:function` or `path/to/file.py:function` names.
+def load_reward_func(spec: str, model: RewardModelConfig | None = None) -> RewardFunc:
+    """The function that `module:function` or `path/to/file.py:function` names, or a reward model.
+
+    Args:
+        spec: its name; a reward model's is a folder's, or that on the Hugging Face hub.
+        model: how a reward model is computed; None: as by default.
 
     Raises:
         UserError: there is no such thing.
     """
+    if is_reward_model(spec):
+        return RewardModel(spec, model)
     return load_function(spec, "reward")
+
+
+def is_reward_model(spec: str) -> bool:
+    """Whether a reward's name is that of a model: of a folder, or org/name on the hub."""
+    if os.path.isdir(spec) or is_address(spec):
+        return True
+    return "/" in spec and ":" not in spec and not spec.endswith(".py")
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The same for any function; `what` it is, say a reward, opens the messages."""
     where, _, name = spec.rpartition(":")
     if not (where and name):
-        raise UserError(f"{what} {spec!r}: write module:function or path/to/file.py:function")
+        model = ", or a reward model's folder or hub name" if what == "reward" else ""
+        raise UserError(
+            f"{what} {spec!r}: write module:function or path/to/file.py:function{model}"
+        )
     if "," in where:
         raise UserError(f"{what} {spec!r}: put several in brackets: rewards.funcs=[a.py:f, b.py:g]")
     try:

@@ -27,7 +27,7 @@ from gvpo_jax.errors import UserError, one_line
 from gvpo_jax.models.gguf import read_gguf
 from gvpo_jax.models.hf_config import decoder_config
 from gvpo_jax.models.hf_files import open_safetensors
-from gvpo_jax.models.load import _read_tokenizer
+from gvpo_jax.models.load import read_tokenizer
 from gvpo_jax.report import write_report
 from gvpo_jax.rewards import compute_rewards
 from gvpo_jax.rollout.servers import dialects
@@ -226,7 +226,7 @@ def test_tokenizers(tmp_path_factory, content, settings_):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.json").write_bytes(content)
     (folder / "tokenizer_config.json").write_bytes(settings_)
-    taken_or_refused(_read_tokenizer, folder)
+    taken_or_refused(read_tokenizer, folder)
 
 
 @given(VALUES | st.lists(LEAVES | st.just(RuntimeError("x")), min_size=2, max_size=2))

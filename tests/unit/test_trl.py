@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, VeraConfig
 from small_run import one_layer
@@ -368,7 +369,8 @@ def test_several_evaluation_sets(tmp_path):
     [
         ({"model": object()}, "model is a object: give its name"),
         ({"reward_funcs": None}, "give one reward function"),
-        ({"reward_funcs": "trl-lib/judge"}, "trl-lib/judge is a reward model"),
+        ({"reward_funcs": "./judge"}, "judge is neither a model folder"),
+        ({"reward_funcs": torch.nn.Linear(1, 1)}, "Linear is a PyTorch model: give its name"),
         ({"args": {"beta": 1}}, "args is a dict: give a gvpo_jax.integrations.trl.GVPOConfig"),
         ({"train_dataset": None}, "train_dataset: give rows"),
         ({"tools": [print]}, "tools has no equal here"),
