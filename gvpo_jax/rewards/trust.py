@@ -18,6 +18,7 @@ OWN_REWARDS = (
     "gvpo_jax.rewards.math:math_verify",
     "gvpo_jax.rewards.numbers:exact_number",
     "gvpo_jax.rewards.reasoning_gym:reasoning_gym_score",
+    "gvpo_jax.rewards.shaping:think_format",
 )
 
 
