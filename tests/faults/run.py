@@ -602,6 +602,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     options = parser.parse_args()
+    # A shell starts what it runs in the background without Ctrl-C, and so would the runs here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="gvpo-jax-faults-"))
     whole = undisturbed(folder / "whole")
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
