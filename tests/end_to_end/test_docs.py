@@ -193,6 +193,8 @@ def test_what_is_replaced_or_left_out_is_in_the_docs():
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_every_setting_that_is_named_exists(page):
     text = re.sub(r"\w+\.(py|md|json|jsonl|yaml|html|svg)\b", "", read(page))
+    if page == "docs/verl.md":  # the first column has verl's names
+        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
     sections = "|".join(SECTIONS)
     named = set(re.findall(rf"(?<![\w./-])({sections})(\.|__)([a-z]\w*)", text))
     for section, _, key in named:
