@@ -139,17 +139,24 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    run_dir = _run_folder(arguments)
-    from gvpo_jax.report import write_report
+    run_dirs = [_run_folder(name) for name in arguments.run_dir]
+    from gvpo_jax.report import write_comparison, write_report
     from gvpo_jax.rundir.bucket import pull, push
 
+    if len(run_dirs) > 1:
+        folders = [pull(run_dir) for run_dir in run_dirs]
+        print(write_comparison(folders, arguments.out or "comparison.html"))
+        return
+    (run_dir,) = run_dirs
+    if arguments.out is not None:
+        raise UserError("--out is for the page of several runs; that of one lies in its folder")
     report = write_report(pull(run_dir))
     push(run_dir, only="report.html")
     print(f"{report}, and in {run_dir}" if is_address(run_dir) else report)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    run_dir = _run_folder(arguments)
+    run_dir = _run_folder(arguments.run_dir)
     from gvpo_jax.commands import inspect
     from gvpo_jax.config_file import open_run
 
@@ -159,7 +166,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    run_dir = _run_folder(arguments)
+    run_dir = _run_folder(arguments.run_dir)
     from gvpo_jax.commands import export, export_adapter
     from gvpo_jax.config_file import open_run
 
@@ -215,15 +222,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(finding.level == "problem" for finding in found) else 0
 
 
-def _run_folder(arguments: argparse.Namespace) -> str:
+def _run_folder(name: str) -> str:
     """What the command was given; a folder, or an address."""
     from gvpo_jax.config_file import check_run_address, no_run
 
-    if is_address(arguments.run_dir):
-        check_run_address(arguments.run_dir)
-    elif not os.path.isdir(arguments.run_dir):
-        raise no_run(Path(arguments.run_dir))
-    return arguments.run_dir
+    if is_address(name):
+        check_run_address(name)
+    elif not os.path.isdir(name):
+        raise no_run(Path(name))
+    return name
 
 
 def _is_run(name: str) -> bool:

@@ -126,11 +126,15 @@ def make_parser() -> argparse.ArgumentParser:
     report = _command(
         commands,
         "report",
-        "draw report.html again",
-        "Write the page of a run, report.html, anew from its files.",
-        "gvpo-jax report runs/beta02",
+        "draw report.html again, or compare several runs",
+        "Write the page of a run, report.html, anew from its files. Of several runs: one page that "
+        "compares them.",
+        "gvpo-jax report runs/beta02 runs/beta05",
     )
-    report.add_argument("run_dir", help="a run folder")
+    report.add_argument("run_dir", nargs="+", help="a run folder, or several")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page of several runs; default: comparison.html"
+    )
     inspect = _command(
         commands,
         "inspect",

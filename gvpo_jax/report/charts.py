@@ -22,6 +22,7 @@ class Line:
     # (low, high) for each x, drawn as whiskers under dots and as a band under a line.
     spans: Sequence[tuple[float, float] | None] = ()
     titles: Sequence[str] = ()
+    color: str = ""  # the line's class; empty: the chart's
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Chart:
     include_y: Sequence[float] = ()
     x_range: tuple[float, float] | None = None
     size: tuple[int, int] = (340, 190)
+    x_label: str = "step"
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ def chart(spec: Chart) -> str:
         _axes(frame, spec),
     ]
     for line in spec.lines:
+        drawn = _path(frame, line)
         if line.spans:
-            parts.append(_whiskers(frame, line) if line.look == "dots" else _band(frame, line))
-        parts.append(_path(frame, line))
-    parts += [_hover(frame, line) for line in spec.lines if line.titles]
+            drawn = (_whiskers if line.look == "dots" else _band)(frame, line) + drawn
+        parts.append(f'<g class="{escape(line.color)}">{drawn}</g>' if line.color else drawn)
+    told = [line for line in spec.lines if line.titles]
+    parts += [_hover(frame, line, alone=len(told) == 1) for line in told]
     return "".join([*parts, "</svg>"])
 
 
@@ -106,12 +110,13 @@ def _axes(frame: _Frame, spec: Chart) -> str:
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(_text("tick", left - 7, y + 4, spec.y_format(value)))
+    steps = spec.x_label == "step"
     for value in ticks(frame.x_low, frame.x_high, count=5):
-        if frame.x_low <= value <= frame.x_high and value.is_integer():
+        if frame.x_low <= value <= frame.x_high and (value.is_integer() or not steps):
             x = frame.x(value)
             anchor = "end" if x > right - 12 else "middle"
             parts.append(_text("tick", x, below, f"{value:g}", anchor))
-    parts.append(_text("tick axis", left - 7, below, "step"))
+    parts.append(_text("tick axis", left - 7, below, spec.x_label))
     return "".join(parts)
 
 
@@ -153,14 +158,23 @@ def _band(frame: _Frame, line: Line) -> str:
     return f'<path class="band" d="M{"L".join(lows + highs)}Z"/>'
 
 
-def _hover(frame: _Frame, line: Line) -> str:
-    """A strip around each value, of full height, which shows dot and text under the pointer."""
+def _hover(frame: _Frame, line: Line, *, alone: bool) -> str:
+    """A strip around each value, which shows dot and text under the pointer.
+
+    It has the full height where the line is alone; else others' values lie above and below.
+    """
     values = zip(line.xs, line.ys, line.titles, strict=True)
     hits = [(frame.x(x), frame.y(y), escape(title)) for x, y, title in values if y is not None]
     edges = [frame.left, *((a + b) / 2 for (a, *_), (b, *_) in pairwise(hits)), frame.right]
+
+    look = escape(f"hit {line.color}".strip())
+
+    def strip(y: float) -> str:
+        return f'height="{frame.bottom + 26}"' if alone else f'y="{y - 6:.1f}" height="12"'
+
     return "".join(
-        f'<g class="hit"><title>{title}</title>'
-        f'<rect x="{start:.1f}" width="{end - start:.1f}" height="{frame.bottom + 26}"/>'
+        f'<g class="{look}"><title>{title}</title>'
+        f'<rect x="{start:.1f}" width="{end - start:.1f}" {strip(y)}/>'
         f'<line class="guide" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.bottom}"/>'
         f'<circle cx="{x}" cy="{y}" r="4"/>'
         f'<text x="{frame.right}" y="11" text-anchor="end">{title}</text></g>'

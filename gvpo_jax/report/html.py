@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from gvpo_jax.report.advice import advice
 from gvpo_jax.report.answers import held_out_answers, latest_groups
 from gvpo_jax.report.curves import Rows, is_number, main_figures, metric_figures, other_figures
 from gvpo_jax.report.scores import Tile, compare, score_tiles, task_ranges
@@ -38,6 +39,13 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run_dir = Path(run_dir)
     check_run(run_dir)
+    path = run_dir / "report.html"
+    write_text(path, render("page.html", _contents(run_dir)))
+    return path
+
+
+def render(template: str, contents: Mapping[str, Any]) -> str:
+    """A page of templates/ with these contents, escaped."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("gvpo_jax.report"),
         autoescape=True,
@@ -45,10 +53,7 @@ def write_report(run_dir: Path | str) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = run_dir / "report.html"
-    page = templates.get_template("page.html").render(_contents(run_dir))
-    write_text(path, _NOT_XML.sub("\ufffd", page))
-    return path
+    return _NOT_XML.sub("\ufffd", templates.get_template(template).render(contents))
 
 
 def _contents(run_dir: Path) -> dict[str, Any]:
@@ -68,6 +73,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "state": "finished" if finished else f"step {last}" + (f" of {total}" if total else ""),
         "model": str(model.get("name", "") if isinstance(model, dict) else model),
         "tiles": [*scores, *_tiles(rows, summary, last, total)],
+        "advice": advice(rows, settings),
         "left_out": _left_out(rows, summary),
         "scores": compared and task_ranges(compared),
         "large": main_figures(rows, evaluations),
@@ -105,20 +111,22 @@ def _tiles(rows: Rows, summary: Mapping[str, Any], last: int, total: int | None)
 def _tables(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The tables of settings: caption -> name -> value."""
     general = {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    groups = {"General": _flat(general)}
-    groups |= {key: _flat(value) for key, value in settings.items() if isinstance(value, dict)}
-    groups["Summary of the run"] = _flat(summary)
+    groups = {"General": flat_settings(general)}
+    sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    groups |= {key: flat_settings(value) for key, value in sections.items()}
+    groups["Summary of the run"] = flat_settings(summary)
     return {caption: rows for caption, rows in groups.items() if rows}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings as text, by their full names."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             value = {str(number): item for number, item in enumerate(value, 1)}
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{name}.")
+            flat |= flat_settings(value, f"{name}.")
         else:
             flat[name] = _setting(value)
     return flat
