@@ -62,6 +62,8 @@ from gvpo_jax.training.policy import Policy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from gvpo_jax.notebook import Shown
+
 Row = dict[str, Any]
 RewardFunc = Callable[..., Any]
 RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str]
@@ -344,6 +346,27 @@ class Trainer:
             raise UserError("some groups can't be used; remove them first")
         longest = c.rollout.max_completion_length
         return rows_with_reference(self.policy, prompts, groups, c.train.batch_size, longest)
+
+    def plot(self) -> "Shown":
+        """The curves of the run so far, which a notebook shows. Raises UserError without any."""
+        from gvpo_jax.notebook import plot
+
+        return plot(self.history, self.config.run.folder)
+
+    def samples(self) -> "Shown":
+        """The run's newest completions with their rewards, which a notebook shows.
+
+        Raises UserError where none are written yet, see `log.completions_every`.
+        """
+        from gvpo_jax.notebook import samples
+
+        return samples(self.config.run.folder)
+
+    def report(self) -> "Shown":
+        """The run's report, which a notebook shows. Raises UserError before a run."""
+        from gvpo_jax.notebook import report
+
+        return report(self.config.run.folder)
 
     def evaluate(
         self, dataset: Dataset, reward_funcs: RewardFuncs
