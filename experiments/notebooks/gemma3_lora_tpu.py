@@ -57,26 +57,11 @@ print(
     f"right before: {summary['eval/accuracy_before']:.1%}, after: {summary['eval/accuracy_after']:.1%}"
 )
 
-# %%
-import matplotlib.pyplot as plt
-
-updates = [row for row in trainer.history if "reward" in row]
-plt.plot([row["step"] for row in updates], [row["reward"] for row in updates])
-plt.xlabel("update")
-plt.ylabel("reward")
-plt.show()
-
 # %% [markdown]
-# ## The whole report, inside the notebook
+# ## The whole report: curves, answers before and after, settings
 
 # %%
-import html
-from pathlib import Path
-
-from IPython.display import HTML
-
-page = html.escape(Path(RUN, "report.html").read_text("utf-8"))
-HTML(f'<div><iframe srcdoc="{page}" width="100%" height="800"></iframe></div>')
+trainer.report()
 
 # %% [markdown]
 # ## Keep the adapter
@@ -84,5 +69,7 @@ HTML(f'<div><iframe srcdoc="{page}" width="100%" height="800"></iframe></div>')
 # PEFT loads it beside the model, and so does vLLM: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), "adapter")`.
 
 # %%
+from pathlib import Path
+
 trainer.save_adapter("adapter")
 print(sorted(path.name for path in Path("adapter").iterdir()))

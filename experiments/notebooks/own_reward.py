@@ -45,6 +45,7 @@ def brief(prompt, completion):
 
 
 # %%
+from gvpo_jax.notebook import LiveCurve
 from gvpo_jax.trainer import Trainer
 
 trainer = Trainer.from_pretrained(
@@ -57,9 +58,13 @@ trainer = Trainer.from_pretrained(
     train__steps=STEPS,
     train__batch_size=8,
     run__dir=RUN,
+    callbacks=[LiveCurve()],
 )
 question = [{"role": "user", "content": "What is the moon?"}]
 before = trainer.generate([question], num_generations=3)[0]
+
+# %% [markdown]
+# The curves below grow with every update.
 
 # %%
 summary = trainer.train(rows, brief)
@@ -67,18 +72,13 @@ summary = trainer.train(rows, brief)
 # %% [markdown]
 # ## What it learned
 #
-# `trainer.history` has a row for each update. `reward` should rise. These are the questions that it learned from: a fair test would hold some out. `kl` says how far the policy has moved from the model that it was.
+# `trainer.plot()` draws the metrics, and `pandas.DataFrame(trainer.history)` is a table of them. The reward should rise. These are the questions that it learned from: a fair test would hold some out. The log-ratio says how far the policy has moved from the model that it was.
 
 # %%
-import matplotlib.pyplot as plt
+trainer.plot()
 
-updates = [row for row in trainer.history if "reward" in row]
-figure, panels = plt.subplots(1, 2, figsize=(9, 3))
-for panel, name in zip(panels, ("reward", "kl"), strict=True):
-    panel.plot([row["step"] for row in updates], [row[name] for row in updates])
-    panel.set_title(name)
-    panel.set_xlabel("update")
-plt.show()
+# %%
+trainer.samples()
 
 # %%
 after = trainer.generate([question], num_generations=3)[0]
@@ -95,4 +95,5 @@ for title, texts in (("before", before), ("after", after)):
 
 # %%
 trainer.save_pretrained("brief-model")
+updates = [row for row in trainer.history if "reward" in row]
 print(f"{len(updates)} updates; the model is in brief-model, the report in {RUN}/report.html")

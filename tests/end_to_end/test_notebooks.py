@@ -24,6 +24,16 @@ SHORT = {
         " 'data__eval_size': 4, 'model__dtype': 'float32', 'data__train_size': 16}",
         "'adapter_config.json', 'adapter_model.safetensors'",
     ),
+    "offline": (
+        "MODEL, STEPS = 'debug', 2",
+        "2 updates, 25% of the completions were demonstrations",
+    ),
+    "kaggle_tpu": (
+        "MODEL, RUN, CHIPS = 'debug', 'runs/qwen3', 1\n"
+        "SETTINGS = {'train__steps': 2, 'data__eval_size': 4, 'model__dtype': 'float32',"
+        " 'data__train_size': 16, 'data__template_arguments': {}}",
+        "saved in qwen3-sums",
+    ),
 }
 
 
