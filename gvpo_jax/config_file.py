@@ -346,7 +346,7 @@ def _find(path: Path) -> Path:
             f"; the runs in it are {', '.join(runs[:9])}{', ...' * (len(runs) > 9)}" if runs else ""
         )
         raise UserError(f"{path} is a folder, not a config file{hint}")
-    name = path.name if path.suffix else f"{path.name}.yaml"
+    name = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
     for folder in PACKAGED:
         if path.parent in (Path(), Path("configs")) and os.path.isfile(folder / name):
             return folder / name

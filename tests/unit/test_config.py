@@ -356,6 +356,14 @@ def test_the_packages_configs_are_found_by_name(tmp_path, monkeypatch, name):
     assert load_config(name).loss.beta == 0.3  # the user's own file comes first
 
 
+def test_every_config_that_came_along_is_found_without_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert any("." in file.stem for file in files)  # qwen2.5-math-7b: that is no ending
+    for file in files:
+        assert load_config(file.stem) == load_config(file.name)
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
 def test_every_config_of_the_package_loads_and_comes_back(file, write):
     config = load_config(file)
