@@ -161,6 +161,11 @@ def _check_loss(c: Config) -> None:
             f"loss.name={loss.name} is right for samples of the policy itself: "
             f"rollout.temperature must be 1, got {c.rollout.temperature}; gvpo takes any"
         )
+    if c.rollout.repetition_penalty != 1:
+        raise UserError(
+            f"loss.name={loss.name} is right for samples of the policy itself: leave out "
+            "rollout.repetition_penalty; gvpo takes any"
+        )
     if c.rollout.params().cuts_support:
         raise UserError(
             f"loss.name={loss.name} is right for samples of the policy itself: leave out "

@@ -55,6 +55,7 @@ TRL_NAMES = {
     "top_p": "rollout.top_p",
     "top_k": "rollout.top_k",
     "min_p": "rollout.min_p",
+    "repetition_penalty": "rollout.repetition_penalty",
     "generation_kwargs": "rollout.stop, of its stop or stop_strings",
     "use_vllm": "servers.kind=vllm",
     "vllm_mode": "servers.kind=vllm, whose servers run on their own",

@@ -44,6 +44,7 @@ TAKEN: dict[str, Any] = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": None,
+    "repetition_penalty": 1.0,
     "generation_kwargs": None,
     "use_vllm": False,
     "vllm_mode": "colocate",
@@ -205,7 +206,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "give save_strategy='best', and take it with gvpo-jax export RUN --step best",
     ),
     "train_sampling_strategy": ("random", "rows come in random order, or by shuffle_dataset=False"),
-    "repetition_penalty": (1.0, "samples must come from the policy's own distribution"),
     "vllm_structured_outputs_regex": (
         None,
         "samples must come from the policy's own distribution",

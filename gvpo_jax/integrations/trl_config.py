@@ -208,6 +208,7 @@ class GVPOConfig:
             "rollout__top_p": self.top_p,
             "rollout__top_k": self.top_k or 0,
             "rollout__min_p": self.min_p or 0.0,
+            "rollout__repetition_penalty": self.repetition_penalty,
             "rollout__stop": [stop] if isinstance(stop, str) else list(stop),
         }
         if self.use_vllm:

@@ -21,6 +21,19 @@ def draw(logits_bv: jax.Array, uniforms_b: jax.Array, sampling: SamplingParams) 
     return _inverse_cdf(weights, uniforms_b)
 
 
+def penalize(logits_bv: jax.Array, ids_bn: jax.Array, penalty: float) -> jax.Array:
+    """Logits that are lower for the tokens `ids_bn`, as CTRL's repetition penalty makes them.
+
+    ids_bn: any number of times; those that are no token, such as the vocabulary's size, count for
+        nothing.
+    """
+    here_bn = jnp.take_along_axis(logits_bv, jnp.minimum(ids_bn, logits_bv.shape[-1] - 1), axis=1)
+    lower_bn = jnp.where(here_bn > 0, here_bn / penalty, here_bn * penalty)
+    return jax.vmap(lambda row, ids, lower: row.at[ids].set(lower, mode="drop"))(
+        logits_bv, ids_bn, lower_bn
+    )
+
+
 def _truncate(logits, sampling: SamplingParams):
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]

@@ -32,6 +32,12 @@ class RolloutConfig:
     min_p: float = setting(
         0.0, "Keep tokens at least so likely, relative to the likeliest.", least=0, most=1
     )
+    repetition_penalty: float = setting(
+        1.0,
+        "Divides positive logits, and multiplies negative ones, of tokens that the prompt or the "
+        "completion has already; 1: none.",
+        above=0,
+    )
     stop_token_ids: list[int] = setting([], "Tokens that end a text, besides the model's own.")
     stop: list[str] = setting(
         [],
@@ -72,7 +78,8 @@ class RolloutConfig:
 
     def params(self) -> "SamplingParams":
         """How training draws tokens."""
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p)
+        cut = self.top_k, self.top_p, self.min_p
+        return SamplingParams(self.temperature, *cut, self.repetition_penalty)
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,15 @@ class SamplingParams:
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # keep the most likely tokens up to this total probability; 1 keeps all
     min_p: float = 0.0  # keep tokens at least so likely, relative to the likeliest; 0 keeps all
+    # Of tokens that are there already: divides positive logits, multiplies negative ones; before
+    # the temperature.
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(
                 f"need top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1, got top_k={self.top_k}, "

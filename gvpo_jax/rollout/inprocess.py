@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 
 from gvpo_jax.data.batch import pad_prompts
 from gvpo_jax.data.groups import Groups, Source, check_logps, make_groups
-from gvpo_jax.logprobs import soft_cap
+from gvpo_jax.logprobs import completion_mask, soft_cap
 from gvpo_jax.models.lora import join
 from gvpo_jax.parallel.distributed import to_devices, to_host
 from gvpo_jax.parallel.layout import constrain_batch, fill_up, group_shards, lanes, place_batch
 from gvpo_jax.parallel.mesh import MeshConfig
 from gvpo_jax.precision import einsum_f32
-from gvpo_jax.rollout.draw import draw
+from gvpo_jax.rollout.draw import draw, penalize
 from gvpo_jax.rollout.engine import Engine, SamplingParams
 from gvpo_jax.rollout.routing import routing_metrics
 from gvpo_jax.rollout.stop import StopStrings
@@ -54,6 +54,7 @@ class Prompts(NamedTuple):
 
     prompt_hidden: jax.Array  # [g, d]
     prefix: Any  # of the model; every array has the groups first
+    prompts: jax.Array  # their tokens, [g, p]
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def prefill(model, params, prompts_gp, lengths_g, *, k, t, size, mesh):
         lengths_sn=jnp.zeros((s, m * k), jnp.int32),
         at=jnp.zeros((), jnp.int32),
     )
-    return constrain_batch(mesh, (state, Prompts(hidden_gd, prefix)), s, r)
+    return constrain_batch(mesh, (state, Prompts(hidden_gd, prefix, prompts_gp)), s, r)
 
 
 def decode(
@@ -216,7 +217,8 @@ def decode(
         return drawing if steps is None else drawing & (state.at < start + steps)
 
     def step(state: DecodeState) -> DecodeState:
-        tokens_sr, logps_sr = _draw_tokens(state, logits_of, key, ids_g, k, sampling)
+        lower = functools.partial(_penalized, state, prompts.prompts, lengths_g)
+        tokens_sr, logps_sr = _draw_tokens(state, logits_of, key, ids_g, k, sampling, lower)
         booked = _book(state, tokens_sr, logps_sr)
         full_sr = booked.drawn_sr + 1 == t
         ends_sr = functools.reduce(jnp.logical_or, [tokens_sr == x for x in stop_ids], full_sr)
@@ -263,8 +265,11 @@ def end(prompts, ends_sn, *, state, k, mesh):
     return constrain_batch(mesh, handed, len(ends_sn), r), jnp.any(handed.item_sr < n)
 
 
-def _draw_tokens(state: DecodeState, logits_of, key, ids_g, k, sampling):
-    """The rows' next tokens and their log-probs, `[s, r]`."""
+def _draw_tokens(state: DecodeState, logits_of, key, ids_g, k, sampling, lower):
+    """The rows' next tokens and their log-probs, `[s, r]`.
+
+    The log-probs are the model's own, whatever `sampling` makes of its logits.
+    """
     s, r, _ = state.hidden_srd.shape
     logits = logits_of(state.hidden_srd.reshape(s * r, -1))
     ids_sr = jnp.broadcast_to(_of_lanes(ids_g, state.group_s)[:, None], (s, r))
@@ -275,10 +280,25 @@ def _draw_tokens(state: DecodeState, logits_of, key, ids_g, k, sampling):
 
     places = (ids_sr, state.item_sr % k, state.drawn_sr)
     uniforms = jax.vmap(uniform)(*(x.reshape(-1) for x in places))
-    tokens_b = draw(logits, uniforms, sampling)
+    penalty = sampling.repetition_penalty
+    tokens_b = draw(logits if penalty == 1 else lower(logits, penalty), uniforms, sampling)
     picked = jnp.take_along_axis(logits, tokens_b[:, None], axis=-1)[:, 0]
     logps_b = picked - jax.nn.logsumexp(logits, axis=-1)
     return tokens_b.reshape(s, r), logps_b.reshape(s, r)
+
+
+def _penalized(state: DecodeState, prompts_gp, lengths_g, logits_bv, penalty):
+    """The rows' logits, lower for the tokens of their prompts and of what they have drawn."""
+    (s, r), (_, n, t), v = state.item_sr.shape, state.completions_snt.shape, logits_bv.shape[-1]
+    prompts_sp = _of_lanes(prompts_gp, state.group_s)
+    lengths_s = _of_lanes(lengths_g, state.group_s)
+    prompts_sp = jnp.where(completion_mask(lengths_s, prompts_sp.shape[1]), prompts_sp, v)
+    items_sr = jnp.minimum(state.item_sr, n - 1)
+    drawn_srt = jnp.take_along_axis(state.completions_snt, items_sr[..., None], axis=1)
+    drawn_srt = jnp.where(completion_mask(state.drawn_sr, t), drawn_srt, v)
+    prompts_srp = jnp.broadcast_to(prompts_sp[:, None], (s, r, prompts_sp.shape[1]))
+    ids = jnp.concatenate([prompts_srp, drawn_srt], axis=2)
+    return penalize(logits_bv, ids.reshape(s * r, -1), penalty)
 
 
 def _book(state: DecodeState, tokens_sr, logps_sr) -> DecodeState:

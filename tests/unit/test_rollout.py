@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from rounding import rounding
 
 from gvpo_jax.data.batch import pad_prompts
@@ -20,7 +22,7 @@ from gvpo_jax.models.decoder import (
 )
 from gvpo_jax.parallel.layout import lanes
 from gvpo_jax.rollout import InProcessEngine, SamplingModel, SamplingParams
-from gvpo_jax.rollout.draw import draw
+from gvpo_jax.rollout.draw import draw, penalize
 from gvpo_jax.rollout.stop import StopStrings, before_stop
 from gvpo_jax.training.step import token_logps
 
@@ -86,6 +88,43 @@ def test_greedy_equals_argmax_of_the_plain_forward_pass():
             padded = np.array([tokens + [0] * (20 - len(tokens))])
             tokens.append(int(forward(padded)[0, len(tokens) - 1].argmax()))
         assert completions.tolist() == [tokens[len(prompt) :]] * 2
+
+
+def test_a_repetition_penalty_is_that_of_transformers():
+    logits = 3 * RNG.standard_normal((4, 43)).astype(np.float32)
+    ids = RNG.integers(0, 43, (4, 9))
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.4)(
+        torch.tensor(ids), torch.tensor(logits)
+    )
+    np.testing.assert_allclose(penalize(jnp.array(logits), jnp.array(ids), 1.4), theirs, rtol=1e-6)
+    nothing = penalize(jnp.array(logits), jnp.full((4, 2), 43), 1.4)
+    np.testing.assert_array_equal(nothing, logits)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2, 3])
+def test_tokens_that_are_there_are_penalized_in_prompt_and_completion(slots):
+    """Greedy, by the plain forward pass; rows of fewer slots than completions are used again."""
+    sampling, ids = SamplingParams(temperature=0, repetition_penalty=1.5), range(len(MORE_PROMPTS))
+    rollout = generate(MORE_PROMPTS, ids, k=2, t=8, sampling=sampling, slots=slots)
+    forward = jax.jit(lambda tokens: full_logits(CONFIG, PARAMS, tokens))
+    plain = generate(MORE_PROMPTS, ids, k=2, t=8, sampling=SamplingParams(temperature=0))
+    assert (rollout.completions != plain.completions).any()
+    for g, prompt in enumerate(MORE_PROMPTS):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 8 and (tokens == prompt or tokens[-1] not in STOPS):
+            padded = np.array([tokens + [0] * (20 - len(tokens))])
+            logits = np.array(forward(padded)[0, len(tokens) - 1])
+            for token in set(tokens):
+                logits[token] *= 1.5 if logits[token] < 0 else 1 / 1.5
+            tokens.append(int(logits.argmax()))
+        for completion, length in zip(rollout.completions[g], rollout.lengths[g], strict=True):
+            assert completion[:length].tolist() == tokens[len(prompt) :]
+
+
+def test_log_probs_are_the_policys_own_whatever_the_penalty():
+    rollout = generate(PROMPTS, [0, 1, 2], sampling=SamplingParams(repetition_penalty=2.0))
+    atol = tolerance(PROMPTS, rollout)
+    np.testing.assert_allclose(rollout.old_logps, scored(PROMPTS, rollout), atol=atol)
 
 
 def test_a_window_wider_than_prompt_and_cache_changes_nothing():
@@ -396,7 +435,15 @@ def test_truncation_leaves_exactly_the_tokens_of_the_definition(sampling):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": -0.1}, {"top_k": -1}]
+    "bad",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

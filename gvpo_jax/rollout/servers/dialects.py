@@ -133,7 +133,7 @@ def _common(ask: Ask) -> dict[str, Any]:
         "top_p": ask.sampling.top_p,
         "top_k": ask.sampling.top_k or -1,
         "min_p": ask.sampling.min_p,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": ask.sampling.repetition_penalty,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "stop_token_ids": list(ask.stop_ids),
