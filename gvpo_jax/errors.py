@@ -1,14 +1,17 @@
-"""The errors that are the user's to mend, and text that can't harm the terminal."""
+"""The errors that are the user's to mend, and text that others may see."""
 
 import contextlib
 import enum
+import os
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|ya29\.)[\w.-]{8,}")
+_LOGIN = re.compile(r"://[^/\s@]+@")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 _SITE = "https://github.com/gvpo-jax/gvpo-jax/blob/main/"
 
@@ -88,6 +91,21 @@ def one_line(text: str, limit: int = 500) -> str:
     line = visible(text)
     half = (limit - 3) // 2
     return line if len(line) <= limit else f"{line[:half]}...{line[-half:]}"
+
+
+def hide(text: str) -> str:
+    """A text without the home folder, names of users in paths, keys and passwords."""
+    secrets = {x for name, x in os.environ.items() if _SECRET.search(name) and len(x) >= 8}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "...")
+    text = _LOGIN.sub("://...@", _TOKEN.sub("...", text))
+    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))}:
+        if home.count("/") and home != "/":
+            text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+    names = {os.environ.get(name) for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
+    for user in filter(None, names):
+        text = re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\:\s'\"]|$)", "USER", text)
+    return re.sub(r"(/home/|/Users/)[^/\s:'\"]+", r"\1USER", text)
 
 
 def tell(text: str, *, error: bool = False) -> None:

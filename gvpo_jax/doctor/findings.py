@@ -1,20 +1,17 @@
 """What was found, as text and as JSON, without what others should not read."""
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gvpo_jax.errors import Page, one_line
+from gvpo_jax.errors import Page, hide, one_line
 
 Level = Literal["ok", "note", "problem"]
 
+__all__ = ["Finding", "Level", "as_json", "as_text", "hide"]
+
 _MARKS = {"ok": " ", "note": "-", "problem": "!"}
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|ya29\.)[\w.-]{8,}")
-_LOGIN = re.compile(r"://[^/\s@]+@")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,18 +67,3 @@ def as_json(found: Sequence[Finding]) -> str:
         sections.setdefault(finding.section, []).append(about)
     works = not any(finding.level == "problem" for finding in found)
     return json.dumps({"works": works, **sections}, indent=2, ensure_ascii=False)
-
-
-def hide(text: str) -> str:
-    """A text without the home folder, names of users in paths, keys and passwords."""
-    secrets = {x for name, x in os.environ.items() if _SECRET.search(name) and len(x) >= 8}
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "...")
-    text = _LOGIN.sub("://...@", _TOKEN.sub("...", text))
-    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))}:
-        if home.count("/") and home != "/":
-            text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
-    names = {os.environ.get(name) for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
-    for user in filter(None, names):
-        text = re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\:\s'\"]|$)", "USER", text)
-    return re.sub(r"(/home/|/Users/)[^/\s:'\"]+", r"\1USER", text)
