@@ -167,13 +167,23 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> None:
     run_dir = _run_folder(arguments.run_dir)
-    from gvpo_jax.commands import export, export_adapter
+    if arguments.private and not arguments.push:
+        raise UserError("--private is for --push NAME: give that too")
+    from gvpo_jax import commands
     from gvpo_jax.config_file import open_run
 
-    config, write = open_run(run_dir), export_adapter if arguments.adapter else export
+    config, step = open_run(run_dir), arguments.step
     if is_address(run_dir) and not arguments.folder:
         raise UserError(f"{run_dir} is in a bucket: give the folder here that is to be written")
-    print(write(config, Path(arguments.folder or Path(run_dir) / "export"), arguments.step))
+    folder = Path(arguments.folder or Path(run_dir) / "export")
+    if not arguments.push:
+        write = commands.export_adapter if arguments.adapter else commands.export
+        print(write(config, folder, step))
+        return
+    how: dict[str, Any] = {"step": step, "adapter": arguments.adapter}
+    how |= {"private": arguments.private or None}
+    url = commands.push(config, folder, arguments.push, **how)
+    print(f"{folder}, and at {url}")
 
 
 def _compile(arguments: argparse.Namespace) -> int:

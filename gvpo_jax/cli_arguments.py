@@ -147,8 +147,10 @@ def make_parser() -> argparse.ArgumentParser:
         commands,
         "export",
         "write the trained model as a folder that transformers loads",
-        "Write the model of a run's last checkpoint: safetensors, config and tokenizer. A run's\n"
-        "adapter (model.lora) is merged into the weights, or written alone with --adapter.",
+        "Write the model of a run's last checkpoint: safetensors, config, tokenizer and a card. A\n"
+        "run's adapter (model.lora) is merged into the weights, or written alone with --adapter.\n"
+        "--push also sends it to the Hugging Face hub: log in before, with hf auth login or by\n"
+        "HF_TOKEN.",
         "gvpo-jax export runs/beta02 my-model",
     )
     export.add_argument("run_dir", help="a run folder")
@@ -157,6 +159,10 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--adapter", action="store_true", help="write the adapter alone, as PEFT loads it"
     )
+    export.add_argument(
+        "--push", metavar="NAME", help="send it to this repository of the hub, [OWNER/]NAME"
+    )
+    export.add_argument("--private", action="store_true", help="where nobody else may see it")
     return parser
 
 

@@ -17,6 +17,7 @@ from gvpo_jax.config_file import WARM_START, check_claim, override, servers_of
 from gvpo_jax.config_values import shown
 from gvpo_jax.data.rows import Row, columns_of
 from gvpo_jax.errors import UserError, tell
+from gvpo_jax.models.upload import check_repository
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.lost_host import call_witness
 from gvpo_jax.parallel.mesh import all_devices
@@ -26,7 +27,7 @@ from gvpo_jax.rewards.load import RewardConfig, load_function
 from gvpo_jax.rewards.trust import remember
 from gvpo_jax.rollout.engine import RolloutConfig
 from gvpo_jax.rollout.servers.connect import ServersConfig
-from gvpo_jax.rundir.bucket import push
+from gvpo_jax.rundir import bucket
 from gvpo_jax.rundir.claim import clear, has_begun, lock, write_evaluation
 from gvpo_jax.rundir.files import read_scores, write_text
 from gvpo_jax.rundir.trackers import PACKAGES
@@ -180,7 +181,7 @@ def evaluate(
     if checkpoint and is_first():
         try:
             write_evaluation(config.run.folder, "latest", records)
-            push(config.run.dir, only="eval/latest.jsonl")
+            bucket.push(config.run.dir, only="eval/latest.jsonl")
         except UserError as error:  # the scores are there all the same
             tell(f"gvpo-jax: {error}; the answers are not kept", error=True)
     return metrics
@@ -211,13 +212,26 @@ def export(config: Config, folder: Path, step: int | Literal["best"] | None = No
 
 def export_adapter(config: Config, folder: Path, step: int | Literal["best"] | None = None) -> Path:
     """Write the adapter of a run's checkpoint, by default the last, as a folder for PEFT."""
-    if config.model.lora.rank is None:
-        raise UserError(
-            f"--adapter: the run in {config.run.dir} trains the whole model, without an adapter; "
-            "leave --adapter out"
-        )
+    _check_adapter(config)
     _at_checkpoint(config, step).save_adapter(folder)
     return folder
+
+
+def push(
+    config: Config,
+    folder: Path,
+    name: str,
+    *,
+    step: int | Literal["best"] | None = None,
+    adapter: bool = False,
+    private: bool | None = None,
+) -> str:
+    """Write a run's checkpoint as above, and send it to the hub; gives its address there."""
+    check_repository(name)
+    if adapter:
+        _check_adapter(config)
+    trainer = _at_checkpoint(config, step)
+    return trainer.push_to_hub(name, folder, adapter=adapter, private=private)
 
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
@@ -231,6 +245,14 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
         text += f", and {len(held_out)} held-out ones" if held_out else ""
         tell(text, error=True)  # the standard output of eval is JSON
     return rows, held_out
+
+
+def _check_adapter(config: Config) -> None:
+    if config.model.lora.rank is None:
+        raise UserError(
+            f"--adapter: the run in {config.run.dir} trains the whole model, without an adapter; "
+            "leave --adapter out"
+        )
 
 
 def _at_checkpoint(config: Config, step: int | Literal["best"] | None) -> Trainer:

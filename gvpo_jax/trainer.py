@@ -35,6 +35,7 @@ from gvpo_jax.models.adapters import as_peft, export_adapter
 from gvpo_jax.models.export import export_model
 from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.models.own import OwnModel
+from gvpo_jax.models.upload import check_repository, upload
 from gvpo_jax.parallel.distributed import (
     from_first_host,
     is_first,
@@ -44,6 +45,7 @@ from gvpo_jax.parallel.distributed import (
 )
 from gvpo_jax.parallel.layout import check_batch, group_shards
 from gvpo_jax.prepared import prepare, read_again
+from gvpo_jax.publish import card_of
 from gvpo_jax.rewards import batched, load_reward_func
 from gvpo_jax.rewards.functions import changed_code, code_fingerprint, function_names
 from gvpo_jax.rewards.load import load_function
@@ -129,6 +131,8 @@ class Trainer:
         ready = prepare(c, mesh, model, trains=trains, tokenizer=tokenizer)
         self.history: list[dict[str, Any]] = []
         self._reward_code: Mapping[str, str] = {}  # of the run that was restored
+        # The run whose result the weights are, and its step; None: that of the last update.
+        self._of_run: tuple[Path | str, int | None] | None = None
         self.model, self.tokenizer = ready.model, ready.model.tokenizer
         self.stop_ids, self._vocab_size = ready.stop_ids, ready.vocab_size
         self._peak = None
@@ -235,6 +239,7 @@ class Trainer:
             raise UserError(
                 "no group has two completions with a reward; GVPO compares at least two"
             )
+        self._of_run = None  # the weights are no run's any more
         self.policy.refresh_reference_if_due()
         batch = self.policy.with_reference(self.policy.pad(batch))
         metrics = as_numbers(self.policy.update(batch))
@@ -414,14 +419,18 @@ class Trainer:
         stop = self.config.rollout.stop
         return texts_of(self.tokenizer, groups.completions, groups.lengths, stop)
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the current policy as a model folder that transformers loads.
+    def save_pretrained(self, folder: Path | str, *, hub_name: str | None = None) -> None:
+        """Write the current policy as a model folder that transformers loads, with its card.
 
         An adapter is merged into the weights; where those are quantised, into the model's own, read
         again. The tokenizer has the chat template that trained;
         gvpo_jax_export.json says what the template was given.
 
         Of several processes all call it, and the first writes.
+
+        Args:
+            folder: where it is written; an earlier export there is replaced.
+            hub_name: what the card calls it, the name that it will have on the hub.
 
         Raises:
             UserError: the folder holds something else, or can't be written, or the model that was
@@ -431,12 +440,17 @@ class Trainer:
         quantized = self.config.model.quantization != "none"
         base = read_again(self.config, model.name, self.policy.frozen) if quantized else None
         params = self.policy.whole(self.policy.params, base)
-        from_first_host(lambda: export_model(folder, model, params, about=about))
 
-    def save_adapter(self, folder: Path | str) -> None:
-        """Write the current policy's adapter alone, as a folder that PEFT loads.
+        def write() -> None:
+            export_model(folder, model, params, about=about, texts=self._card(hub_name))
 
-        Of several processes all call it, and the first writes.
+        from_first_host(write)
+
+    def save_adapter(self, folder: Path | str, *, hub_name: str | None = None) -> None:
+        """Write the current policy's adapter alone, as a folder that PEFT loads, with its card.
+
+        Of several processes all call it, and the first writes. The arguments are those of
+        `save_pretrained`.
 
         Raises:
             UserError: there is no adapter, or as for `save_pretrained`.
@@ -446,7 +460,39 @@ class Trainer:
             raise UserError("there is no adapter: without model.lora.rank the model is trained")
         model, about = self._loaded(), self._about_template()
         adapter = to_first_host(self.policy.params)
-        from_first_host(lambda: export_adapter(folder, model, adapter, lora, about=about))
+
+        def write() -> None:
+            texts = self._card(hub_name, adapter=True)
+            export_adapter(folder, model, adapter, lora, about=about, texts=texts)
+
+        from_first_host(write)
+
+    def push_to_hub(
+        self,
+        name: str,
+        folder: Path | str | None = None,
+        *,
+        adapter: bool = False,
+        private: bool | None = None,
+    ) -> str:
+        """Write the current policy, send it to the Hugging Face hub, and give its address there.
+
+        The token is that of `hf auth login` or HF_TOKEN. What the repository has of an earlier
+        export is replaced. Of several processes all call it, and the first writes and sends.
+
+        Args:
+            name: of the repository, [OWNER/]NAME; made where there is none.
+            folder: where it is written, and stays; default: `export` in the run's folder.
+            adapter: the adapter alone, as `save_adapter`; else as `save_pretrained`.
+            private: True: nobody else may see it; None: as the owner's settings on the hub say.
+
+        Raises:
+            UserError: as for those two, or it can't be sent; what was written stays.
+        """
+        check_repository(name)
+        where = Path(folder or self.config.run.folder / "export")
+        (self.save_adapter if adapter else self.save_pretrained)(where, hub_name=name)
+        return from_first_host(lambda: upload(where, name, private=private))
 
     def restore(self, run_dir: Path | str, *, step: int | Literal["best"] | None = None) -> int:
         """Take over the policy of a run's checkpoint; returns its step.
@@ -467,6 +513,7 @@ class Trainer:
         if restored is None:
             raise UserError(f"{run_dir} has no checkpoint yet")
         self._reward_code = restored.extra.get("reward_code", {})
+        self._of_run = run_dir, restored.step
         if self.config.data.template_writes_date(self.tokenizer):
             self.config = from_first_host(lambda: with_run_date(self.config, run_dir))
         return restored.step
@@ -478,6 +525,12 @@ class Trainer:
                 "its parameters"
             )
         return self.model
+
+    def _card(self, hub_name: str | None, *, adapter: bool = False) -> dict[str, str]:
+        run_dir, step = self._of_run or (None, None)
+        step = self.policy.updates if step is None else step
+        where = {"run_dir": run_dir, "step": step, "hub_name": hub_name}
+        return card_of(self.config, self.model.name, adapter=adapter, **where)
 
     def _about_template(self) -> dict[str, Any]:
         """What an export says of the chat template that trained."""
@@ -538,6 +591,7 @@ class Trainer:
             judge.check(held_out, "the held-out data")
         names = (getattr(f, "__name__", type(f).__name__) for f in judge.reward_funcs)
         # A partial function is named by its type there, as in older checkpoints, but not in `code`.
+        self._of_run = config.run.dir, None
         code = zip(function_names(judge.reward_funcs), judge.reward_funcs, strict=True)
         code = {name: code_fingerprint(func) for name, func in code}
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])

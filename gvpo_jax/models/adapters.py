@@ -19,7 +19,7 @@ from gvpo_jax.buckets import fetch, is_address
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.config import ModelConfig
 from gvpo_jax.models.decoder import DecoderConfig, param_shapes
-from gvpo_jax.models.export import new_folder, write_about
+from gvpo_jax.models.export import new_folder, write_about, write_texts
 from gvpo_jax.models.hf_files import READABLE, open_file, read_json, write_json
 from gvpo_jax.models.hf_tensors import check_finite, tensor_specs
 from gvpo_jax.models.load import LoadedModel, download
@@ -132,6 +132,7 @@ def export_adapter(
     lora: Lora,
     *,
     about: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes an adapter as PEFT does, with the tokenizer; returns the folder.
 
@@ -144,6 +145,7 @@ def export_adapter(
         adapter: NumPy or JAX arrays that this process can read in full.
         lora: its form.
         about: what gvpo_jax_export.json says beside the start model.
+        texts: files that are written too, such as README.md: name -> text.
 
     Raises:
         UserError: a folder that holds something other than an export, or can't be written; an
@@ -177,6 +179,7 @@ def export_adapter(
         save_file(arrays, new / _WEIGHTS, metadata={"format": "pt"})
         write_json(new / _SETTINGS, settings)
         write_about(new, loaded, about or {})
+        write_texts(new, texts or {})
     return folder
 
 

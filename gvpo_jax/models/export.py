@@ -1,6 +1,7 @@
 """Writing a model folder that transformers loads."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,10 @@ from gvpo_jax.models.hf_tensors import named_tensors
 from gvpo_jax.models.load import LoadedModel
 from gvpo_jax.settings import check_path
 
-_MARKER = "gvpo_jax_export.json"
-_WRITTEN = (".json", ".safetensors", ".txt", ".jinja", ".model")
+MARKER = "gvpo_jax_export.json"
+CARD = "README.md"
+_WRITTEN = (".json", ".safetensors", ".txt", ".jinja", ".model", ".svg")
+_CARD_END = "\n<!-- written by gvpo-jax, unchanged: {} -->\n"  # the hash of what stands before it
 _TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
 
 
@@ -29,6 +32,7 @@ def export_model(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
     about: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes safetensors, config and tokenizer in the Hugging Face layout; returns the folder.
 
@@ -41,6 +45,7 @@ def export_model(
         dtype: "float32" or "bfloat16".
         max_shard_bytes: weights beyond this go into several files with an index.
         about: what gvpo_jax_export.json says beside the start model and dtype.
+        texts: files that are written too, such as README.md: name -> text.
 
     Raises:
         UserError: an unknown dtype, parameters that do not fit the config, and a folder that holds
@@ -53,6 +58,7 @@ def export_model(
         write_safetensors(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _write_settings(new, loaded, dtype)
         write_about(new, loaded, {"dtype": dtype} | dict(about or {}))
+        write_texts(new, texts or {})
     return folder
 
 
@@ -64,6 +70,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         UserError: there is something other than an export, or nothing can be written there.
     """
     check_path(folder, "the folder")
+    if (folder / MARKER).is_file() and _by_hand(folder / CARD):
+        raise UserError(
+            f"{folder / CARD} was written or changed by hand, and would be replaced: move it away"
+        )
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
     try:
@@ -76,14 +86,35 @@ def new_folder(folder: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         for file in new.rglob("*.safetensors"):  # whose writer does not ask the umask
-            file.chmod((new / _MARKER).stat().st_mode)
+            file.chmod((new / MARKER).stat().st_mode)
         _put(new, folder, Path(scratch) / "old")
 
 
 def write_about(folder: Path, loaded: LoadedModel, about: Mapping[str, Any]) -> None:
     """Write what every export has: the tokenizer, and what the export is of."""
     _write_tokenizer(folder, loaded.tokenizer)
-    write_json(folder / _MARKER, {"start_model": loaded.name} | dict(about))
+    write_json(folder / MARKER, {"start_model": loaded.name} | dict(about))
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of text; README.md so that it is known later whether it was changed by hand."""
+    for name, text in texts.items():
+        text = text.encode(errors="backslashreplace").decode()  # lone surrogates, of a model's text
+        end = _CARD_END.format(_hash(text)) if name == CARD else ""
+        (folder / name).write_text(text + end, encoding="utf-8", newline="\n")
+
+
+def _by_hand(card: Path) -> bool:
+    """Whether it is not, to the letter, what `write_texts` wrote."""
+    if not card.is_file():
+        return False
+    content = card.read_text("utf-8", errors="replace")
+    text = content[: -len(_CARD_END.format(_hash("")))]
+    return content != text + _CARD_END.format(_hash(text))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _replaceable(folder: Path) -> bool:
@@ -94,8 +125,10 @@ def _replaceable(folder: Path) -> bool:
     inside = [entry for entry in entries if entry != folder / _TEMPLATES or not entry.is_dir()]
     if len(inside) < len(entries):
         inside += (folder / _TEMPLATES).iterdir()
-    ours = all(entry.is_file() and entry.suffix in _WRITTEN for entry in inside)
-    return not entries or (ours and (folder / _MARKER).is_file())
+    ours = all(
+        entry.is_file() and (entry.suffix in _WRITTEN or entry.name == CARD) for entry in inside
+    )
+    return not entries or (ours and (folder / MARKER).is_file())
 
 
 def _put(new: Path, folder: Path, aside: Path) -> None:

@@ -36,7 +36,7 @@ HOUSE = (
     ),
     ("tpu_compile", "programs compiled without a TPU"),
     (
-        "commands trainer loop callbacks memory notebook prepared starter",
+        "commands trainer loop callbacks memory notebook prepared publish starter",
         "the story of a run, top to bottom",
     ),
     ("doctor", "what is there, and what will not work"),
