@@ -75,6 +75,7 @@ def test_the_source_distribution_can_be_tested(built):
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"} <= names
+    assert {".ci/oldest.txt", ".ci/release"} <= names  # test_release.py reads them
     assert {f"docs/{name}" for name in files_below(ROOT / "docs", "*.md")} <= names
     assert {
         f"tests/end_to_end/{Path(__file__).name}",
