@@ -220,8 +220,8 @@ class GVPOTrainer:
     def push_to_hub(self, *_: Any, **__: Any) -> None:
         """Refused."""
         raise UserError(
-            "push_to_hub has no equal here: write the model with save_model, and send that folder "
-            "with huggingface_hub.upload_folder"
+            "push_to_hub has no equal here: write the model with save_model, or send it with "
+            "trainer.trainer.push_to_hub(NAME), adapter=True for an adapter alone"
         )
 
     def _reward(self, func: Any, how: RewardModelConfig) -> Callable[..., Any]:
