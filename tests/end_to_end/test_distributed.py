@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hub_stub import TOKEN, StubHub
 
 from gvpo_jax.config_file import load_config
 from gvpo_jax.errors import UserError
@@ -275,23 +276,33 @@ config = override(
 )
 config.distributed.start()
 trainer = Trainer(config)
-trainer.save_pretrained(folder)
+print(trainer.push_to_hub("me/name", folder))
 rows = [{"prompt": "a"}, {"prompt": "a longer prompt, for the other process"}]
 print(trainer.evaluate(rows, lambda prompts, **_: [1.0] * len(prompts))[0]["eval/accuracy"])
 """
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_model_and_judge_prompts_of_different_lengths(tmp_path):
+def test_two_processes_write_and_send_one_model_and_judge_prompts_of_different_lengths(
+    tmp_path, monkeypatch
+):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     folder = tmp_path / "model"
-    processes = [start([address, i, folder], devices=4, program=["-c", SAVE]) for i in (0, 1)]
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert "1.0" in out
+    with StubHub() as hub:
+        there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        for name, value in (there | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}).items():
+            monkeypatch.setenv(name, value)
+        processes = [start([address, i, folder], devices=4, program=["-c", SAVE]) for i in (0, 1)]
+        for process in processes:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            assert "1.0" in out
+            assert f"{hub.url}/me/name" in out
+    assert [path for _, path in hub.requests].count("/api/repos/create") == 1
+    sent = {k: v for k, v in hub.repositories["me/name"].items() if k != ".gitattributes"}
+    assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
     for a, b in zip(
         jax.tree.leaves(load_model(str(folder)).params),
         jax.tree.leaves(load_model("debug").params),
