@@ -115,4 +115,8 @@ TRL_NAMES = {
     "num_completions_to_print": "log.samples",
     "logging_steps": "log.completions_every for samples; metrics are of every update",
     "logging_dir": "run.dir",
+    # the hub
+    "push_to_hub": "Trainer.push_to_hub, which a script calls at its end",
+    "hub_model_id": "the name that Trainer.push_to_hub is given",
+    "hub_private_repo": "Trainer.push_to_hub(..., private=True)",
 }

@@ -217,12 +217,15 @@ class GVPOTrainer:
                 tell(f"gvpo-jax: the model goes to {folder}, as {run} is the run's own")
         (self.trainer.save_adapter if self._lora else self.trainer.save_pretrained)(folder)
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Refused."""
-        raise UserError(
-            "push_to_hub has no equal here: write the model with save_model, or send it with "
-            "trainer.trainer.push_to_hub(NAME), adapter=True for an adapter alone"
-        )
+    def push_to_hub(self, *_: Any, **__: Any) -> str:
+        """Send the adapter, where one is trained, or the model, to the hub; gives its address.
+
+        The repository is `hub_model_id`, or has the name of `output_dir`. What TRL's card would be
+        told is left out: ours tells method, settings, curves and scores.
+        """
+        name = self.args.hub_model_id or Path(self.trainer.config.run.dir).name
+        private = self.args.hub_private_repo
+        return self.trainer.push_to_hub(name, adapter=self._lora, private=private)
 
     def _reward(self, func: Any, how: RewardModelConfig) -> Callable[..., Any]:
         if isinstance(func, str | Path):

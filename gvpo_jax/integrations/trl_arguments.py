@@ -81,6 +81,10 @@ TAKEN: dict[str, Any] = {
     "num_completions_to_print": None,
     "report_to": "none",
     "project": "huggingface",
+    # the hub
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": None,
 }
 
 _TORCH = "it is about PyTorch"
@@ -88,7 +92,7 @@ _DATALOADER = "rows are in memory, and are tokenised before the first update"
 _MESH = "arrays are laid out over the mesh, see mesh.fsdp"
 _LOG = "metrics.jsonl has every metric of every update"
 _TRACKIO = "the run's name and folder are those of output_dir"
-_HUB = "nothing is sent to the hub"
+_HUB = "the hub gets the model from trainer.push_to_hub(), and nothing before that"
 _VLLM = "it is about a vLLM inside of the trainer's process, or one that PyTorch updates"
 _EVAL = "an evaluation samples, and keeps rewards and texts alone"
 
@@ -164,9 +168,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "fp16_full_eval": (False, "evaluations compute as the training does"),
     "save_only_model": (False, "a checkpoint is whole, so that the run can go on"),
     "save_on_each_node": (False, "all hosts write one checkpoint"),
-    "hub_token": (None, _HUB),
-    "hub_private_repo": (None, _HUB),
-    "hub_model_id": (None, _HUB),
     "hub_strategy": ("every_save", _HUB),
     "hub_always_push": (False, _HUB),
     "hub_revision": (None, _HUB),
@@ -199,8 +200,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "lr_scheduler_kwargs": (None, "schedules have no further arguments"),
     "optim_args": (None, "give an Optax optimizer: optimizers=(optax.adamw(...), None)"),
     "optim_target_modules": (None, "give an Optax optimizer: optimizers=(optax.adamw(...), None)"),
+    "hub_token": (None, "log in with hf auth login, or set HF_TOKEN: a config is no place for it"),
     "neftune_noise_alpha": (None, "embeddings get no noise"),
-    "push_to_hub": (False, "write the model with save_model, and send it with huggingface_hub"),
     "load_best_model_at_end": (
         False,
         "give save_strategy='best', and take it with gvpo-jax export RUN --step best",

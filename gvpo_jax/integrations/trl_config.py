@@ -72,6 +72,10 @@ class GVPOConfig:
             clips = ("epsilon", "epsilon_high", "importance_sampling_level")
             if given := [name for name in clips if getattr(self, name) != DEFAULTS[name]]:
                 reasons["GVPO clips nothing, and has no importance weights"] = given
+        if self.push_to_hub:
+            reasons["checkpoints stay here; trainer.push_to_hub() sends the model"] = [
+                "push_to_hub"
+            ]
         if "all" in self._trackers():
             reasons["name the trackers"] = ["report_to='all'"]
         return [f"{', '.join(names)}: without effect; {why}" for why, names in reasons.items()]

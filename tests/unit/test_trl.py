@@ -156,7 +156,6 @@ def test_settings_say_what_the_arguments_say():
         ({"report_to": "mlflow"}, "report_to='mlflow' has no equal"),
         ({"generation_kwargs": {"penalty_alpha": 1}}, "penalty_alpha has no equal"),
         ({"sync_ref_model": True}, "give ref_model_mixup_alpha=1"),
-        ({"push_to_hub": True}, "push_to_hub=True has no equal here: write the model"),
         ({"mask_truncated_completions": True}, "GVPO's optimum needs all samples"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "a multiple of the 16"),
         ({"generation_batch_size": 8, "steps_per_generation": 1}, "not both"),
@@ -390,8 +389,22 @@ def test_what_the_trainer_can_not_take_is_refused(tmp_path, given, told):
     }  # fmt: skip
     with pytest.raises(UserError, match=told):
         GVPOTrainer(**arguments | given)
-    with pytest.raises(UserError, match="save_model"):
-        GVPOTrainer.push_to_hub(None)
+
+
+def test_the_model_is_sent_to_the_hub_under_the_name_that_is_given(tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr(
+        "gvpo_jax.trainer.upload", lambda *about, **more: sent.append((about, more))
+    )
+    hub = {"push_to_hub": True, "hub_model_id": "me/model", "hub_private_repo": True}
+    ported = port(tmp_path / "run", **hub)
+    assert "push_to_hub: without effect; checkpoints stay here" in capsys.readouterr().out
+    ported.push_to_hub(dataset_name="some/rows")
+    port(tmp_path / "other").push_to_hub()
+    (folder, name), more = sent[0]
+    assert (folder, name, more) == (tmp_path / "run" / "export", "me/model", {"private": True})
+    assert (folder / "model.safetensors").is_file()
+    assert sent[1][0][1] == "other"
 
 
 def test_a_callback_of_transformers_that_fails_is_named(tmp_path):
