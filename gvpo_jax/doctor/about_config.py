@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gvpo_jax.buckets import is_address
 from gvpo_jax.doctor.findings import Finding
+from gvpo_jax.doctor.functions import about_functions
 from gvpo_jax.doctor.system import offline, place
 from gvpo_jax.errors import Page, UserError
 
@@ -38,6 +39,7 @@ def about_config(load: Callable[[], Any], *, with_devices: bool) -> Iterator[Fin
     except UserError as error:
         yield _refused("extras", error)
     yield from _files(config)
+    yield from about_functions(config)
     free = None
     if is_address(config.run.dir):
         yield Finding("config", "run.dir", "in a bucket, which is asked when the run starts")
@@ -58,7 +60,7 @@ def _refused(name: str, error: UserError) -> Finding:
 
 
 def _files(config: "Config") -> Iterator[Finding]:
-    """Rows and reward functions that are on this machine: whether the files are there."""
+    """Rows that are on this machine: whether the files are there."""
     from gvpo_jax.data.files import files_of
     from gvpo_jax.data.hub import is_hub_name
 
@@ -77,24 +79,6 @@ def _files(config: "Config") -> Iterator[Finding]:
         except UserError as error:
             error.explain(Page.ROWS)
             yield _refused(name, error)
-    for spec in config.rewards.funcs:
-        if os.path.isdir(spec):
-            yield _reward_model(spec)
-        file = spec.rpartition(":")[0]
-        if file.endswith(".py") and not os.path.isfile(file):
-            gone = UserError(f"{file}: there is no such file", page=Page.REWARDS)
-            yield _refused("rewards.funcs", gone)
-
-
-def _reward_model(folder: str) -> Finding:
-    from gvpo_jax.models.reward_model import open_reward_model
-
-    try:
-        count = open_reward_model(folder).weights
-    except UserError as error:
-        return _refused("rewards.funcs", error)
-    told = f"{folder}: it is here, {count / 1e9:.2g} billion weights"
-    return Finding("config", "reward model", told)
 
 
 def _model(config: "Config"):

@@ -289,7 +289,8 @@ def test_a_hub_that_is_offline_is_told(there, monkeypatch, value, said):
 
 
 def config_of(**values):
-    defaults = {"data__path": "rows.jsonl", "mesh__fsdp": 1}
+    share = ["gvpo_jax.rewards.debug:letter_share"]
+    defaults = {"data__path": "rows.jsonl", "mesh__fsdp": 1, "rewards__funcs": share}
     return override(Config(), **(defaults | values))
 
 
@@ -400,11 +401,65 @@ def test_checkpoints_that_do_not_fit_on_the_disk(there, monkeypatch, times, leve
 
 
 def test_no_weights_are_read_and_no_code_is_run(there, tmp_path, monkeypatch):
-    (tmp_path / "work" / "mine.py").write_text("raise SystemExit('it ran')\n")
+    code = "raise SystemExit('it ran')\ndef f(prompt, completion): ...\ndef g(row): ...\n"
+    (tmp_path / "work" / "mine.py").write_text(code)
     monkeypatch.setattr("gvpo_jax.models.load.load_model", None)
     monkeypatch.setattr("gvpo_jax.models.hf_files.open_file", None)
     found = looked_at(config_of(rewards__funcs=["mine.py:f"], data__filter="mine.py:g"))
     assert not levels(found)
+
+
+MINE = """
+import os.path
+from functools import partial as made
+if True:
+    def inside(prompt, completion): ...
+class Judge:
+    def method(self): ...
+first, second = made(print), lambda x: x
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("mine.py:inside", None),
+        ("mine.py:Judge", None),
+        ("mine.py:made", None),
+        ("mine.py:second", None),
+        ("math:gcd", None),
+        ("org/judge", None),  # a reward model of the hub
+        ("mine.py:method", "the file has no method; it has Judge, first, inside, made, os, second"),
+        ("gone.py:f", "there is no such file"),
+        ("broken.py:f", "the file is no Python, line 1"),
+        ("no_such_module.part:f", "there is no module no_such_module"),
+        ("correct", "write module:function"),
+    ],
+)
+def test_functions_are_looked_for_without_running_them(there, tmp_path, spec, told):
+    (tmp_path / "work" / "mine.py").write_text(MINE)
+    (tmp_path / "work" / "broken.py").write_text("def f(:\n")
+    (tmp_path / "work" / "any.py").write_text("from mine import *\n")
+    for changes, name in (
+        ({"rewards__funcs": [spec]}, "rewards.funcs"),
+        ({"eval__checker": spec}, "eval.checker"),
+        ({"data__filter": spec}, "data.filter"),
+    ):
+        found = looked_at(config_of(**changes))
+        if name != "rewards.funcs" and spec == "org/judge":
+            continue
+        if told is None:
+            assert not levels(found)
+        else:
+            assert told in named(found, name).remedy
+    assert not levels(looked_at(config_of(rewards__funcs=["any.py:whatever"])))
+
+
+def test_a_run_that_samples_needs_a_reward(there):
+    empty = looked_at(config_of(rewards__funcs=[]))
+    assert "it is empty: name a reward" in named(empty, "rewards.funcs").remedy
+    offline = config_of(rewards__funcs=[], loss__name="sft", data__eval_size=0)
+    assert "rewards.funcs" not in levels(looked_at(offline))
 
 
 def test_a_config_that_can_not_be_read_is_a_line(there, capsys):
