@@ -623,7 +623,7 @@ class Trainer:
             return None
         func = batched(load_function(c.eval.checker, "eval.checker"))
         options = dataclasses.replace(c.rewards, funcs=[], weights=[])
-        checker = Judge([func], options, self.tokenizer, c.rollout.stop)
+        checker = Judge([func], options, self.tokenizer, c.rollout.stop, kind="checker")
         checker.check(held_out, "the held-out data")
         return checker
 

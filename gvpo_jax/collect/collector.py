@@ -54,6 +54,7 @@ class Judge:
     options: RewardConfig  # their weights, and what becomes of failures
     tokenizer: "PreTrainedTokenizerBase"  # makes texts of token ids
     stop: Sequence[str] = ()  # texts before which a completion's own text ends
+    kind: str = "reward"  # what messages call the functions
     # Rounds drawn ahead, and evaluations, go one at a time.
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
@@ -69,7 +70,7 @@ class Judge:
             UserError: they do not. `what` stands for the rows in its message.
         """
         check_weights(self.options.weights or None, self.reward_funcs)
-        check_columns(self.reward_funcs, prompts.columns, what)
+        check_columns(self.reward_funcs, prompts.columns, what, kind=self.kind)
 
     def judge(
         self, prompts: EncodedPrompts, places: Sequence[int] | np.ndarray, groups: Groups
@@ -105,6 +106,7 @@ class Judge:
                     on_error=self.options.on_error,
                     deadline=self.options.deadline,
                     places=[getattr(row, "place", "a row") for row in given],
+                    kind=self.kind,
                 )
             except RewardError as error:
                 raise RewardError(_with_hint(str(error), completions)) from error

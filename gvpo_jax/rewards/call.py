@@ -53,6 +53,7 @@ def compute_rewards(
     on_error: Literal["raise", "skip"] = "raise",
     places: Sequence[str] | None = None,
     deadline: float | None = None,
+    kind: str = "reward",
 ) -> Scores:
     """The weighted sum (weights default to 1) of what the functions give, row by row.
 
@@ -73,6 +74,7 @@ def compute_rewards(
         places: what messages call the rows; None: "row 0" and so on.
         deadline: seconds in which a function must answer, or all rows fail; None: there is none.
             With one, functions are called in threads.
+        kind: what messages call the functions.
 
     Returns:
         The rewards, and what there is to tell about them.
@@ -84,7 +86,7 @@ def compute_rewards(
     names = function_names(reward_funcs)
     factors = check_weights(weights, reward_funcs)
     lists = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    check_columns(reward_funcs, columns)
+    check_columns(reward_funcs, columns, kind=kind)
     n = _check_lists(lists, columns)
     places = [f"row {row}" for row in range(n)] if places is None else places
     answers = _call_all(reward_funcs, {**lists, **columns}, deadline)
@@ -92,7 +94,7 @@ def compute_rewards(
     problems: dict[int, str] = {}  # by row
     total, answered = np.zeros(n), np.zeros(n, bool)
     for name, factor, answer in zip(names, factors, answers, strict=True):
-        by_func[name], failed = _read_answer(name, answer, places, on_error)
+        by_func[name], failed = _read_answer(f"{kind} {name!r}", answer, places, on_error)
         problems = failed | problems  # a row keeps its first
         given = ~np.isnan(by_func[name])
         with np.errstate(over="ignore", invalid="ignore"):  # it is told of below
@@ -185,7 +187,7 @@ def _read_answer(
     if isinstance(answer, UserError) and not isinstance(answer, RewardError):
         raise answer  # a missing package, say: skipping would hide it on every row
     if isinstance(answer, BaseException):
-        problem = f"reward {name!r} failed on the call with rows 0 to {n - 1}: {_told(answer)}"
+        problem = f"{name} failed on the call with rows 0 to {n - 1}: {_told(answer)}"
         if on_error == "raise":
             raise RewardError(problem) from answer
         return np.full(n, np.nan), dict.fromkeys(range(n), problem)
@@ -193,7 +195,7 @@ def _read_answer(
     if entries is None or len(entries) != n:
         got = repr(answer) if entries is None else f"{len(entries)} entries"
         raise RewardError(
-            f"reward {name!r} must return a list with one entry per completion, {n}; got {got}"
+            f"{name} must return a list with one entry per completion, {n}; got {got}"
         )
     values, problems = np.full(n, np.nan), {}
     for row, value in enumerate(entries):
@@ -203,7 +205,7 @@ def _read_answer(
         if problem is None:
             values[row] = as_number(value)
             continue
-        problems[row] = f"reward {name!r} failed on {places[row]}: {problem}"
+        problems[row] = f"{name} failed on {places[row]}: {problem}"
         if on_error == "raise":
             cause = value if isinstance(value, BaseException) else None
             raise RewardError(problems[row]) from cause

@@ -99,7 +99,11 @@ def is_async(func: Any) -> bool:
 
 @explained_by(Page.REWARDS)
 def check_columns(
-    reward_funcs: Sequence[RewardFunc], columns: Collection[str], what: str = "the data"
+    reward_funcs: Sequence[RewardFunc],
+    columns: Collection[str],
+    what: str = "the data",
+    *,
+    kind: str = "reward",
 ) -> None:
     """See that every function takes the columns there are, and finds those that it needs.
 
@@ -107,6 +111,7 @@ def check_columns(
         reward_funcs: as they are called, on lists.
         columns: the names of those there are.
         what: has them, for the message.
+        kind: what the functions are called there.
 
     Raises:
         UserError: one does not; names it and the columns.
@@ -118,7 +123,7 @@ def check_columns(
         )
     for name, func in zip(function_names(reward_funcs), reward_funcs, strict=True):
         if inspect.isclass(func):
-            raise UserError(f"reward {name!r} is a class: give an object of it, {name}()")
+            raise UserError(f"{kind} {name!r} is a class: give an object of it, {name}()")
         parameters = _parameters(func)
         given = [*LISTS, *columns]
         missing = [
@@ -130,16 +135,16 @@ def check_columns(
         strange = [x for x in given if x not in parameters or parameters[x].kind not in _BY_NAME]
         if parameters and strange and not takes_all:
             raise UserError(
-                f"reward {name!r} does not take {', '.join(strange)}; let it take prompts, "
-                "completions, **kwargs, or (prompt, completion) for one sample at a time"
+                f"{kind} {name!r} does not take {', '.join(strange)}: add **kwargs to its "
+                "parameters; or begin them with prompt, completion, for one sample at a time"
             )
         if {"prompt", "completion"} & set(missing):
             raise UserError(
-                f"reward {name!r} takes one sample at a time: let it begin with prompt, completion"
+                f"{kind} {name!r} takes one sample at a time: let it begin with prompt, completion"
             )
         if missing:
             raise UserError(
-                f"reward {name!r} needs {', '.join(missing)}, which {what} does not have as a "
+                f"{kind} {name!r} needs {', '.join(missing)}, which {what} does not have as a "
                 f"column; the columns are {', '.join(columns) or 'none but the prompt'}"
             )
 
