@@ -18,7 +18,7 @@ import yaml
 
 from gvpo_jax.buckets import is_address
 from gvpo_jax.config import Config
-from gvpo_jax.config_values import Bare, as_any, as_record, put, read_override, read_yaml, shown
+from gvpo_jax.config_values import Bare, as_any, as_record, put, read_overrides, read_yaml, shown
 from gvpo_jax.errors import Page, UserError
 from gvpo_jax.installed import PACKAGED
 from gvpo_jax.parallel.distributed import DistributedConfig
@@ -58,7 +58,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, no YAML, an unknown key, or a value out of range.
     """
     file = _find(Path(path))
-    given = [read_override(override) for override in overrides]
+    given = read_overrides(overrides)
     try:
         text = file.read_text("utf-8-sig")
         config = _read(text, given)

@@ -66,11 +66,36 @@ def _plain(node: yaml.Node, inside: tuple[yaml.Node, ...], counter: Iterator[int
     return values
 
 
+def read_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Of each the key's parts and the value, as `read_override` gives them.
+
+    Raises:
+        UserError: one is no override; where a shell took a list or mapping apart, it says so.
+    """
+    for place, text in enumerate(texts[1:], start=1):
+        start = texts[place - 1]
+        key, equals, value = start.partition("=")
+        if "=" not in text and equals and _is_open(value):
+            rest = itertools.takewhile(lambda x: "=" not in x, texts[place:])
+            raise UserError(
+                f"{key}: the shell took the value apart at its blanks; put it in quotes: "
+                f"'{' '.join([start, *rest])}'"
+            )
+    return [read_override(text) for text in texts]
+
+
+def _is_open(value: str) -> bool:
+    """Whether it begins a list or mapping that it does not end."""
+    pairs = {"{": "}", "[": "]"}
+    close = pairs.get(value.lstrip()[:1])
+    return close is not None and not value.rstrip().endswith(close)
+
+
 def read_override(text: str) -> tuple[list[str], Any]:
     """The key's parts and the value of `section.key=value`; all behind the first `=` is value.
 
     Raises:
-        UserError: it is no override, or a list or mapping that is not closed.
+        UserError: it is no override.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():

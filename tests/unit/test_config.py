@@ -104,6 +104,20 @@ def test_a_wrong_type_names_its_key(write, given, message):
     assert message in refused(write(""), given)
 
 
+@pytest.mark.parametrize(
+    ("given", "quoted"),
+    [
+        (["data.columns={prompt:", "question}"], "'data.columns={prompt: question}'"),
+        (["loss.beta=1", "rewards.funcs=[a.py:f,", "b.py:g]"], "'rewards.funcs=[a.py:f, b.py:g]'"),
+        (["data.columns={a:", "b,", "c:", "d}", "x=1"], "'data.columns={a: b, c: d}'"),
+    ],
+)
+def test_what_the_shell_took_apart_is_told_with_its_quotes(write, given, quoted):
+    said = refused(write(""), *given)
+    assert "the shell took the value apart at its blanks; put it in quotes: " in said
+    assert quoted in said
+
+
 TEXTS = [
     "Put the answer after ####", "Answer: yes or no", "{think} first", "[INST] be brief", "*bold*",
     "%d", "@user", "line one\nline two", "- be brief", "yes", "1.0", "007", "1e3", "'quoted' words",
