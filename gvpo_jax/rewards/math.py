@@ -28,9 +28,9 @@ def math_verify_reward(*, deadline: float = 30.0, workers: int = 2) -> Callable[
     The question given back is no answer, though math-verify takes "3 + 4" for 7: where the solution
     is a number, a number (or a fraction in lowest terms) is asked for, and an expression that
     stands in the question counts only if it is the solution as written. `solution` may be a number,
-    LaTeX, or a text with \boxed{} or "####". It runs in child processes; a call past `deadline`
-    seconds fails its row, and so does a solution that can't be parsed. The first call of a process
-    takes seconds, on a slow or busy machine many.
+    LaTeX, a text with \boxed{} or "####", or a list of which all are asked for. It runs in child
+    processes; a call past `deadline` seconds fails its row, and so does a solution that can't be
+    parsed. The first call of a process takes seconds, on a slow or busy machine many.
     """
     pool = WorkerPool(
         f"{__name__}:check_answer", deadline=deadline, workers=workers, imports=["math_verify"]
@@ -46,7 +46,7 @@ def math_verify_reward(*, deadline: float = 30.0, workers: int = 2) -> Callable[
             )
         texts = [completion_text(completion) for completion in completions]
         questions = [_question(prompt) for prompt in prompts]
-        return pool.map(list(zip(questions, texts, map(str, solution), strict=True)))
+        return pool.map(list(zip(questions, texts, map(_one_text, solution), strict=True)))
 
     return math_verify
 
@@ -97,6 +97,13 @@ def _as_latex(solution: str) -> str:
     solution = solution.rpartition("####")[2].strip()
     marked = "\\boxed" in solution or "$" in solution
     return solution if marked else f"${solution}$"
+
+
+def _one_text(solution: Any) -> str:
+    """Several answers as they are written in one box."""
+    if not isinstance(solution, list | tuple):
+        return str(solution)
+    return ", ".join(str(part).strip().strip("$") for part in solution)
 
 
 def _question(prompt: Any) -> str:

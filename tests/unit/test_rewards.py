@@ -358,7 +358,7 @@ def test_a_function_with_other_parameters_is_told_which_it_may_have(on_error):
     def other(completions, answer):
         return 0.0
 
-    with pytest.raises(UserError, match=r"'other' does not take prompts, completion_ids.*kwargs"):
+    with pytest.raises(UserError, match=r"'other' does not take prompts, completion_ids: add [*][*]kwargs"):
         run([gives(1, 1, 1), other], on_error=on_error)
 
 
@@ -964,6 +964,22 @@ def test_math_verify_is_given_the_solution_first():
     importlib.import_module("math_verify")
     interval, inequality = r"$(-\infty, 5)$", "$x < 5$"
     assert math_verify(["p"] * 2, [interval, inequality], solution=[inequality, interval]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "reward"),
+    [
+        (r"\boxed{1, 2}", ["$1$", "2"], 1),
+        (r"\boxed{2, 1}", ["1", "$2$"], 1),
+        (r"\boxed{1}", ["1", "2"], 0),
+        (r"\boxed{1, 3}", ["1", "2"], 0),
+        (r"\boxed{0.5}", [r"$\frac{1}{2}$"], 1),
+        (r"\boxed{[0,1)}", ["$[0,1)$"], 1),
+    ],
+)
+def test_math_verify_asks_for_all_of_several_answers(completion, solution, reward):
+    importlib.import_module("math_verify")
+    assert math_verify(["p"], [completion], solution=[solution]) == [reward]
 
 
 def test_math_verify_fails_on_a_solution_it_cannot_parse():
