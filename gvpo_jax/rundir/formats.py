@@ -1,7 +1,7 @@
 """Numbers and durations as people read them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 _LEFT_OUT = {
     "training_rows": "prompts skipped: over data.max_prompt_length tokens",
@@ -64,3 +64,38 @@ def left_out_text(counts: Mapping[str, float]) -> str:
     """What a run left out, in words; empty where that is nothing."""
     parts = (f"{counts[name]:.0f} {what}" for name, what in _LEFT_OUT.items() if counts.get(name))
     return ", ".join(parts)
+
+
+def score_names(
+    evaluations: Collection[Mapping[str, float]], *, of_sets: bool = False
+) -> list[str]:
+    """By which metrics evaluations are compared; accuracy where all have it, or else reward first.
+
+    of_sets: those of single evaluation sets instead, and their mean.
+    """
+    first = "accuracy" if all("eval/accuracy" in metrics for metrics in evaluations) else "reward"
+    starts = ("eval/pass@", "eval/maj@")
+    names = list(dict.fromkeys(name for metrics in evaluations for name in metrics))
+    several = [x for x in names if x.startswith(starts) and not x.endswith(("_low", "_high"))]
+    if not of_sets:
+        return [f"eval/{first}", *(name for name in several if name.count("/") == 1)]
+    if "eval/mean_of_sets" not in names:
+        return []
+    single = [name for name in names if name.startswith(f"eval/{first}/")]
+    return ["eval/mean_of_sets", *single, *(name for name in several if name.count("/") > 1)]
+
+
+def scores_text(evaluations: Sequence[Mapping[str, float]]) -> str:
+    """One evaluation after the other: accuracy or reward, with intervals, pass@k and maj@k."""
+    main, *more = score_names(evaluations)
+
+    def one(metrics: Mapping[str, float], name: str) -> str:
+        show = compact if name == "eval/reward" else percent
+        ends = [metrics[end] for end in (f"{name}_low", f"{name}_high") if end in metrics]
+        return show(metrics[name]) + (f" [{', '.join(map(show, ends))}]" if ends else "")
+
+    def line(name: str) -> str:
+        shown = " -> ".join(one(metrics, name) for metrics in evaluations if name in metrics)
+        return f"{name.removeprefix('eval/')} {shown}"
+
+    return "; ".join(map(line, [main, *more]))

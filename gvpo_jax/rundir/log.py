@@ -4,7 +4,7 @@ import dataclasses
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gvpo_jax.errors import NotFinite, UserError
 from gvpo_jax.parallel.distributed import is_first
 from gvpo_jax.rundir.claim import write_evaluation
 from gvpo_jax.rundir.files import read_history
-from gvpo_jax.rundir.formats import compact, percent
+from gvpo_jax.rundir.formats import score_names, scores_text
 from gvpo_jax.rundir.traces import Trace, traced_updates
 from gvpo_jax.rundir.trackers import (
     PATIENCE,
@@ -114,13 +114,17 @@ class Counters:
         }
 
     def _scores(self) -> dict[str, float]:
-        """Accuracy before and after with its intervals, or reward where one has no accuracy."""
-        score = f"eval/{_kind(self.evaluations.values())}"
-        names = ((score, ""), (score, "_low"), (score, "_high"), ("eval/unscored", ""))
+        """Accuracy before and after with its intervals, or reward where one has no accuracy.
+
+        And pass@k and maj@k, and what evaluation sets have.
+        """
+        evaluations = self.evaluations.values()
+        names = [*score_names(evaluations), *score_names(evaluations, of_sets=True)]
         return {
             f"{name}_{when}{end}": metrics[name + end]
             for when, metrics in self.evaluations.items()
-            for name, end in names
+            for name in [*names, "eval/unscored"]
+            for end in ("", "_low", "_high")
             if name + end in metrics
         }
 
@@ -252,7 +256,9 @@ class RunLog:
             self.counters.evaluations[name] = dict(metrics)
         shown = list(self.counters.evaluations.values()) if name == "after" else [metrics]
         unscored = f"{metrics['eval/unscored']:.0f} of {len(records)} completions without a reward"
-        text = f"{_scores(shown)}; {unscored}" if metrics["eval/unscored"] else _scores(shown)
+        text = (
+            f"{scores_text(shown)}; {unscored}" if metrics["eval/unscored"] else scores_text(shown)
+        )
         self.note(f"evaluation {name}: {text}")
         self._step_start, self._compiling = time.perf_counter(), 0.0
 
@@ -315,23 +321,6 @@ class RunLog:
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             self._compiling += duration_secs
-
-
-def _kind(evaluations: Iterable[Mapping[str, float]]) -> str:
-    """What evaluations are compared by."""
-    return "accuracy" if all("eval/accuracy" in metrics for metrics in evaluations) else "reward"
-
-
-def _scores(evaluations: Sequence[Mapping[str, float]]) -> str:
-    """Accuracy or reward of one evaluation after the other, with intervals where there are any."""
-    kind = _kind(evaluations)
-    show, name = percent if kind == "accuracy" else compact, f"eval/{kind}"
-
-    def one(metrics: Mapping[str, float]) -> str:
-        ends = [metrics[end] for end in (f"{name}_low", f"{name}_high") if end in metrics]
-        return show(metrics[name]) + (f" [{', '.join(map(show, ends))}]" if ends else "")
-
-    return f"{kind} {' -> '.join(one(metrics) for metrics in evaluations if name in metrics)}"
 
 
 def check_finite(metrics: Mapping[str, float], what: str, reward: float = 0) -> None:
