@@ -132,7 +132,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.step is not None and not of_run:
         raise UserError(f"--step: {arguments.config} is a config; only a run has checkpoints")
     if of_run and not arguments.trust_rewards:
-        check_trusted(arguments.config, arguments.overrides)
+        check_trusted(arguments.config, arguments.overrides, arguments.sets)
     print(
         json.dumps(_on_screen(evaluate(config, checkpoint=of_run, step=arguments.step)), indent=2)
     )
@@ -251,10 +251,11 @@ def _is_run(name: str) -> bool:
 def _config(arguments: argparse.Namespace):
     from gvpo_jax.config_file import load_config, open_run
 
+    sets = getattr(arguments, "sets", None)
     if _is_run(arguments.config):
         to_train = arguments.command == "train"
-        return open_run(arguments.config, arguments.overrides, to_train=to_train)
-    return load_config(arguments.config, arguments.overrides)
+        return open_run(arguments.config, arguments.overrides, to_train=to_train, sets=sets)
+    return load_config(arguments.config, arguments.overrides, sets=sets)
 
 
 _COMMANDS = {

@@ -14,6 +14,7 @@ _EXAMPLES = """examples:
   gvpo-jax train my-task/config.yaml     train on it; the same command goes on with the run
   gvpo-jax train quickstart loss.beta=0.2 run.dir=runs/beta02    any setting can be given
   gvpo-jax eval runs/beta02              accuracy or reward on held-out rows
+  gvpo-jax eval runs/beta02 --sets eval/math             AIME, AMC, MATH500 and others
   gvpo-jax export runs/beta02 my-model   a folder that transformers loads
 
 gvpo-jax COMMAND --help says more; start with: gvpo-jax train quickstart
@@ -116,6 +117,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--trust-rewards",
         action="store_true",
         help="run code that a run folder names, also where it was not trained with here",
+    )
+    evaluate.add_argument(
+        "--sets",
+        metavar="CONFIG",
+        help="judge a run by a config of evaluation sets, such as eval/math",
     )
     _add_step(evaluate)
     compiling = _compile_command(commands)

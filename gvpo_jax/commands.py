@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from gvpo_jax.collect.replay import ReplayConfig
 from gvpo_jax.config import Config, check_extras
 from gvpo_jax.config_file import WARM_START, check_claim, override, servers_of
 from gvpo_jax.config_values import shown
+from gvpo_jax.data.eval_sets import load_eval_sets
 from gvpo_jax.data.rows import Row, columns_of
-from gvpo_jax.errors import UserError, tell
+from gvpo_jax.errors import Page, UserError, tell
 from gvpo_jax.models.upload import check_repository
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
 from gvpo_jax.parallel.lost_host import call_witness
@@ -56,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
             check_columns(funcs, columns_of(held_out), "the held-out data")
         if held_out and config.eval.checker:
             checker = batched(load_function(config.eval.checker, "eval.checker"))
-            check_columns([checker], columns_of(held_out), "the held-out data")
+            check_columns([checker], columns_of(held_out), "the held-out data", kind="checker")
         if held_out and not reward_funcs:
             raise UserError(
                 "held-out rows need reward functions: name some in rewards.funcs, or give "
@@ -165,11 +167,12 @@ def evaluate(
     """
     check_extras(config, unused=list(PACKAGES))
     _join(config)
-    reward_funcs = config.rewards.functions()
-    _, held_out = _rows(config)
+    reward_funcs = _judges(config)
+    held_out = _held_out(config, _filter(config))
     if not held_out:
         raise UserError(
-            "there are no held-out rows: give data.tasks or data.eval_path, and data.eval_size"
+            "there are no held-out rows: give eval.sets, data.eval_path or data.tasks, and "
+            "data.eval_size"
         )
     trainer = Trainer(config, trains=False)
     with contextlib.closing(trainer.engine), contextlib.ExitStack() as stack:
@@ -234,13 +237,25 @@ def push(
     return trainer.push_to_hub(name, folder, adapter=adapter, private=private)
 
 
+def _judges(config: Config) -> list[Any]:
+    """The reward functions, or `eval.checker` where none is named and nothing is trained."""
+    if config.eval.checker and not config.rewards.funcs:
+        return [load_function(config.eval.checker, "eval.checker")]
+    if config.eval.sets and not config.rewards.funcs:
+        raise UserError(
+            "eval.sets: nothing says which answers are right; name a function in eval.checker or "
+            "rewards.funcs, e.g. gvpo_jax.rewards.math:math_verify",
+            page=Page.EVALUATION,
+        )
+    return config.rewards.functions()
+
+
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows."""
-    if config.data.filter is None:
-        return config.data.load(config.run.seed)
-    keep = load_function(config.data.filter, "data.filter")
-    rows, held_out = config.data.load(config.run.seed, keep)
-    if is_first():
+    keep = _filter(config)
+    rows = config.data.load_training(config.run.seed, keep)
+    held_out = _held_out(config, keep)
+    if keep is not None and is_first():
         text = f"data.filter leaves {len(rows)} rows"
         text += f", and {len(held_out)} held-out ones" if held_out else ""
         tell(text, error=True)  # the standard output of eval is JSON
@@ -253,6 +268,18 @@ def _check_adapter(config: Config) -> None:
             f"--adapter: the run in {config.run.dir} trains the whole model, without an adapter; "
             "leave --adapter out"
         )
+
+
+def _filter(config: Config) -> Callable[[Row], Any] | None:
+    spec = config.data.filter
+    return None if spec is None else load_function(spec, "data.filter")
+
+
+def _held_out(config: Config, keep: Callable[[Row], Any] | None) -> list[Row]:
+    """Those of `eval.sets`, or else of the section `data`."""
+    if not config.eval.sets:
+        return config.data.load_held_out(keep)
+    return load_eval_sets(config.eval.sets) if config.data.eval_size else []
 
 
 def _at_checkpoint(config: Config, step: int | Literal["best"] | None) -> Trainer:

@@ -102,6 +102,12 @@ class Config:
                 f"{len(rewards.funcs)} functions"
             )
 
+    @property
+    def judges_rows(self) -> bool:
+        """Whether there are held-out rows."""
+        data = self.data
+        return bool(data.eval_size and (self.eval.sets or data.eval_path or data.tasks))
+
     def programs(
         self,
         model: "DecoderFns",
@@ -231,7 +237,7 @@ def _check_servers(c: Config) -> None:
                 f"rollout.{name} is for sampling in this process, not on servers "
                 f"(servers.kind={c.servers.kind}); leave it out"
             )
-    if c.data.groups_path and not (c.data.eval_size and (c.data.eval_path or c.data.tasks)):
+    if c.data.groups_path and not c.judges_rows:
         raise UserError(
             f"servers.kind={c.servers.kind}: nothing is sampled with data.groups_path and without "
             "held-out rows; leave it out"
@@ -243,9 +249,10 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
 
     unused: extras that are not asked for.
     """
-    files = c.data.path, c.data.eval_path, c.data.groups_path
+    of_sets = [each.path for each in c.eval.sets]
+    files = [c.data.path, c.data.eval_path, *of_sets, c.data.groups_path]
     paths = *files, c.run.dir, c.model.name, c.model.adapter, *c.rewards.funcs
-    funcs = " ".join(c.rewards.funcs)
+    funcs = " ".join([*c.rewards.funcs, c.eval.checker or ""])
     tasks = bool(c.data.tasks) or "gvpo_jax.rewards.reasoning_gym:" in funcs
     needed = {
         "gguf": c.model.name.endswith(".gguf"),
@@ -254,7 +261,7 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
         "math": "gvpo_jax.rewards.math:" in funcs,
         "qlora": c.model.quantization != "none",
         "servers": c.servers.kind != "none",
-        "hub": any(is_hub_name(file) for file in files[:2] if file),
+        "hub": any(is_hub_name(file) for file in files[:-1] if file),
         "parquet": any(file and file.endswith(".parquet") for file in files),
         **{name: name in c.log.all_trackers() for name in PACKAGES},
     }
@@ -264,7 +271,7 @@ def check_extras(c: Config, *, unused: Sequence[str] = ()) -> None:
         if wanted and extra not in unused and not has_extra(extra)
     }
     if "hub" in missing:
-        file = next(file for file in files[:2] if file and is_hub_name(file))
+        file = next(file for file in files[:-1] if file and is_hub_name(file))
         raise UserError(
             f"{file} is neither a file nor a folder here; if it is a dataset of the hub: "
             f'pip install "gvpo-jax[{",".join(missing)}]"',

@@ -47,18 +47,26 @@ _MOVED = {
 }  # fmt: skip
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, sets: Path | str | None = None
+) -> Config:
     """The config in a YAML file with `key=value` overrides on top.
 
     A config that does not exist but names one that came with the package (`quickstart`,
     `configs/quickstart.yaml`) is taken from there. Files that settings name are looked for from the
     working directory, then beside the config; `~` is the home folder.
 
+    Args:
+        path: the file.
+        overrides: what goes before it.
+        sets: another config, of how to evaluate, which goes before the file and not before the
+            overrides: its sections are `data`, `rollout`, `rewards` and `eval`.
+
     Raises:
         UserError: no such file, no YAML, an unknown key, or a value out of range.
     """
     file = _find(Path(path))
-    given = read_overrides(overrides)
+    given = [*_settings_in(sets), *read_overrides(overrides)]
     try:
         text = file.read_text("utf-8-sig")
         config = _read(text, given)
@@ -78,6 +86,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{path}: {error}") from None
         raise
     return _with_paths(config, beside=file.parent)
+
+
+def _settings_in(sets: Path | str | None) -> list[tuple[list[str], Any]]:
+    """Each setting that a config of evaluation sets gives, by its key's parts."""
+    if sets is None:
+        return []
+    config = load_config(sets)  # raises where the file is wrong
+    values = read_yaml(_find(Path(sets)).read_text("utf-8-sig")) or {}
+    if others := [name for name in values if name not in ("data", "rollout", "rewards", "eval")]:
+        raise UserError(
+            f"{sets}: {others[0]} is not about evaluation: leave it out, or give it behind the "
+            "command"
+        )
+    if not config.eval.sets:
+        raise UserError(f"{sets} has no eval.sets: name some, see docs/evaluation.md")
+    given = [([section, name], x) for section, part in values.items() for name, x in part.items()]
+    found = [dataclasses.asdict(each) for each in config.eval.sets]  # the files, too
+    return [*given, (["eval", "sets"], found)]
 
 
 def _read(text: str, overrides: Sequence[tuple[list[str], Any]]) -> Config:
@@ -142,10 +168,12 @@ def difference(a: Config, b: Config) -> list[str]:
 
 def _wherever(value: Any, kind: str) -> Any:
     """What is left of a setting that names files when they are moved."""
-    if value is None or kind not in ("input", "function", "functions", "model"):
+    if value is None or kind not in ("input", "sets", "function", "functions", "model"):
         return value
     if kind == "input":  # rows are told by what they are
         return True
+    if kind == "sets":
+        return [dataclasses.replace(each, path="") for each in value]
     if kind in ("function", "functions"):
         specs = [value] if kind == "function" else value
         files = [".py:" in spec or os.path.isabs(spec) for spec in specs]
@@ -255,11 +283,18 @@ def with_run_date(config: Config, run_dir: str | Path) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def open_run(path: Path | str, overrides: Sequence[str] = (), *, to_train: bool = False) -> Config:
+def open_run(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    to_train: bool = False,
+    sets: Path | str | None = None,
+) -> Config:
     """The config of a run folder, overrides on top, with `run.dir` set to where it lies now.
 
     to_train: else the folder does not say where compiled programs are read from, which may be
         somebody else's.
+    sets: see `load_config`.
 
     Raises:
         UserError: the folder is no run.
@@ -287,7 +322,7 @@ def open_run(path: Path | str, overrides: Sequence[str] = (), *, to_train: bool 
         if given.endswith(f"/{WARM_START}") and entries(f"{path}/{WARM_START}"):
             absolute = path if is_address(path) else Path(path).absolute()
             instead.append(f"{key}={absolute}/{WARM_START}")
-    return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={path}"])
+    return load_config(folder / SETTINGS, [*instead, *overrides, f"run.dir={path}"], sets=sets)
 
 
 def check_run_address(address: str) -> None:
@@ -297,15 +332,18 @@ def check_run_address(address: str) -> None:
         raise UserError(f"{address} is not a run folder: it has no {SETTINGS}")
 
 
-def check_trusted(path: Path | str, overrides: Sequence[str] = ()) -> None:
+def check_trusted(
+    path: Path | str, overrides: Sequence[str] = (), sets: Path | str | None = None
+) -> None:
     """That a run folder names no code and no servers which this user has not trained with.
 
-    See `rewards.trust`. Overrides are the user's own, and so is what they name.
+    See `rewards.trust`. Overrides and `sets` are the user's own, and so is what they name.
 
     Raises:
         UserError: it does.
     """
     own = {x.partition("=")[0].strip() for x in overrides}
+    own |= {".".join(key) for key, _ in _settings_in(sets)}
     there = open_run(path)
     funcs = [] if "rewards.funcs" in own else there.rewards.funcs
     named = [
@@ -346,10 +384,11 @@ def _find(path: Path) -> Path:
             f"; the runs in it are {', '.join(runs[:9])}{', ...' * (len(runs) > 9)}" if runs else ""
         )
         raise UserError(f"{path} is a folder, not a config file{hint}")
+    inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
     name = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
-    for folder in PACKAGED:
-        if path.parent in (Path(), Path("configs")) and os.path.isfile(folder / name):
-            return folder / name
+    for folder in PACKAGED if inside.parent in (Path(), Path("eval")) else ():
+        if os.path.isfile(file := folder / inside.parent / name):
+            return file
     raise _no_such(path)
 
 
@@ -455,6 +494,9 @@ _RESOLVE = {
     "function": lambda spec, *where: _functions([spec], *where)[0],
     "functions": _functions,
     "template": _template,
+    "sets": lambda sets, *where: [
+        dataclasses.replace(each, path=_input(each.path, *where) or "") for each in sets
+    ],
 }
 
 

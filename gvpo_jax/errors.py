@@ -31,6 +31,7 @@ class Page(enum.StrEnum):
     REWARD_FAILED = "docs/rewards.md#when-one-fails"
     REWARD_MODELS = "docs/rewards.md#reward-models"
     REWARD_CHANGED = "docs/rewards.md#when-its-code-changes"
+    EVALUATION = "docs/evaluation.md#sets-of-your-own"
     RESUMING = "docs/runs.md#resuming"
     SERVERS = "docs/servers.md#settings"
     WEIGHTS = "docs/servers.md#new-weights"

@@ -112,9 +112,9 @@ def memory_needed(
     half = config.model.dtype == "bfloat16"
     copied = 2 if half and config.reference.name != "ema" else 1
     sampled, data = [0], config.data
-    if data.eval_size and (data.eval_path or data.tasks):
+    if config.judges_rows:
         eval_ = config.eval
-        sampled += [_cache(config, model, mesh, eval_.batch_size, eval_.num_generations)]
+        sampled += [_cache(config, model, mesh, eval_.batch_size, eval_.most_generations)]
     if trains and not data.groups_path and config.loss.name != "sft":
         rollout = batch_sizes(config)["rollout"]
         sampled += [_cache(config, model, mesh, rollout.groups, rollout.k)]

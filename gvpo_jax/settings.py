@@ -24,7 +24,9 @@ def setting(
     hint: str = "",  # what to do about a value out of range
     free: bool = False,
     # Of such a file; the run's folder may lie in a bucket.
-    path: Literal["", "input", "output", "run", "model", "function", "functions", "template"] = "",
+    path: Literal[
+        "", "input", "sets", "output", "run", "model", "function", "functions", "template"
+    ] = "",
 ) -> Any:
     """A field of a config section.
 
@@ -64,12 +66,20 @@ def _settings_of(section: Any, name: str) -> Iterator[Setting]:
             yield Setting(key, value, field.type, field.metadata)
 
 
+def _in_lists(config: Any) -> Iterator[Setting]:
+    """The settings of records that are entries of a list, as `section.name.0.inner`."""
+    for key, value, _, _ in all_settings(config):
+        for place, entry in enumerate(value if isinstance(value, list) else ()):
+            if dataclasses.is_dataclass(entry):
+                yield from _settings_of(entry, f"{key}.{place}")
+
+
 def check_limits(config: Any) -> None:
     """Raise UserError, naming key, limit and value, where a setting lies outside its limits.
 
     NaN and infinities lie outside, and addresses in a path's place.
     """
-    for key, value, _, about in all_settings(config):
+    for key, value, _, about in [*all_settings(config), *_in_lists(config)]:
         if about["path"] in _SCHEMES and value is not None:
             check_path(value, key, _SCHEMES[about["path"]])
         problem = None if value is None else _problem(value, about)

@@ -26,8 +26,8 @@ def data_signs(
     lines, n = [], len(prompts.rows)
     if evaluates and held_out is None:
         lines.append(
-            "eval.every asks for evaluations, but there are no held-out rows: give data.eval_path "
-            "or data.tasks, and data.eval_size above 0, or in Python eval_dataset"
+            "eval.every asks for evaluations, but there are no held-out rows: give data.eval_path, "
+            "eval.sets or data.tasks, and data.eval_size above 0, or in Python eval_dataset"
         )
     if n < batch:
         lines.append(

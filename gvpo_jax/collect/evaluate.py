@@ -1,14 +1,16 @@
 """Accuracy or mean reward on held-out prompts: sample, judge, count."""
 
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from gvpo_jax.collect.collector import Judge, sample_records
+from gvpo_jax.data.eval_sets import EvalSet, check_sets
 from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.data.rows import Row
 from gvpo_jax.errors import UserError, tell
@@ -50,9 +52,31 @@ class EvalConfig:
         "Numbers k for eval/pass@k: the chance that one of k completions is right, estimated from "
         "all num_generations of them.",
     )
+    sets: list[EvalSet] = setting(
+        [],
+        "Evaluation sets in place of data.eval_path, each with name, path, subset, split, columns, "
+        "answer_pattern, size, num_generations and temperature of its own.",
+        path="sets",
+    )
+
+    def sampling_of(self, name: Any) -> tuple[int, float]:
+        """How many completions a row gets, and the temperature; name: of its set, in `task`."""
+        for each in self.sets:
+            if each.name == name:
+                own = each.num_generations, each.temperature
+                return own[0] or self.num_generations, self.temperature if own[1] is None else own[
+                    1
+                ]
+        return self.num_generations, self.temperature
+
+    @property
+    def most_generations(self) -> int:
+        """Completions of a prompt, at most."""
+        return max(self.sampling_of(name)[0] for name in (None, *(x.name for x in self.sets)))
 
     def check(self) -> None:
-        """Raise UserError where a k of `pass_at` or the pattern is none."""
+        """Raise UserError where a k of `pass_at`, the pattern or a set is none."""
+        check_sets(self.sets)
         try:
             re.compile(self.answer_pattern or "")
         except re.error as error:
@@ -60,10 +84,10 @@ class EvalConfig:
                 f"eval.answer_pattern={self.answer_pattern} is no regular expression: {error}"
             ) from None
         for k in self.pass_at:
-            if not 1 <= k <= self.num_generations:
+            if not 1 <= k <= self.most_generations:
                 raise UserError(
                     f"eval.pass_at has {k}: give numbers from 1 to eval.num_generations, which is "
-                    f"{self.num_generations}"
+                    f"{self.most_generations}"
                 )
 
 
@@ -96,16 +120,15 @@ def evaluate(
     """
     records: list[Row] = []
     verdicts: list[float | None] = []  # of the checker, or else the rewards
-    numbers, size = range(len(held_out.rows)), options.batch_size
-    for start in numbers[::size]:
-        here = my_items(numbers[start : start + size])
+    for (k, temperature), numbers in _batches(held_out.rows, options):
+        here = my_items(numbers)
         groups = engine.generate(
             params,
             [held_out.token_ids[i] for i in here],
             here,
-            num_generations=options.num_generations,
+            num_generations=k,
             max_completion_length=max_completion_length,
-            sampling=SamplingParams(temperature=options.temperature),
+            sampling=SamplingParams(temperature=temperature),
             seed=_SEED,
             longest_prompt=held_out.longest,
         )
@@ -114,8 +137,8 @@ def evaluate(
         # Not the prompts: they are as wide as each process's longest.
         given = (groups.completions, groups.lengths, scores.rewards, scores.by_func)
         *drawn, rewards, by_func, checked = gather((*given, checks.rewards))
-        texts, rows = judge.texts(*drawn), held_out.rows[start : start + size]
-        records += sample_records(rows, texts, rewards, by_func, start)
+        texts, rows = judge.texts(*drawn), [held_out.rows[i] for i in numbers]
+        records += sample_records(rows, texts, rewards, by_func, numbers[0])
         verdicts += [None if math.isnan(x) else x for x in checked[: len(rows)].ravel().tolist()]
     given = [r["reward"] for r in records if r["reward"] is not None]
     if not given:
@@ -127,9 +150,21 @@ def evaluate(
         r.pop("correct", None)  # a column of that name would be taken for ours
         if least is not None:
             r["correct"] = verdict is not None and verdict >= least
-    if is_first() and (problem := _useless(records, options)):
+    problem = _useless(records, options) or (_never_right(verdicts, options) if checker else "")
+    if is_first() and problem:
         tell(f"warning: {problem}", error=True)
     return _summary(records, options) | {"eval/unscored": float(len(records) - len(given))}, records
+
+
+def _batches(
+    rows: Sequence[Row], options: EvalConfig
+) -> Iterator[tuple[tuple[int, float], Sequence[int]]]:
+    """Rows that are sampled together, by their numbers, and how: those of one set or of none."""
+    of_rows = [options.sampling_of(row.get("task")) for row in rows]
+    for sampling, places in itertools.groupby(range(len(rows)), key=of_rows.__getitem__):
+        numbers = list(places)
+        for start in range(0, len(numbers), options.batch_size):
+            yield sampling, numbers[start : start + options.batch_size]
 
 
 def _useless(records: Sequence[Row], options: EvalConfig) -> str:
@@ -144,6 +179,17 @@ def _useless(records: Sequence[Row], options: EvalConfig) -> str:
     if pattern and not any(_answer(pattern, r["completion"]) for r in records):
         return f"eval.answer_pattern={pattern} matches none of {len(records)} completions"
     return ""
+
+
+def _never_right(verdicts: Sequence[float | None], options: EvalConfig) -> str:
+    """What to do about a checker whose values have grades, of which none is enough."""
+    values = {x for x in verdicts if x is not None}
+    if options.success_reward is not None or values <= {0} or max(values) >= 1:
+        return ""
+    return (
+        f"eval.checker gives values up to {max(values):g}, and only 1 counts as right: "
+        "eval.success_reward says from which value on an answer is right"
+    )
 
 
 def pass_at_k(completions: int, right: int, k: int) -> float:
@@ -172,13 +218,18 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
 
 def _majorities(records: Sequence[Row], pattern: str) -> list[list[float]]:
     """By prompt."""
+    return [
+        [majority([_answer(pattern, r["completion"]) for r in rs], [r["correct"] for r in rs])]
+        for rs in _prompts(records)
+    ]
+
+
+def _prompts(records: Sequence[Row]) -> list[list[Row]]:
+    """The records of each prompt."""
     by_prompt: dict[int, list[Row]] = {}
     for r in records:
         by_prompt.setdefault(r["group"], []).append(r)
-    return [
-        [majority([_answer(pattern, r["completion"]) for r in rs], [r["correct"] for r in rs])]
-        for rs in by_prompt.values()
-    ]
+    return list(by_prompt.values())
 
 
 def _answer(pattern: str, text: str) -> str | None:
@@ -194,23 +245,42 @@ def _summary(records: Sequence[Row], options: EvalConfig) -> dict[str, float]:
     metrics: dict[str, float] = {}
     main, *more = ("correct", "reward") if "correct" in records[0] else ("reward",)
     found = {_NAMES[column]: _by_prompt(records, column) for column in (main, *more)}
-    if more:
-        right = found[_NAMES[main]]
-        for k in options.pass_at:
-            each = [[pass_at_k(len(r), round(sum(r)), k)] for r in right]
-            found[f"eval/pass@{k}"] = right if k == 1 else each  # with accuracy's interval
-        if options.answer_pattern is not None:
-            name = f"eval/maj@{options.num_generations}"
-            found[name] = _majorities(records, options.answer_pattern)
+    found |= _of_several(records, options) if more else {}
     for name, scores in found.items():
         interval = mean_interval(scores)
         metrics[name] = interval.mean
         if interval.known:
             metrics |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
-    for task in task_names(records):
-        if scores := _by_prompt([r for r in records if r.get("task") == task], main):
+    sets = [each.name for each in options.sets]
+    for task in sets or task_names(records):
+        of_task = [r for r in records if r.get("task") == task]
+        if scores := _by_prompt(of_task, main):
             metrics[f"{_NAMES[main]}/{task}"] = mean_interval(scores).mean
-    return metrics
+        if task in sets and more and of_task:
+            for name, scores in _of_several(of_task, options).items():
+                metrics[f"{name}/{task}"] = mean_interval(scores).mean
+    means = [metrics[name] for x in sets if (name := f"{_NAMES[main]}/{x}") in metrics]
+    return metrics | ({"eval/mean_of_sets": fmean(means)} if len(means) > 1 else {})
+
+
+def _of_several(records: Sequence[Row], options: EvalConfig) -> dict[str, list[list[float]]]:
+    """pass@k and maj@k by prompt: those for which all prompts have completions enough."""
+    prompts = _prompts(records)
+    rights, counts = [[r["correct"] for r in rs] for rs in prompts], {len(rs) for rs in prompts}
+    found: dict[str, list[list[float]]] = {}
+    for k in options.pass_at:
+        if k <= min(counts):
+            each = [[pass_at_k(len(right), sum(right), k)] for right in rights]
+            # With accuracy's interval where it is accuracy.
+            found[f"eval/pass@{k}"] = [[*map(float, x)] for x in rights] if k == 1 else each
+    if (
+        options.answer_pattern is not None
+        and len(counts) == 1
+        and not (options.sets and counts == {1})
+    ):
+        k = max(counts)
+        found[f"eval/maj@{k}"] = _majorities(records, options.answer_pattern)
+    return found
 
 
 _NAMES = {"correct": "eval/accuracy", "reward": "eval/reward"}

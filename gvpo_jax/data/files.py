@@ -1,6 +1,7 @@
 """Files of data: which ones a setting names, and what they hold."""
 
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
@@ -18,6 +19,19 @@ from gvpo_jax.errors import UserError
 from gvpo_jax.settings import check_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
+
+
+class NoSuchFile(UserError):
+    """There is nothing where a setting says; the message begins with the path."""
+
+
+@contextlib.contextmanager
+def named_by(setting: str) -> Iterator[None]:
+    """Where a file is not there, the message begins with the setting that names it."""
+    try:
+        yield
+    except NoSuchFile as error:
+        raise NoSuchFile(f"{setting}={error}", page=error.page) from None
 
 
 def read_files(path: Path) -> list[tuple[str, Any]]:
@@ -50,14 +64,14 @@ def files_of(path: Path) -> list[Path]:
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]
         found = sorted(x for x in shown if x.name.lower().endswith(SUFFIXES))
         if not found:
-            raise UserError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+            raise NoSuchFile(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         # A table beside rows, of statistics say, is none of them; a pattern takes it all the same.
         rows = [x for x in found if not x.name.lower().endswith((".csv", ".csv.gz"))]
         return rows or found
     if os.path.exists(path) or not glob.has_magic(str(path)):
         return [path]
     if not (found := sorted(map(Path, glob.glob(str(path), recursive=True)))):
-        raise UserError(f"{path}: no file has a name of this pattern{_hint(path)}")
+        raise NoSuchFile(f"{path}: no file has a name of this pattern{_hint(path)}")
     return [file for file in found if not file.is_dir()]
 
 
@@ -72,7 +86,7 @@ def _read(path: Path) -> Iterable[tuple[str, Any]]:
     if not name.endswith(SUFFIXES):
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}{_hint(path)}")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: there is no such file{_hint(path)}")
+        raise NoSuchFile(f"{path}: there is no such file{_hint(path)}")
     if name.endswith(".parquet"):
         return _read_parquet(path)
     try:

@@ -25,20 +25,25 @@ class Form:
         answer_pattern: a regular expression; what its first group finds in `solution`, or else all
             of what it finds, takes the place of `solution`. Of several finds the last one counts
             that is not empty.
+        section: of the config that says so, for messages.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     answer_pattern: str | None = None
+    section: str = "data"
 
     def check(self) -> None:
         """Raise UserError where the pattern is none."""
         if self.answer_pattern == "":
-            raise UserError("data.answer_pattern is empty: give a regular expression, or null")
+            raise UserError(
+                f"{self.section}.answer_pattern is empty: give a regular expression, or null"
+            )
         try:
             re.compile(self.answer_pattern or "")
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(
-                f"data.answer_pattern={self.answer_pattern} is no regular expression: {error}"
+                f"{self.section}.answer_pattern={self.answer_pattern} is no regular expression: "
+                f"{error}"
             ) from None
 
     @explained_by(Page.COLUMNS)
@@ -54,7 +59,7 @@ class Form:
             return row
         used = {old for old in self.columns.values() if old in row}
         rest = {name: value for name, value in row.items() if name not in used}
-        return rest | {new: _at(place, row, old) for new, old in self.columns.items()}
+        return rest | {new: self._at(place, row, old) for new, old in self.columns.items()}
 
     @explained_by(Page.COLUMNS)
     def answered(self, place: str, row: Any) -> Any:
@@ -72,17 +77,30 @@ class Form:
         if not isinstance(text, str):
             has = "no column 'solution'" if text is None else f"'solution' is {text!r}"
             raise UserError(
-                f"{place}: data.answer_pattern looks for the answer in a text, and there is {has}; "
-                "data.columns={solution: NAME} takes another column"
+                f"{place}: {self.section}.answer_pattern looks for the answer in a text, and there "
+                f"is {has}; {self.section}.columns={{solution: NAME}} takes another column"
             )
         finds = re.finditer(self.answer_pattern or "", text)
         found = [next(filter(None, find.groups()), "") or find[0] for find in finds]
         if not (answers := [answer.strip() for answer in found if answer.strip()]):
             raise UserError(
-                f"{place}: data.answer_pattern={self.answer_pattern} finds nothing in 'solution', "
-                f"which ends in {text[-80:]!r}"
+                f"{place}: {self.section}.answer_pattern={self.answer_pattern} finds nothing in "
+                f"'solution', which ends in {text[-80:]!r}"
             )
         return answers[-1]
+
+    def _at(self, place: str, row: Mapping[str, Any], name: str) -> Any:
+        if name in row:
+            return row[name]
+        value: Any = row
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise UserError(
+                    f"{place}: no column {name!r}, which {self.section}.columns names; the columns "
+                    f"are {', '.join(map(str, row)) or 'none'}"
+                )
+            value = value[part]
+        return value
 
 
 def from_talk(place: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -120,17 +138,3 @@ def _message(place: str, turn: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(_ROLES)}"
         )
     return message | {"role": known}
-
-
-def _at(place: str, row: Mapping[str, Any], name: str) -> Any:
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise UserError(
-                f"{place}: no column {name!r}, which data.columns names; the columns are "
-                f"{', '.join(map(str, row)) or 'none'}"
-            )
-        value = value[part]
-    return value

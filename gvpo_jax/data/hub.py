@@ -9,10 +9,11 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from gvpo_jax.data.files import SUFFIXES
+from gvpo_jax.data.files import SUFFIXES, NoSuchFile
 from gvpo_jax.errors import Page, UserError
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_NOT_HERE = "there is no such file or folder here"
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
@@ -22,10 +23,12 @@ def is_hub_name(path: str) -> bool:
     return bool(_NAME.fullmatch(path)) and not is_file and not os.path.exists(path)
 
 
-def read_hub(path: str, name: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def read_hub(
+    path: str, name: str | None, split: str, settings: tuple[str, str]
+) -> Iterator[tuple[str, Any]]:
     """The rows of a split, each with its place.
 
-    They are downloaded once, into `datasets`' own cache.
+    They are downloaded once, into `datasets`' own cache. `settings` are what give name and split.
 
     Raises:
         UserError: there is no such dataset, name or split, or it can't be had from here.
@@ -40,27 +43,30 @@ def read_hub(path: str, name: str | None, split: str) -> Iterator[tuple[str, Any
         with _at_once_if_offline():
             rows = datasets.load_dataset(path, name, split=split)
     except Exception as error:  # each of its versions and file formats has its own
-        raise UserError(f"{path}: {_reason(path, error)}") from None
+        reason = _reason(error, *settings)
+        kind = NoSuchFile if reason.startswith(_NOT_HERE) else UserError
+        raise kind(f"{path}: {reason}") from None
     return ((f"{path} ({split}): row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(error: Exception, name: str, split: str) -> str:
     text = " ".join(str(error).split())[:300]
     kind = type(error).__name__
     if isinstance(error, ConnectionError):
         return (
-            "there is no such file or folder here, nor such a dataset in the cache, and the hub "
-            "can't be reached: load it where there is a network, and give data.path its files"
+            f"{_NOT_HERE}, nor such a dataset in the cache, and the hub "
+            "can't be reached: load it where there is a network, and give its files in place of "
+            "the name"
         )
     if kind == "DatasetNotFoundError":
         return (
-            "there is no such file or folder here, and no such dataset on the hub, or it is "
+            f"{_NOT_HERE}, and no such dataset on the hub, or it is "
             f"private or gated: then log in with hf auth login ({text})"
         )
     if "Config name is missing" in text or "BuilderConfig" in text:
-        return f"data.name says which of its parts: {text}"
+        return f"{name} says which of its parts: {text}"
     if "split" in text.lower():
-        return f"data.split, or data.eval_split, says which of its splits: {text}"
+        return f"{split} says which of its splits: {text}"
     return f"can't be read: {kind}: {text}"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from gvpo_jax.data.files import named_by
 from gvpo_jax.data.fingerprints import stable_json
 from gvpo_jax.data.forms import Form
 from gvpo_jax.data.hub import is_hub_name
@@ -124,25 +125,37 @@ class DataConfig:
         Raises:
             UserError: none or several sources are given, or what reading them raises.
         """
+        return self.load_training(seed, keep), self.load_held_out(keep)
+
+    def load_training(self, seed: int, keep: Callable[[Row], Any] | None = None) -> list[Row]:
+        """The training rows alone; see `load`."""
         # Beside given groups, tasks are there for the held-out rows alone.
         drawn = bool(self.tasks) and not self.groups_path
         if [bool(self.path), bool(self.groups_path), drawn].count(True) != 1:
             raise UserError("give one of data.path, data.groups_path and data.tasks")
+        form = self._form()
+        if not (path := self.path or self.groups_path):
+            return reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
+        with named_by("data.path" if self.path else "data.groups_path"):
+            return load_rows(path, form, keep=keep, name=self.name, split=self.split)
+
+    def load_held_out(self, keep: Callable[[Row], Any] | None = None) -> list[Row]:
+        """The held-out rows alone; see `load`."""
+        form, size = self._form(), self.eval_size
+        if self.eval_path and size:
+            options = {"form": form, "keep": keep, "name": self.name, "split": self.eval_split}
+            with named_by("data.eval_path"):
+                return load_sets(self.eval_path, size, **options)
+        if not (self.tasks and size):
+            return []
+        return reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")
+
+    def _form(self) -> Form:
+        """What `columns` and `answer_pattern` ask for; raises where a setting can't be meant so."""
         form = Form(self.columns, self.answer_pattern)
         form.check()
         self._check_hub()
-        load = functools.partial(load_rows, form=form, keep=keep, name=self.name)
-        if path := self.path or self.groups_path:
-            rows = load(path, split=self.split)
-        else:
-            rows = reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
-        size = self.eval_size
-        if self.eval_path and size:
-            options = {"form": form, "keep": keep, "name": self.name, "split": self.eval_split}
-            return rows, load_sets(self.eval_path, size, **options)
-        if not (self.tasks and size):
-            return rows, []
-        return rows, reasoning_gym_rows(self.tasks, size=size, seed=self.eval_seed, split="eval")
+        return form
 
     def _check_hub(self) -> None:
         """Raise UserError where a setting of the hub's datasets would be passed over."""

@@ -40,6 +40,7 @@ def load_rows(
     keep: Callable[[Row], Any] | None = None,
     name: str | None = None,
     split: str = "train",
+    settings: tuple[str, str] = ("data.name", "data.split, or data.eval_split,"),
 ) -> list[Row]:
     """Read the rows of a file, of several one after the other, or of a dataset of the hub.
 
@@ -53,6 +54,7 @@ def load_rows(
         keep: which rows stay: those for which it gives what is true.
         name: of a part of the hub's dataset, such as `main`.
         split: of the hub's dataset.
+        settings: what messages call these two.
 
     Returns:
         `PlacedRow`s.
@@ -63,7 +65,7 @@ def load_rows(
             or keeps none.
     """
     if is_hub_name(str(path)):
-        found: Iterable[tuple[str, Any]] = read_hub(str(path), name, split)
+        found: Iterable[tuple[str, Any]] = read_hub(str(path), name, split, settings)
     else:
         found = read_files(fetch(str(path)) if is_address(path) else Path(path))
     form = form or Form()

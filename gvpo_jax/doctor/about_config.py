@@ -65,7 +65,9 @@ def _files(config: "Config") -> Iterator[Finding]:
     from gvpo_jax.data.hub import is_hub_name
 
     data = config.data
-    for name, path in zip(_NAMES, (data.path, data.eval_path, data.groups_path), strict=True):
+    named = list(zip(_NAMES, (data.path, data.eval_path, data.groups_path), strict=True))
+    named += [(f"eval.sets.{n}.path", each.path) for n, each in enumerate(config.eval.sets)]
+    for name, path in named:
         if path is None or is_address(path):
             continue
         if is_hub_name(path):

@@ -167,7 +167,9 @@ def _start():
         ("rewards.funcs=[gvpo_jax.rewards.debug:no]", "no function 'no' there"),
         ("rewards.funcs=[letter_share]", "write module:function or path/to/file.py:function"),
         ("data.path=null", "give one of data.path, data.groups_path and data.tasks"),
-        ("data.path=gone.jsonl", "gone.jsonl: there is no such file"),
+        ("data.path=gone.jsonl", "data.path=gone.jsonl: there is no such file"),
+        ("data.path=gone*", "data.path=gone*: no file has a name of this pattern"),
+        ("data.eval_path=gone.csv", "data.eval_path=gone.csv: there is no such file"),
     ],
 )
 def test_a_wrong_setting(train, override, message):

@@ -149,3 +149,63 @@ def test_what_says_nothing_is_warned_of(tmp_path, capfd, settings, reward, told)
     err = capfd.readouterr().err
     assert told in err
     assert ("warning" in err) == bool(told)
+
+
+GRADED = """
+def graded(prompt, completion):
+    return 0.5
+
+
+def enough(prompt, completion):
+    return 1.5
+
+
+def broken(prompt, completion):
+    raise KeyError("x")
+
+
+def strict(completions):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "told"),
+    [
+        ("graded", None, "eval.checker gives values up to 0.5, and only 1 counts as right"),
+        ("graded", 0.5, ""),
+        ("enough", None, ""),
+    ],
+)
+def test_a_checker_of_grades_that_are_never_right_is_warned_of(tmp_path, capfd, name, least, told):
+    file = tmp_path / "own.py"
+    file.write_text(GRADED)
+    config = override(
+        Config(), run__dir=str(tmp_path), rollout__max_completion_length=4,
+        eval__checker=f"{file}:{name}", eval__success_reward=least,
+    )  # fmt: skip
+    metrics, _ = Trainer(config, trains=False).evaluate(
+        [{"prompt": "ab"}], lambda prompt, completion: 1.0
+    )
+    assert metrics["eval/accuracy"] == float(not told)
+    err = capfd.readouterr().err
+    assert told in err
+    assert err.count("warning") == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("broken", "^checker 'broken' failed on row 1: KeyError"),
+        ("strict", "^checker 'strict' does not take prompts, .*: add [*][*]kwargs to its"),
+    ],
+)
+def test_a_wrong_checker_is_called_a_checker(tmp_path, name, told):
+    file = tmp_path / "own.py"
+    file.write_text(GRADED)
+    config = override(
+        Config(), run__dir=str(tmp_path), rollout__max_completion_length=4,
+        eval__checker=f"{file}:{name}",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=told):
+        Trainer(config, trains=False).evaluate([{"prompt": "ab"}], lambda prompt, completion: 1.0)

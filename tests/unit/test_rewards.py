@@ -358,7 +358,9 @@ def test_a_function_with_other_parameters_is_told_which_it_may_have(on_error):
     def other(completions, answer):
         return 0.0
 
-    with pytest.raises(UserError, match=r"'other' does not take prompts, completion_ids: add [*][*]kwargs"):
+    with pytest.raises(
+        UserError, match=r"'other' does not take prompts, completion_ids: add [*][*]kwargs"
+    ):
         run([gives(1, 1, 1), other], on_error=on_error)
 
 
