@@ -127,15 +127,18 @@ def _is_kept(place: str, row: Row, keep: Callable[[Row], Any]) -> bool:
 def as_rows(dataset: Any) -> list[Row]:
     """The rows of a dataset: a list of dicts, a `datasets.Dataset`, a DataFrame, a generator.
 
+    What a DataFrame lacks is None. Of a `DatasetDict` the only split is taken.
+
     Raises:
-        UserError: it is none, or an entry is no row.
+        UserError: it is none, or has several splits, or an entry is no row.
     """
+    dataset = _only_split(dataset)
     if hasattr(dataset, "to_pylist"):  # pyarrow
         dataset = dataset.to_pylist()
     elif hasattr(dataset, "to_dicts"):  # polars
         dataset = dataset.to_dicts()
     elif hasattr(dataset, "iterrows"):  # pandas
-        dataset = dataset.to_dict("records")
+        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")
     if isinstance(dataset, Mapping):
         raise UserError(
             f"the dataset is a mapping of {', '.join(map(str, dataset)) or 'nothing'}; give a list "
@@ -156,6 +159,20 @@ def as_rows(dataset: Any) -> list[Row]:
             )
         rows.append(row if isinstance(row, PlacedRow) else _joined(dict(row), f"row {number}"))
     return rows
+
+
+def _only_split(dataset: Any) -> Any:
+    """That of a mapping of datasets, as `datasets.load_dataset` gives it without `split`."""
+    of_splits = isinstance(dataset, Mapping) and len(dataset) > 0
+    if not of_splits or not all(hasattr(part, "column_names") for part in dataset.values()):
+        return dataset
+    if len(dataset) == 1:
+        return next(iter(dataset.values()))
+    name = "train" if "train" in dataset else next(iter(dataset))
+    raise UserError(
+        f"the dataset has the splits {', '.join(map(str, dataset))}: give one of them, as "
+        f'dataset["{name}"]'
+    )
 
 
 def columns_of(

@@ -1,7 +1,9 @@
 """Datasets in the forms that people have: other columns, conversations, CSV, filters, the hub."""
 
 import gzip
+import importlib
 import json
+import re
 import sys
 import types
 
@@ -364,3 +366,35 @@ def test_the_extra_is_named_where_datasets_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r'datasets is missing: pip install "gvpo-jax\[hub\]"'):
         load_rows("openai/gsm8k")
+
+
+# Objects of other libraries.
+
+
+def test_the_only_split_of_a_dataset_dict_is_taken_and_several_are_named():
+    datasets = importlib.import_module("datasets")
+    part = datasets.Dataset.from_list([{"prompt": "a", "x": None}, {"prompt": "b", "x": 1}])
+    rows = [{"prompt": "a", "x": None}, {"prompt": "b", "x": 1}]
+    assert as_rows(datasets.DatasetDict(test=part)) == rows
+    assert as_rows(datasets.IterableDatasetDict(train=part.to_iterable_dataset())) == rows
+    for names, said in ((("train", "test"), 'dataset["train"]'), (("a", "b"), 'dataset["a"]')):
+        several = datasets.DatasetDict(dict.fromkeys(names, part))
+        with pytest.raises(UserError, match=re.escape(f"{', '.join(names)}: give one of them, as "
+                                                      f"{said}")):  # fmt: skip
+            as_rows(several)
+    with pytest.raises(UserError, match="a mapping of prompt, x; give a list of rows"):
+        as_rows({"prompt": ["a"], "x": [1]})
+    with pytest.raises(UserError, match="a mapping of nothing"):
+        as_rows({})
+
+
+def test_what_a_data_frame_lacks_is_none():
+    pandas = importlib.import_module("pandas")
+    frame = pandas.DataFrame(
+        {"prompt": ["a", "b"], "text": ["x", None], "number": [1.5, None], "list": [[1], None],
+         "count": [1, 2], "day": [pandas.Timestamp("2026-01-01"), None]}
+    )  # fmt: skip
+    first, second = as_rows(frame)
+    assert second == {"prompt": "b", "count": 2} | dict.fromkeys(("text", "number", "list", "day"))
+    assert (first["text"], first["number"], first["list"], first["count"]) == ("x", 1.5, [1], 1)
+    assert type(first["count"]) is int

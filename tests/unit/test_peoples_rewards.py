@@ -289,8 +289,10 @@ def test_rows_come_in_whatever_holds_them(tmp_path):
     [
         (["a", "b"], 'row 1: a row is a dict like {"prompt": "..."}, this is a str'),
         (
-            datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
-            'mapping of train; .*"train"',
+            datasets.DatasetDict(
+                dict.fromkeys(["train", "test"], datasets.Dataset.from_list(ROWS))
+            ),
+            r'the splits train, test: give one of them, as dataset\["train"\]',
         ),
         ({"prompt": ["a", "b"]}, "mapping of prompt; give a list of rows"),
         ("rows.jsonl", "this is a str; .*load_rows"),
