@@ -7,18 +7,20 @@ import glob
 import gzip
 import importlib
 import io
+import itertools
 import json
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gvpo_jax.errors import UserError
 from gvpo_jax.settings import check_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
+_AT_A_TIME = 1024  # rows of a Parquet file
 
 
 class NoSuchFile(UserError):
@@ -34,16 +36,21 @@ def named_by(setting: str) -> Iterator[None]:
         raise NoSuchFile(f"{setting}={error}", page=error.page) from None
 
 
-def read_files(path: Path) -> list[tuple[str, Any]]:
+def read_files(path: Path) -> Iterator[tuple[str, Any]]:
     """What a file, or those of a folder or pattern, hold: each row's place, and what stands there.
+
+    They are read as they are asked for.
 
     Raises:
         UserError: there is no such file, it is of another kind, is broken or holds nothing.
     """
-    rows = [row for file in files_of(path) for row in _read(file)]
-    if not rows:
+    nothing = True
+    for file in files_of(path):
+        for row in _read(file):
+            nothing = False
+            yield row
+    if nothing:
         raise UserError(f"{path}: the file holds no rows")
-    return rows
 
 
 def set_name(file: Path) -> str:
@@ -80,25 +87,41 @@ def _hint(path: Path) -> str:
     return "; several files are a folder, or a pattern such as data/*.jsonl" if several else ""
 
 
-def _read(path: Path) -> Iterable[tuple[str, Any]]:
-    """What should be rows, each with its place."""
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """What should be rows, each with its place, read as they are asked for.
+
+    A `.json` file with an array is read in one piece.
+    """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}{_hint(path)}")
     if not os.path.isfile(path):
         raise NoSuchFile(f"{path}: there is no such file{_hint(path)}")
     if name.endswith(".parquet"):
-        return _read_parquet(path)
+        yield from _read_parquet(path)
+        return
+    plain = name.removesuffix(".gz")
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if name.endswith(".gz") else content
+        opened: Any = gzip.open if name.endswith(".gz") else open
+        with opened(path, "rb") as file:
+            if plain.endswith(".csv"):
+                with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+                    yield from _read_csv(path, text)
+            elif plain.endswith(".json") and not _begins_with_object(file):
+                yield from _read_array(path, file.read())
+            else:
+                yield from _read_lines(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: can't be read: {_one_line(error)}") from None
-    if name.removesuffix(".gz").endswith(".csv"):
-        return _read_csv(path, content)
-    start = content.removeprefix(codecs.BOM_UTF8).lstrip()
-    array = name.removesuffix(".gz").endswith(".json") and not start.startswith(b"{")
-    return (_read_array if array else _read_lines)(path, content)
+
+
+def _begins_with_object(file: IO[bytes]) -> bool:
+    """Whether the first sign is that of an object; the file is at its start again."""
+    start = b""
+    while not start and (part := file.read(4096)):
+        start = part.removeprefix(codecs.BOM_UTF8).lstrip()
+    file.seek(0)
+    return start.startswith(b"{")
 
 
 def _read_array(path: Path, content: bytes) -> Iterable[tuple[str, Any]]:
@@ -111,8 +134,8 @@ def _read_array(path: Path, content: bytes) -> Iterable[tuple[str, Any]]:
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _read_lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
+def _read_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -123,11 +146,11 @@ def _read_lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{place}: not a JSON object on one line: {error}") from None
 
 
-def _read_csv(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
     """The first line has the columns' names; all values are texts."""
     csv.field_size_limit(2**31 - 1)
     try:
-        lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        lines = csv.DictReader(file, strict=True)
         names = list(lines.fieldnames or [])
         if len(names) == 1 and ";" in names[0]:
             raise UserError(f"{path}: in CSV the values are separated by commas, not semicolons")
@@ -149,16 +172,19 @@ def _read_csv(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: can't be read as CSV: {_one_line(error)}") from None
 
 
-def _read_parquet(path: Path) -> list[tuple[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise UserError(f'{path}: pyarrow is missing: pip install "gvpo-jax[parquet]"') from None
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            parts = file.iter_batches(_AT_A_TIME)
+            rows = itertools.chain.from_iterable(part.to_pylist() for part in parts)
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}: row {number}", row
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise UserError(f"{path}: can't be read as parquet: {_one_line(error)}") from None
-    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gvpo_jax.data.files import SUFFIXES, NoSuchFile
@@ -24,11 +24,17 @@ def is_hub_name(path: str) -> bool:
 
 
 def read_hub(
-    path: str, name: str | None, split: str, settings: tuple[str, str]
+    path: str,
+    name: str | None,
+    split: str,
+    settings: tuple[str, str],
+    *,
+    streaming: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """The rows of a split, each with its place.
 
-    They are downloaded once, into `datasets`' own cache. `settings` are what give name and split.
+    They are downloaded once, into `datasets`' own cache, or each time as they are asked for, where
+    they are streamed. `settings` are what give name and split.
 
     Raises:
         UserError: there is no such dataset, name or split, or it can't be had from here.
@@ -41,12 +47,23 @@ def read_hub(
         ) from None
     try:
         with _at_once_if_offline():
-            rows = datasets.load_dataset(path, name, split=split)
+            how = {"streaming": True} if streaming else {}
+            rows = datasets.load_dataset(path, name, split=split, **how)
     except Exception as error:  # each of its versions and file formats has its own
         reason = _reason(error, *settings)
         kind = NoSuchFile if reason.startswith(_NOT_HERE) else UserError
         raise kind(f"{path}: {reason}") from None
-    return ((f"{path} ({split}): row {number}", row) for number, row in enumerate(rows, start=1))
+    return _placed(path, split, rows)
+
+
+def _placed(path: str, split: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{path} ({split}): row {number}", row
+    except Exception as error:  # of the network, say
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{path} ({split}): can't be read after row {number}: {reason}") from None
 
 
 def _reason(error: Exception, name: str, split: str) -> str:

@@ -3,12 +3,11 @@
 import datetime
 import functools
 import hashlib
-import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from gvpo_jax.data.encoding import Encoder, id_problem, writes_date
 from gvpo_jax.data.files import named_by
 from gvpo_jax.data.fingerprints import stable_json
 from gvpo_jax.data.forms import Form
@@ -18,7 +17,6 @@ from gvpo_jax.data.rows import (
     PlacedRow,
     Row,
     as_rows,
-    check_row,
     check_text,
     columns_of,
     load_rows,
@@ -29,16 +27,6 @@ from gvpo_jax.settings import setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ANY_DAY = datetime.date(2000, 1, 1)
-# How chat templates ask for the date; transformers answers with the machine's.
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# Arguments of `apply_chat_template` that are not the template's.
-_NOT_OF_TEMPLATES = (
-    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
-    "return_assistant_tokens_mask",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,7 +176,7 @@ class DataConfig:
 
     def template_writes_date(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Whether the chat template asks for the date."""
-        return bool(_DATE_CALL.search(str(self.template or tokenizer.chat_template)))
+        return writes_date(self.template or tokenizer.chat_template)
 
     @explained_by(Page.PROMPTS)
     def encode(
@@ -211,32 +199,19 @@ class DataConfig:
         rows = as_rows(rows)
         if not rows:
             raise UserError("there are no rows; give at least one with a prompt")
-        if own := [name for name in self.template_arguments if name in _NOT_OF_TEMPLATES]:
-            raise UserError(f"data.template_arguments: {own[0]} is not the template's to be given")
+        encoder = Encoder(self, tokenizer, vocab_size)
         kept: list[Row] = []
         token_ids: list[list[int]] = []
         undated: list[list[int]] = []
-        today, dated, checked = self.day(), self.template_writes_date(tokenizer), False
         for number, row in enumerate(rows, start=1):
-            place = getattr(row, "place", f"row {number}")
-            row = PlacedRow(row, place)
-            ids = _encode(place, row, tokenizer, self, today)
-            if problem := _id_problem(ids, tokenizer, vocab_size):
-                raise UserError(f"{place}: {problem}")
-            if not checked and (messages := _messages(place, row, self)):
-                _check_template(place, messages, tokenizer, self)
-                checked = True
-            if len(ids) <= self.max_prompt_length:
-                kept.append(PlacedRow(row, place))
-                token_ids.append(ids)
-                if dated:
-                    undated.append(_encode(place, row, tokenizer, self, _ANY_DAY))
-            elif self.too_long == "error":
-                raise UserError(
-                    f"{place}: the prompt is {len(ids)} tokens long, the limit is "
-                    f"{self.max_prompt_length}: raise data.max_prompt_length, or leave such rows "
-                    "out with data.too_long=skip"
-                )
+            row = PlacedRow(row, getattr(row, "place", f"row {number}"))
+            ids = encoder.ids(row)
+            if ids is None:
+                continue
+            kept.append(row)
+            token_ids.append(ids)
+            if encoder.dated:
+                undated.append(encoder.undated_ids(row))
         if not kept:
             raise UserError(
                 f"no prompt is left: all {len(rows)} are over {self.max_prompt_length} tokens"
@@ -297,128 +272,10 @@ def completion_ids(
     """
     check_text(text)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if problem := _id_problem(ids, tokenizer, vocab_size):
+    if problem := id_problem(ids, tokenizer, vocab_size):
         raise UserError(problem)
     end: Any = tokenizer.eos_token_id  # a model may name several; this one ends its texts
     first = next((n for n, token in enumerate(ids, start=1) if token in (end, *stop_ids)), None)
     if first and not str(tokenizer.decode(ids[first:], skip_special_tokens=True)).strip():
         return ids[:first]  # a line break after an end mark comes from a chat template
     return [*ids, *([end] if isinstance(end, int) else stop_ids[:1])]
-
-
-def _id_problem(
-    ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None
-) -> str | None:
-    """The token that the embedding has no row for, if there is one."""
-    if vocab_size is None or max(ids, default=0) < vocab_size:
-        return None
-    token = tokenizer.convert_ids_to_tokens(max(ids))
-    return (
-        f"token {token!r} has the id {max(ids)}, but the model's embedding has only {vocab_size} "
-        "rows; use the tokenizer that the model was trained with, without tokens added later"
-    )
-
-
-def _encode(
-    place: str,
-    row: Row,
-    tokenizer: "PreTrainedTokenizerBase",
-    options: DataConfig,
-    day: datetime.date,
-) -> list[int]:
-    check_row(place, row)
-    messages = _messages(place, row, options)
-    plain = messages is None
-    text = row["prompt"] if plain else _templated(place, messages, tokenizer, options, day)
-    text += row.get("answer_prefix") or ""
-    try:
-        check_text(text)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
-    if plain:
-        ids = _special_once(text, ids, tokenizer)
-    if not ids:
-        raise UserError(f"{place}: the prompt is empty; remove the row")
-    return ids
-
-
-def _special_once(text: str, ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """A plain prompt's token ids with one BOS token, and no end token that the text has not."""
-    bos, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]  # the text was written by a template, which put its own
-    if eos is not None and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]  # the answer is still to come
-    return ids
-
-
-def _messages(place: str, row: Row, options: DataConfig) -> list[dict] | None:
-    """The chat messages that go through the template; None where the prompt is plain text."""
-    prompt = row["prompt"]
-    plain = isinstance(prompt, str) and options.chat_template != "always"
-    for name in ("system_prompt", "template_arguments"):
-        if plain and getattr(options, name) not in (None, {}):
-            raise UserError(
-                f"{place}: {name} needs the chat template, and this prompt is "
-                "plain text; set data.chat_template=always"
-            )
-    if not plain and options.chat_template == "never":
-        raise UserError(f"{place}: the prompt is a list of messages; set data.chat_template=auto")
-    if plain:
-        return None
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _check_template(
-    place: str, messages: list[dict], tokenizer: "PreTrainedTokenizerBase", options: DataConfig
-) -> None:
-    """Raises UserError where the chat template ignores the messages."""
-    others = [{**message, "content": f"x{message['content']}x"} for message in messages]
-    texts = []
-    for these in (messages, others):
-        try:
-            texts.append(_templated(place, these, tokenizer, options, _ANY_DAY))
-        except UserError:  # it looks into them
-            return
-    if texts[0] == texts[1]:
-        raise UserError(
-            f"{place}: the chat template writes the same text whatever the messages say: "
-            f"{texts[0][:60]!r}; it must put them in, e.g. {{{{ messages[0]['content'] }}}}"
-        )
-
-
-def _templated(
-    place: str,
-    messages: list[dict],
-    tokenizer: "PreTrainedTokenizerBase",
-    options: DataConfig,
-    day: datetime.date,
-) -> str:
-    if options.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": options.system_prompt}, *messages]
-    if options.template is None and not tokenizer.chat_template:
-        raise UserError(
-            f"{place}: the tokenizer has no chat template; give one, or use plain text "
-            "prompts with data.chat_template=never"
-        )
-    template = options.template
-    try:
-        if options.template_writes_date(tokenizer):
-            template = tokenizer.get_chat_template(template)
-            template = _DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), template)
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=template,
-            **options.template_arguments,
-        )
-    except Exception as error:  # templates raise what they like
-        raise UserError(f"{place}: the chat template failed: {_one_line(error)}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -9,7 +9,7 @@ conversation, see `gvpo_jax.data.forms.from_talk`.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,55 @@ def load_rows(
             with a usable prompt; or there is no such file or dataset, or no row; or `keep` fails,
             or keeps none.
     """
+    return list(read_rows(path, form, keep=keep, name=name, split=split, settings=settings))
+
+
+def read_rows(
+    path: str | Path,
+    form: Form | None = None,
+    *,
+    keep: Callable[[Row], Any] | None = None,
+    name: str | None = None,
+    split: str = "train",
+    settings: tuple[str, str] = ("data.name", "data.split, or data.eval_split,"),
+    streaming: bool = False,
+) -> Iterator[PlacedRow]:
+    """The rows of `load_rows`, one after the other, read as they are asked for.
+
+    streaming: a hub's dataset is not downloaded first.
+    """
     if is_hub_name(str(path)):
-        found: Iterable[tuple[str, Any]] = read_hub(str(path), name, split, settings)
+        found = read_hub(str(path), name, split, settings, streaming=streaming)
     else:
         found = read_files(fetch(str(path)) if is_address(path) else Path(path))
-    form = form or Form()
-    rows = []
+    form, nothing = form or Form(), True
     for place, row in found:
         row = _joined(form.named(place, row), place)
         if keep is not None and isinstance(row, dict) and not _is_kept(place, row, keep):
             continue
         row = form.answered(place, row)
         check_row(place, row)
-        rows.append(PlacedRow(row, place))
-    if not rows:
+        nothing = False
+        yield PlacedRow(row, place)
+    if nothing:
         raise UserError(f"{path}: data.filter keeps no row" if keep else f"{path} holds no rows")
-    return rows
+
+
+def as_row(row: Any, number: int) -> PlacedRow:
+    """An entry of a dataset as a row.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(row, PlacedRow):
+        return row
+    if not isinstance(row, Mapping):
+        raise UserError(
+            f'row {number}: a row is a dict like {{"prompt": "..."}}, this is a '
+            f"{type(row).__name__}"
+        )
+    place = f"row {number}"
+    return PlacedRow(_joined(dict(row), place), place)
 
 
 @explained_by(Page.ROWS)
@@ -150,15 +183,7 @@ def as_rows(dataset: Any) -> list[Row]:
             f"a dataset is a list of rows, this is a {type(dataset).__name__}; "
             "gvpo_jax.data.rows.load_rows reads a file"
         )
-    rows = []
-    for number, row in enumerate(dataset, start=1):
-        if not isinstance(row, Mapping):
-            raise UserError(
-                f'row {number}: a row is a dict like {{"prompt": "..."}}, this is a '
-                f"{type(row).__name__}"
-            )
-        rows.append(row if isinstance(row, PlacedRow) else _joined(dict(row), f"row {number}"))
-    return rows
+    return [as_row(row, number) for number, row in enumerate(dataset, start=1)]
 
 
 def _only_split(dataset: Any) -> Any:
