@@ -18,6 +18,7 @@ from gvpo_jax.config_file import WARM_START, check_claim, override, servers_of
 from gvpo_jax.config_values import shown
 from gvpo_jax.data.eval_sets import load_eval_sets
 from gvpo_jax.data.rows import Row, columns_of
+from gvpo_jax.data.stream import RowStream
 from gvpo_jax.errors import Page, UserError, tell
 from gvpo_jax.models.upload import check_repository
 from gvpo_jax.parallel.distributed import from_first_host, is_first, raise_together
@@ -50,10 +51,11 @@ def train(config: Config) -> dict[str, Any]:
         needed = not offline or config.rewards.funcs
         reward_funcs = config.rewards.functions() if needed else []
         rows, held_out = _rows(config)
+        columns = columns_of(rows.head() if isinstance(rows, RowStream) else rows)
         check_claim(config)
         funcs = [batched(func) for func in reward_funcs]
         if not offline:
-            check_columns(funcs, columns_of(rows), "the training data")
+            check_columns(funcs, columns, "the training data")
         if held_out:
             check_columns(funcs, columns_of(held_out), "the held-out data")
         if held_out and config.eval.checker:
@@ -117,7 +119,7 @@ def warm_started(config: Config) -> tuple[Config, Config | None]:
     return override(config, sft__steps=None, sft__epochs=None, **start), first
 
 
-def _warm_start(config: Config, first: Config, rows: list[Row]) -> None:
+def _warm_start(config: Config, first: Config, rows: list[Row] | RowStream) -> None:
     """Supervised fine-tuning, whose result is written beside it, if that is not done yet.
 
     What is done is used again for the same rows and model alone: until the run has begun, whose
@@ -250,9 +252,11 @@ def _judges(config: Config) -> list[Any]:
     return config.rewards.functions()
 
 
-def _rows(config: Config) -> tuple[list[Row], list[Row]]:
+def _rows(config: Config) -> tuple[list[Row] | RowStream, list[Row]]:
     """Training rows and held-out rows."""
     keep = _filter(config)
+    if config.data.streaming:
+        return RowStream(lambda: config.data.read_training(keep)), _held_out(config, keep)
     rows = config.data.load_training(config.run.seed, keep)
     held_out = _held_out(config, keep)
     if keep is not None and is_first():

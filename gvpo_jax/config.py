@@ -69,6 +69,7 @@ class Config:
         self.log.check()
         _check_loss(self)
         _check_sources(self)
+        _check_streaming(self)
         _check_servers(self)
         if self.model.lora.rank is None and self.rollout.adapter != "merged":
             raise UserError(
@@ -213,6 +214,23 @@ def _check_sources(c: Config) -> None:
     if c.data.groups_path and useless:
         raise UserError(
             f"{', '.join(useless)}: nothing is sampled with data.groups_path; leave it out"
+        )
+
+
+def _check_streaming(c: Config) -> None:
+    if not c.data.streaming:
+        if c.data.shuffle_buffer != DataConfig.shuffle_buffer:
+            raise UserError("data.shuffle_buffer is for data.streaming=true; leave it out")
+        return
+    whole = ("data.groups_path", "data.tasks", "rollout.demonstrations", "replay.completions")
+    given = [name for name in (*whole, "train.epochs", "sft.on") if operator.attrgetter(name)(c)]
+    if c.loss.name == "sft":
+        given.append("loss.name=sft")
+    if given:
+        names = ", ".join("sft.steps or sft.epochs" if x == "sft.on" else x for x in given)
+        raise UserError(
+            f"data.streaming does not know all rows beforehand, which {names} needs: leave out "
+            "one of the two" + ("; train.steps says how long" if "train.epochs" in given else "")
         )
 
 

@@ -26,6 +26,7 @@ class Page(enum.StrEnum):
     MODELS = "docs/models.md#where-a-model-comes-from"
     ROWS = "docs/data.md#your-own-rows"
     COLUMNS = "docs/data.md#other-forms-of-rows"
+    STREAMING = "docs/data.md#streaming"
     PROMPTS = "docs/data.md#prompts"
     REWARDS = "docs/rewards.md#writing-one"
     REWARD_FAILED = "docs/rewards.md#when-one-fails"

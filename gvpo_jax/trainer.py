@@ -26,9 +26,11 @@ from gvpo_jax.collect.offline import (
 from gvpo_jax.collect.sft import read_solutions
 from gvpo_jax.config import Config
 from gvpo_jax.config_file import override, with_run_date
+from gvpo_jax.data.encoding import Encoder
 from gvpo_jax.data.groups import Source, length_problem, make_group, read_reward, stack, to_batch
 from gvpo_jax.data.prompts import EncodedPrompts, completion_ids
 from gvpo_jax.data.rows import as_rows
+from gvpo_jax.data.stream import Order, StreamedPrompts, as_stream
 from gvpo_jax.errors import UserError
 from gvpo_jax.loop import Loop
 from gvpo_jax.models.adapters import as_peft, export_adapter
@@ -254,7 +256,8 @@ class Trainer:
 
         Args:
             dataset: rows with `prompt` (text or chat messages) and any columns that the reward
-                functions want: a list of dicts, a `datasets.Dataset` or a DataFrame.
+                functions want: a list of dicts, a `datasets.Dataset` or a DataFrame. With
+                `data.streaming` an `IterableDataset`, or a function that makes a generator.
             reward_funcs: one or several, or names as in `rewards.funcs`; called as `f(prompts=,
                 completions=, completion_ids=, **columns)` on lists, see `gvpo_jax.rewards`, or,
                 where a function's parameters are `(prompt, completion)`, on one sample at a time.
@@ -270,13 +273,14 @@ class Trainer:
         if self.config.loss.name == "sft":
             raise UserError("loss.name=sft samples nothing: call train_offline")
         self._keep_date()
-        judge, prompts = self._judge(reward_funcs), self._encode(dataset)
+        judge, streaming = self._judge(reward_funcs), self.config.data.streaming
+        prompts = self._encode_stream(dataset) if streaming else self._encode(dataset)
         judge.check(prompts, "the training data")
         c = self._settled(
             len(prompts.rows), self.config.train.batch_size - self.config.replay.groups
         )
         demonstrations, lost = None, 0
-        if c.rollout.demonstrations:
+        if c.rollout.demonstrations and isinstance(prompts, EncodedPrompts):
             demonstrations = read_demonstrations(
                 prompts, self._completion_ids, c.rollout, bad_samples=c.data.bad_samples
             )
@@ -579,7 +583,7 @@ class Trainer:
         config: Config,
         feed: Feed,
         judge: Judge,
-        prompts: EncodedPrompts,
+        prompts: EncodedPrompts | StreamedPrompts,
         eval_dataset: Dataset,
         bad: Mapping[str, int],
     ) -> Loop:
@@ -595,10 +599,12 @@ class Trainer:
         code = zip(function_names(judge.reward_funcs), judge.reward_funcs, strict=True)
         code = {name: code_fingerprint(func) for name, func in code}
         fingerprint = ".".join([*(d.fingerprint() for d in (prompts, held_out) if d), *names])
-        left_out = {"training_rows": prompts.skipped, **bad}
+        streamed = isinstance(prompts, StreamedPrompts)
+        left_out = {"training_rows": 0 if streamed else prompts.skipped, **bad}
         left_out |= {"held_out_rows": held_out.skipped} if held_out else {}
         batch, evaluates = config.train.batch_size - config.replay.groups, bool(config.eval.every)
-        signs = data_signs(prompts, held_out, batch=batch, evaluates=evaluates)
+        batch = 0 if streamed else batch  # how many rows there are is not known
+        signs = data_signs(prompts.head, held_out, batch=batch, evaluates=evaluates)
         who = config, self.model.name, self.policy, self.engine
         about = feed, judge, held_out, fingerprint, code, left_out, signs
         more: dict[str, Any] = {"history": self.history, "callbacks": Callbacks(self._callbacks)}
@@ -651,6 +657,13 @@ class Trainer:
         if self.config.data.template_writes_date(self.tokenizer):
             run_dir = self.config.run.dir
             self.config = from_first_host(lambda: with_run_date(self.config, run_dir))
+
+    def _encode_stream(self, dataset: Dataset) -> StreamedPrompts:
+        c, who = self.config.data, (self.tokenizer, self._vocab_size)
+        stream = as_stream(dataset)
+        head = c.encode(stream.head(), *who)
+        order = Order(self.config.run.seed, c.shuffle_buffer if c.shuffle else 0)
+        return StreamedPrompts(stream, Encoder(c, *who), head, order, c.max_prompt_length)
 
     def _encode(self, rows: Dataset) -> EncodedPrompts:
         return self.config.data.encode(rows, self.tokenizer, self._vocab_size)

@@ -22,6 +22,7 @@ from gvpo_jax.data.groups import (
 )
 from gvpo_jax.data.prompts import EncodedPrompts
 from gvpo_jax.data.rows import Row, batch_indices, columns_of
+from gvpo_jax.data.stream import StreamedPrompts
 from gvpo_jax.errors import UserError
 from gvpo_jax.parallel.distributed import gather, my_slice, raise_together
 from gvpo_jax.parallel.preemption import abandoned_on_signal
@@ -63,7 +64,7 @@ class Judge:
         skip = self.options.skip_special_tokens
         return texts_of(self.tokenizer, completions, lengths, self.stop, skip_special_tokens=skip)
 
-    def check(self, prompts: EncodedPrompts, what: str) -> None:
+    def check(self, prompts: EncodedPrompts | StreamedPrompts, what: str) -> None:
         """See that functions, weights and columns fit each other, before anything is sampled.
 
         Raises:
@@ -73,7 +74,10 @@ class Judge:
         check_columns(self.reward_funcs, prompts.columns, what, kind=self.kind)
 
     def judge(
-        self, prompts: EncodedPrompts, places: Sequence[int] | np.ndarray, groups: Groups
+        self,
+        prompts: EncodedPrompts | StreamedPrompts,
+        places: Sequence[int] | np.ndarray,
+        groups: Groups,
     ) -> tuple[list[list[str]], Scores]:
         """The completions' texts `[g][k]`, and their rewards `[g, k]`.
 
@@ -130,7 +134,7 @@ class Collector:
 
     engine: Engine
     judge: Judge
-    prompts: EncodedPrompts  # of the training rows
+    prompts: EncodedPrompts | StreamedPrompts  # of the training rows
     options: RolloutConfig  # what is sampled
     demonstrations: Sequence[Groups] | None  # see `read_demonstrations`; None: there are none
     new: int  # groups of an update that are sampled
@@ -149,9 +153,8 @@ class Collector:
         """
         here = my_slice(self.new)
         rows, visits = [], []
-        for number in numbers:
-            count = len(self.prompts.rows)
-            every = batch_indices(count, self.new, number, self.seed, shuffle=self.shuffle)
+        batches, left_out = self._visit(numbers)
+        for number, every in zip(numbers, batches, strict=True):
             rows.append(every[here])
             first = number * self.batch_size  # visits, not rows: a row's next has fresh keys
             visits += range(first, first + self.new)[here]
@@ -170,12 +173,22 @@ class Collector:
         groups = sampled._replace(row=indices, version=np.full_like(sampled.version, version))
         if self.demonstrations is not None:
             groups = join(groups, stack([self.demonstrations[i] for i in indices]))
+        told = [routing | ({"skipped_rows": float(n)} if n else {}) for n in left_out]
         return [
             self._with_rewards(
-                number, take(groups, slice(place * size, (place + 1) * size)), routing
+                number, take(groups, slice(place * size, (place + 1) * size)), told[place]
             )
             for place, number in enumerate(numbers)
         ]
+
+    def _visit(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], list[int]]:
+        """The row numbers of these batches, and how many rows of a stream were left out."""
+        if isinstance(self.prompts, StreamedPrompts):
+            return self.prompts.visit(numbers, self.new)
+        count = len(self.prompts.rows)
+        options = {"shuffle": self.shuffle}
+        batches = [batch_indices(count, self.new, n, self.seed, **options) for n in numbers]
+        return batches, [0] * len(batches)
 
     def _with_rewards(self, number: int, groups: Groups, told: dict[str, float]) -> Collected:
         """The groups of batch `number` with their rewards; their metrics hold what is `told`."""

@@ -3,7 +3,7 @@
 import datetime
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from gvpo_jax.data.rows import (
     columns_of,
     load_rows,
     load_sets,
+    read_rows,
 )
 from gvpo_jax.errors import Page, UserError, explained_by
 from gvpo_jax.settings import setting
@@ -102,6 +103,12 @@ class DataConfig:
     shuffle: bool = setting(
         True, "Each epoch in an order of its own; false: rows in their order, epoch after epoch."
     )
+    streaming: bool = setting(
+        False, "Read the rows of path while training goes on, not all of them before it."
+    )
+    shuffle_buffer: int = setting(
+        10_000, "Rows that streaming holds to draw the next one from, with shuffle.", least=1
+    )
 
     def load(
         self, seed: int, keep: Callable[[Row], Any] | None = None
@@ -126,6 +133,14 @@ class DataConfig:
             return reasoning_gym_rows(self.tasks, size=self.train_size, seed=seed, split="train")
         with named_by("data.path" if self.path else "data.groups_path"):
             return load_rows(path, form, keep=keep, name=self.name, split=self.split)
+
+    def read_training(self, keep: Callable[[Row], Any] | None = None) -> Iterator[Row]:
+        """The rows of `path`, one after the other, read as they are asked for."""
+        if not self.path:
+            raise UserError("data.streaming needs data.path")
+        options = {"keep": keep, "name": self.name, "split": self.split, "streaming": True}
+        with named_by("data.path"):
+            yield from read_rows(self.path, self._form(), **options)
 
     def load_held_out(self, keep: Callable[[Row], Any] | None = None) -> list[Row]:
         """The held-out rows alone; see `load`."""
@@ -238,6 +253,11 @@ class EncodedPrompts:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.token_ids))
+
+    @property
+    def head(self) -> "EncodedPrompts":
+        """All of them; of a stream it is the first."""
+        return self
 
     def fingerprint(self) -> str:
         """A short text that tells these rows, in this order and tokenisation, from others.

@@ -100,6 +100,8 @@ class Counters:
         """Add up what a batch had to leave out."""
         for name, metric in _COUNTED.items():
             self.left_out[name] += int(metrics.get(metric, 0))
+        if skipped := int(metrics.get("skipped_rows", 0)):  # of a stream; else known before
+            self.left_out["training_rows"] = self.left_out.get("training_rows", 0) + skipped
 
     def summary(self, model: str) -> dict[str, Any]:
         """What summary.json holds; an evaluation that was not made is left out."""

@@ -99,9 +99,10 @@ def assert_same(a: Path, b: Path, *, step: int):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_which_goes_on_alone_and_as_two_again(tmp_path):
+@pytest.mark.parametrize("data", [[], ["data.streaming=true", "data.shuffle_buffer=5"]])
+def test_two_processes_train_as_one_which_goes_on_alone_and_as_two_again(tmp_path, data):
     """Without replay: a buffer is dealt out over the processes, so it draws other groups."""
-    plain = ["replay.completions=0", "replay.groups=0", "train.steps=3"]
+    plain = ["replay.completions=0", "replay.groups=0", "train.steps=3", *data]
     train_one(tmp_path / "one", *plain)
     first, second = train_two(tmp_path / "mixed", *plain, "train.stop_at=1")
     assert "step" in first
