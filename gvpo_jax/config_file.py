@@ -405,7 +405,13 @@ def no_run(path: Path) -> UserError:
 
 def _no_such(path: Path) -> UserError:
     """The mistake of a command that is given neither a config nor a run folder."""
-    packaged = sorted({file.stem for folder in PACKAGED for file in folder.glob("*.yaml")})
+    files = [
+        file.relative_to(folder).with_suffix("").as_posix()
+        for folder in PACKAGED
+        for pattern in ("*.yaml", "eval/*.yaml")
+        for file in folder.glob(pattern)
+    ]
+    packaged = sorted(set(files))
     beside = [file.name for file in path.parent.glob("*.yaml")]
     beside += [file.parent.name for file in path.parent.glob(f"*/{SETTINGS}")]
     found = [

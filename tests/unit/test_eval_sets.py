@@ -10,7 +10,7 @@ import pytest
 from gvpo_jax.cli import main
 from gvpo_jax.collect.evaluate import EvalConfig, _summary
 from gvpo_jax.config import Config, check_extras
-from gvpo_jax.config_file import difference, load_config, override, to_yaml
+from gvpo_jax.config_file import check_trusted, difference, load_config, override, to_yaml
 from gvpo_jax.data.eval_sets import EvalSet, load_eval_sets
 from gvpo_jax.errors import UserError
 from gvpo_jax.rollout import InProcessEngine
@@ -118,6 +118,23 @@ def test_a_run_is_judged_by_sets_that_it_was_not_trained_with(asked, tmp_path, c
     assert [(row["prompt"], row["solution"]) for row in told] == [("q 0", "0")] * 3 + [
         ("q 1", "1")
     ] * 3
+
+
+def test_the_functions_of_a_run_that_came_from_elsewhere_are_not_asked_for_by_sets(tmp_path):
+    """Those that the sets name are the user's own, and take their place."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "evil.py").write_text("def evil(prompt, completion): return 1.0")
+    config = override(Config(), rewards__funcs=[f"{tmp_path}/evil.py:evil"])
+    (run / "config.yaml").write_text(to_yaml(config))
+    sets = tmp_path / "own.yaml"
+    for text, refused in (("", True), ("rewards: {funcs: ['os:getcwd']}\n", False)):
+        sets.write_text(f"{text}eval: {{sets: [{{name: a, path: a/b}}]}}")
+        if refused:
+            with pytest.raises(UserError, match=r"evil\.py:evil, which was not trained with here"):
+                check_trusted(run, sets=sets)
+        else:
+            check_trusted(run, sets=sets)
 
 
 @pytest.mark.parametrize(
