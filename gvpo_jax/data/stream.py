@@ -58,13 +58,25 @@ def as_stream(dataset: Any) -> RowStream:
             f"{type(dataset).__name__} gives them once: give the function that makes it"
         )
     if callable(dataset) and not hasattr(dataset, "__iter__"):
-        return RowStream(lambda: iter(dataset()))
+        return RowStream(lambda: _made(dataset))
     if isinstance(dataset, Mapping | str | bytes) or not hasattr(dataset, "__iter__"):
         raise UserError(
             "data.streaming takes an IterableDataset, or a function that makes a generator of "
             f"rows; this is a {type(dataset).__name__}"
         )
-    return RowStream(lambda: iter(dataset))
+    rows: Any = dataset
+    return RowStream(lambda: iter(rows))
+
+
+def _made(make: Callable[..., Any]) -> Iterator[Any]:
+    """What a user's function gives."""
+    try:
+        return iter(make())
+    except TypeError as error:  # it has arguments, or gives nothing to iterate over
+        name = getattr(make, "__name__", type(make).__name__)
+        raise UserError(
+            f"{name} should take no arguments and give the rows one after the other: {error}"
+        ) from error
 
 
 class Order(NamedTuple):

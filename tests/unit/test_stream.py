@@ -117,6 +117,8 @@ def test_no_more_is_read_than_the_buffer_holds():
         ({"prompt": ["a"]}, "takes an IterableDataset, or a function .* this is a dict"),
         ("rows.jsonl", "this is a str"),
         (3, "this is a int"),
+        (lambda: 3, "<lambda> should take no arguments and give the rows one after the other"),
+        (lambda split: ROWS, "<lambda> should take no arguments .*: .*missing 1 required"),
         ([], "there are no rows"),
         ([{"question": "a"}], "row 1: no column 'prompt'; the columns are question"),
         ([3], "row 1: a row is a dict"),
