@@ -559,8 +559,8 @@ def test_a_missing_config_is_told_its_neighbours(tmp_path, monkeypatch, asked, m
     line = refused(asked)
     assert f"{asked} and no run folder: did you mean {meant}? " in line
     assert line.endswith(
-        "colab, colab_gemma3_1b_lora, colab_qwen3_1.7b_qlora, debug, offline, quickstart, "
-        "qwen2.5-math-1.5b, qwen2.5-math-7b, qwen3_30b_a3b_v5p, servers"
+        "colab, colab_gemma3_1b_lora, colab_qwen3_1.7b_qlora, debug, eval/math, offline, "
+        "quickstart, qwen2.5-math-1.5b, qwen2.5-math-7b, qwen3_30b_a3b_v5p, servers"
     )
 
 
