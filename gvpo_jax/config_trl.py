@@ -117,6 +117,6 @@ TRL_NAMES = {
     "logging_dir": "run.dir",
     # the hub
     "push_to_hub": "Trainer.push_to_hub, which a script calls at its end",
-    "hub_model_id": "the name that Trainer.push_to_hub is given",
+    "hub_model_id": "Trainer.push_to_hub(NAME)",
     "hub_private_repo": "Trainer.push_to_hub(..., private=True)",
 }

@@ -488,6 +488,9 @@ def test_older_names_are_read_wherever_settings_are_given(write):
 def test_every_name_that_trl_s_are_answered_with_exists():
     keys = {setting.key for setting in all_settings(Config())}
     for theirs, ours in TRL_NAMES.items():
+        if ours.startswith("Trainer."):
+            assert hasattr(Trainer, re.match(r"Trainer\.(\w+)", ours)[1])
+            continue
         named = re.findall(r"\b[a-z]+(?:\.[a-z_0-9]+)+", ours.replace("metrics.jsonl", ""))
         assert ours.startswith(named[0]), theirs
         assert set(named) <= keys, theirs
