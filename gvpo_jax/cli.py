@@ -133,6 +133,9 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise UserError(f"--step: {arguments.config} is a config; only a run has checkpoints")
     if of_run and not arguments.trust_rewards:
         check_trusted(arguments.config, arguments.overrides, arguments.sets)
+    if not of_run and config.model.name == "debug":
+        told = "model.name=debug is a tiny random model; give yours, e.g. model.name=org/name"
+        tell(f"gvpo-jax: {told}", error=True)
     print(
         json.dumps(_on_screen(evaluate(config, checkpoint=of_run, step=arguments.step)), indent=2)
     )

@@ -141,6 +141,8 @@ def as_record(kind: type, values: Any, key: str = "", base: Any = None) -> Any:
     values = {} if values is None else values
     if isinstance(values, kind):
         return values
+    if isinstance(values, Bare) and values.lstrip().startswith("{"):
+        values = _structure(values, key)
     if not isinstance(values, Mapping):
         what = f"{key} is a section" if key else "a config is made of sections"
         raise UserError(f"{what}, a mapping like {{name: value}}; got {shown(values)}")
@@ -177,7 +179,11 @@ def _hint(name: str, known: Sequence[str], sections: Mapping[str, Any]) -> str:
     if homes:
         return f"write {' or '.join(homes)}; "
     near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean '{near[0]}'? " if near else ""
+    if near:
+        return f"did you mean '{near[0]}'? "
+    everywhere = {field: section for section, fields in names.items() for field in fields}
+    near = difflib.get_close_matches(name, everywhere, 1)
+    return f"did you mean {everywhere[near[0]]}.{near[0]}? " if near else ""
 
 
 def as_type(kind: Any, value: Any, key: str, base: Any = None) -> Any:

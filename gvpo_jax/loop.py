@@ -184,9 +184,10 @@ class Loop:
         elif self.callbacks.ending:
             log.note(f"a callback ended the session at update {step} of {total}: saved")
         else:
+            past = step > (c.train.stop_at or total)
             log.note(
-                f"train.stop_at={c.train.stop_at} of {total} updates: saved; without it the run "
-                "goes on"
+                f"train.stop_at={c.train.stop_at} of {total} updates: "
+                f"{f'the run has {step} already' if past else 'saved'}; without it the run goes on"
             )
         log.flush()
         if left_out := left_out_text(log.counters.left_out):

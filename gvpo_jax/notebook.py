@@ -73,6 +73,8 @@ def samples(run_dir: Path | str) -> Shown:
 
 def report(run_dir: Path | str) -> Shown:
     """The whole report of a run, drawn anew. Raises UserError where the folder holds no run."""
+    if not Path(run_dir).is_dir():
+        raise UserError("there is no report yet: train first")
     path = write_report(run_dir)
     return Shown(path.read_text("utf-8"), str(path), 900)
 

@@ -34,7 +34,7 @@ def write_starter(folder: str | Path) -> list[Path]:
     if there:
         raise UserError(
             f"{folder} has {', '.join(there)} already, and nothing is replaced: give another "
-            "folder, e.g. gvpo-jax init my-task"
+            f"folder, e.g. gvpo-jax init {target.name}-2"
         )
     with contextlib.ExitStack() as undo:
         try:

@@ -27,7 +27,8 @@ def data_signs(
     if evaluates and held_out is None:
         lines.append(
             "eval.every asks for evaluations, but there are no held-out rows: give data.eval_path, "
-            "eval.sets or data.tasks, and data.eval_size above 0, or in Python eval_dataset"
+            "eval.sets or data.tasks, and data.eval_size above 0, or in Python eval_dataset; or "
+            "set eval.every=0"
         )
     if n < batch:
         lines.append(

@@ -37,8 +37,8 @@ def check_sets(sets: Sequence[EvalSet]) -> None:
         where = f"eval.sets.{place}"
         if not re.fullmatch(r"[\w.+-]{1,64}", each.name):
             raise UserError(
-                f"{where}.name={each.name!r}: give a short name of letters and digits, without "
-                "blanks; it stands in the metrics"
+                f"{where}.name={each.name!r}: give a short name of letters, digits, _, -, . and +; "
+                "it stands in the metrics"
             )
         if each.name in names[:place]:
             raise UserError(f"{where}.name={each.name}: an earlier set has that name")

@@ -75,7 +75,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
             f"{folder / CARD} was written or changed by hand, and would be replaced: move it away"
         )
     if folder.exists() and not _replaceable(folder):
-        raise UserError(f"{folder} is not an earlier export; remove it or choose another folder")
+        raise UserError(
+            f"{folder} is not an earlier export, and nothing is replaced: choose another folder"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)

@@ -73,8 +73,8 @@ def upload(folder: Path, name: str, *, private: bool | None = None) -> str:
         )
     except Exception as error:  # of the network, of the hub, of one of the package's own kinds
         raise UserError(
-            f"{name} was not sent to the hub: {_reason(error)}; the export stays in {folder}, and "
-            f"hf upload {name} {folder} sends it too"
+            f"{name} was not sent to the hub: {_reason(error)}; the export stays in {folder}; "
+            "the same command sends it again"
         ) from error
     return f"{api.endpoint}/{repository}"
 

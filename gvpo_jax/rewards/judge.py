@@ -65,7 +65,8 @@ class LLMJudge:
         options: further fields of the request, say {"max_tokens": 512}. The temperature is 0
             unless it is given here.
         cache: a JSONL file that keeps grades from run to run; None: only this process does.
-        name: of the reward in metrics and records.
+        name: of the reward in metrics and records; None: the variable's, where it is found by
+            name, else "judge".
 
     Raises:
         UserError: something is not what it should be, or the key is not there.
@@ -87,10 +88,10 @@ class LLMJudge:
         retries: int = 6,
         options: Mapping[str, Any] | None = None,
         cache: str | Path | None = None,
-        name: str = "judge",
+        name: str | None = None,
     ):
         check_address(url, "api_key_env")
-        self.__name__ = name
+        self.__name__, self._named = name or "judge", name is not None
         self._url = url.rstrip("/").removesuffix("/v1") + _PATH
         self._template, self._system = template, system
         self._columns = _columns(template)
@@ -108,6 +109,10 @@ class LLMJudge:
         about = [url, self._body, template, system, grade, full_marks]
         self.own_code = json.dumps(about, sort_keys=True, default=str)
         self.__signature__ = _signature(self._columns)
+
+    def take_name(self, name: str) -> None:
+        """Be called so, unless it has a name of its own."""
+        self.__name__ = self.__name__ if self._named else name
 
     async def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
@@ -243,7 +248,10 @@ def _authorization(api_key_env: str | None) -> dict[str, str]:
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", api_key_env):
         raise UserError("a judge's api_key_env is the name of an environment variable, not a key")
     if not (key := os.environ.get(api_key_env, "").strip()):
-        raise UserError(f"the environment variable {api_key_env} is empty: put the key in it")
+        raise UserError(
+            f"a judge's api_key_env={api_key_env}: this environment variable is empty; put the key "
+            "in it"
+        )
     if not key.isascii() or not key.isprintable():
         raise UserError(f"the environment variable {api_key_env} holds no key of plain characters")
     return {"Authorization": f"Bearer {key}"}

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,7 +99,9 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The same for any function; `what` it is, say a reward, opens the messages."""
     where, _, name = spec.rpartition(":")
     if not (where and name):
-        model = ", or a reward model's folder or hub name" if what == "reward" else ""
+        model = "; or give a reward model's folder, or its hub name" if what == "reward" else ""
+        if model and not where:
+            model += f" (there is no folder {spec} here)"
         raise UserError(
             f"{what} {spec!r}: write module:function or path/to/file.py:function{model}"
         )
@@ -121,6 +124,8 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
         ]
         known = ", ".join(own) or "none"
         raise UserError(f"{what} {spec!r}: no function {name!r} there; functions: {known}")
+    if isinstance(getattr(func, "take_name", None), types.MethodType):
+        func.take_name(name)
     return func
 
 

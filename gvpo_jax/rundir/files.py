@@ -168,6 +168,13 @@ def check_run(run_dir: Path) -> None:
             f"{run_dir} is not a run: it has neither config.yaml nor {METRICS};"
             " give the folder that training wrote, such as runs/NAME"
         )
+    config = run_dir / "config.yaml"
+    by_hand = config.is_file() and config.read_bytes().lstrip()[:1] == b"#"  # no run writes any
+    if by_hand and not (run_dir / METRICS).exists():
+        raise UserError(
+            f"{run_dir} is not a run: its config.yaml was written by hand; train it, then give its "
+            "run.dir"
+        )
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

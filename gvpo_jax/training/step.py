@@ -61,7 +61,10 @@ class TrainConfig:
         True, "Leave out, but for attention, what pads prompts and completions.", free=True
     )
     stop_at: int | None = setting(
-        None, "End this session after so many updates; the next start goes on.", least=1, free=True
+        None,
+        "End this session when the run has so many updates; the next start goes on.",
+        least=1,
+        free=True,
     )
 
     @property

@@ -198,6 +198,13 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "other.html").read_text() == (tmp_path / "comparison.html").read_text()
 
 
+def test_a_folder_with_a_config_of_ones_own_is_no_run(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "task")]) == 0
+    assert main(["report", str(tmp_path / "task")]) == 2
+    assert "was written by hand; train it, then give its run.dir" in capsys.readouterr().err
+    assert not (tmp_path / "task" / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -590,3 +590,15 @@ def test_an_address_that_can_not_be_read_is_no_path(write, tmp_path, monkeypatch
     with pytest.raises(UserError, match="is an address"), new_folder(Path(address)):
         pass
     assert not list(tmp_path.glob("*:"))
+
+
+def test_a_section_may_be_given_as_a_mapping():
+    config = load_config("debug", ["rewards.model={batch_size: 32, dtype: bfloat16}"])
+    assert (config.rewards.model.batch_size, config.rewards.model.dtype) == (32, "bfloat16")
+    assert "did you mean 'batch_size'" in refused("debug", "rewards.model={batchsize: 32}")
+    assert "is a section" in refused("debug", "rewards.model=32")
+
+
+def test_a_misspelt_keyword_is_looked_for_in_all_sections():
+    with pytest.raises(UserError, match=r"did you mean optimizer\.learning_rate\?"):
+        override(Config(), lerning_rate=1)

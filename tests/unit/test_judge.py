@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from gvpo_jax.errors import UserError
-from gvpo_jax.rewards import RewardError, compute_rewards
-from gvpo_jax.rewards.functions import code_fingerprint
+from gvpo_jax.rewards import RewardConfig, RewardError, compute_rewards
+from gvpo_jax.rewards.functions import code_fingerprint, function_names
 from gvpo_jax.rewards.judge import LLMJudge
 
 TEMPLATE = "Q: {prompt}\nA: {completion}\nRight: {solution}"
@@ -207,6 +207,17 @@ def test_a_column_that_is_not_there_is_named_before_anything_is_asked(stub):
     assert not stub.asked
 
 
+def test_judges_have_the_names_under_which_they_are_found(tmp_path):
+    (tmp_path / "judges.py").write_text(
+        "from gvpo_jax.rewards.judge import LLMJudge\n"
+        "made = lambda **more: LLMJudge('http://localhost:1', 'm', '{completion}', **more)\n"
+        "helpful, short, told = made(), made(), made(name='other')\n"
+    )
+    specs = [f"{tmp_path}/judges.py:{name}" for name in ("helpful", "short", "told")]
+    judges = RewardConfig(funcs=specs).functions()
+    assert function_names(judges) == ["helpful", "short", "other"]
+
+
 def test_it_works_in_event_loops_that_come_and_go(stub):
     judge = LLMJudge(stub.url, "m", "{completion}")
     for text in "ab":
@@ -226,7 +237,7 @@ def test_it_works_in_event_loops_that_come_and_go(stub):
         ({"grade": r"\d+"}, "needs a group"),
         ({"full_marks": 0}, "must be above 0"),
         ({"concurrency": 0}, "must be above 0"),
-        ({"api_key_env": "NOT_THERE"}, "the environment variable NOT_THERE is empty"),
+        ({"api_key_env": "NOT_THERE"}, "api_key_env=NOT_THERE: this environment variable is empty"),
         ({"api_key_env": "sk-123"}, "not a key"),
         ({"cache": "/"}, "can't be read"),
     ],

@@ -243,7 +243,10 @@ def test_weights_that_are_not_finite_are_refused(qwen2, tmp_path):
 def test_folders_and_names_without_a_model_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no folder with a config.json"):
         load_reward_func(str(tmp_path))
-    with pytest.raises(UserError, match="or a reward model's folder or hub name"):
+    with pytest.raises(
+        UserError,
+        match=r"or give a reward model's folder, or its hub name .there is no folder correct here",
+    ):
         load_reward_func("correct")
 
 
