@@ -1,6 +1,5 @@
 """What looks wrong in a run, and what to change: the box at the top of the report."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -66,38 +65,54 @@ def advice(rows: Rows, settings: Mapping[str, Any]) -> list[Advice]:
 
 
 def _hacked(run: _Run) -> Advice | None:
-    scores = [(row["step"], finite(row.get("eval/accuracy"))) for row in run.rows]
-    known = [(step, value) for step, value in scores if value is not None]
+    scores = {row["step"]: score for row in run.rows if (score := _held_out(row)) is not None}
     first, last = run.first("reward"), run.last("reward")
-    if len(known) < 2 or first is None or last is None:
+    if len(scores) < 2 or first is None or last is None:
         return None
-    best = max(value for _, value in known)
-    low = finite(next(r.get("eval/accuracy_low") for r in run.rows if r["step"] == known[-1][0]))
-    fallen = best - known[-1][1] > max(0.05, known[-1][1] - (low if low is not None else math.inf))
-    if not (fallen and last > first):
+    best, best_half = max(scores.values())
+    now, half = scores[max(scores)]
+    # Of many scores the best is partly luck, so both intervals count.
+    if not (best - now > max(0.05, best_half + half) and last > first):
         return None
     return Advice(
         "The reward rises while held-out answers get worse",
         f"Training reward {compact(first)} → {compact(last)}; held-out accuracy was "
-        f"{percent(best)} at best and is {percent(known[-1][1])}.",
+        f"{percent(best)} at best and is {percent(now)}.",
         "Read completions with a high reward: they may please the reward alone. Mend it, raise "
         "loss.beta, or take the best checkpoint (checkpoint.keep_best, --step best).",
     )
+
+
+def _held_out(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """An evaluation's accuracy, and half its interval; 0 where that is not known."""
+    value, low = finite(row.get("eval/accuracy")), finite(row.get("eval/accuracy_low"))
+    if value is None:
+        return None
+    return value, 0.0 if low is None else value - low
 
 
 def _log_ratios_rule(run: _Run) -> Advice | None:
     if run.get("loss.name", "gvpo") != "gvpo":
         return None
     mse, spread = run.last("gvpo_mse"), run.last("reward_std")
-    if mse is None or spread is None or mse <= 2 * max(spread**2, 1e-12):
+    if mse is None or spread is None:
+        return None
+    variance = spread**2 / (_contrast(run.last) or 1)  # a mean of squares, not of the deviations
+    # Where a task is nearly solved rewards hardly differ, and what is left is small: no harm.
+    if mse <= max(2 * variance, run.first("gvpo_mse") or 0.0, 1e-12):
         return None
     return Advice(
         "Weights follow the log-ratios, not the rewards",
         f"gvpo_mse is {compact(mse)}, and half the variance of the rewards in a group is about "
-        f"{compact(spread**2 / 2)}: most of a weight is beta x log-ratio.",
+        f"{compact(variance / 2)}: most of a weight is beta x log-ratio.",
         "Lower optimizer.learning_rate or loss.beta, or limit single completions with "
         "loss.huber_delta.",
     )
+
+
+def _contrast(mean: Callable[[str], float | None]) -> float:
+    """The share of groups in which rewards differ; 1 where it is not known."""
+    return 1 - (mean("frac_reward_zero_std") or 0.0)
 
 
 def _collapsed(run: _Run) -> Advice | None:
@@ -115,7 +130,7 @@ def _no_contrast(run: _Run) -> Advice | None:
     share = run.last("frac_reward_zero_std")
     if share is None or share < 0.7:
         return None
-    reward, high = run.last("reward"), run.get("eval.success_reward") or 1.0
+    reward, high = run.last("reward"), finite(run.get("eval.success_reward")) or 1.0
     easy = reward is not None and reward > 0.5 * high
     tasks = "harder" if easy else "easier"
     return Advice(
@@ -152,14 +167,16 @@ def _failing(run: _Run) -> Advice | None:
 
 def _scale(run: _Run) -> Advice | None:
     beta, spread = finite(run.get("loss.beta", 0.1)), run.first("reward_std")
-    if run.get("loss.name", "gvpo") != "gvpo" or not beta or not spread:
+    contrast = _contrast(run.first)
+    if run.get("loss.name", "gvpo") != "gvpo" or not beta or not spread or not contrast:
         return None
+    spread /= contrast  # groups of equal rewards say nothing of the scale
     nats = spread / beta
     if 0.2 <= nats <= 200:
         return None
     seen = (
-        f"Rewards in a group differ by {compact(spread)} (standard deviation), and loss.beta is "
-        f"{compact(beta)}: a typical difference is worth {compact(nats)} nats."
+        f"Rewards in groups with contrast differ by {compact(spread)} (standard deviation), and "
+        f"loss.beta is {compact(beta)}: a typical difference is worth {compact(nats)} nats."
     )
     if nats > 200:
         return Advice(

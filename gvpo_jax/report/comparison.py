@@ -109,7 +109,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     rows, summary = read_metrics(folder), read_summary(folder)
-    last = summary.get("steps", rows[-1]["step"] if rows else 0)
+    last = summary.get("steps")
+    last = last if isinstance(last, int) else rows[-1]["step"] if rows else 0
     evaluations = read_evaluations(folder, last)
     accuracy = held_out_scale(rows, evaluations) is ACCURACY
     settings = flat_settings(read_settings(folder))

@@ -61,7 +61,8 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     rows, summary, settings = read_metrics(run_dir), read_summary(run_dir), read_settings(run_dir)
     last, train = rows[-1]["step"] if rows else 0, settings.get("train")
     total = train.get("steps") if isinstance(train, dict) else None
-    end = summary.get("steps", last)
+    end = summary.get("steps")
+    end = end if isinstance(end, int) else last
     finished = bool(summary) and end >= last
     model = summary.get("model", settings.get("model", ""))
     evaluations = read_evaluations(run_dir, end)

@@ -73,6 +73,44 @@ def test_a_hacked_reward_is_told_from_a_noisy_score():
     assert advice(rows(evaluations=[(10, 0.5), (20, 0.2)], **falling), {}) == []
 
 
+def test_the_best_of_many_noisy_scores_is_no_fall():
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(100):  # 20 evaluations of 100 questions, of a model that stays as it is
+        found = rows(100, reward=(0.1, 0.9))
+        for row in found[4::5]:
+            share = rng.binomial(100, 0.5) / 100
+            row["eval/accuracy"] = share
+            row["eval/accuracy_low"] = share - 1.96 * np.sqrt(share * (1 - share) / 100)
+        alarms += bool(advice(found, {}))
+    assert alarms <= 5
+
+
+@pytest.mark.parametrize("share", [0.35, 0.2, 0.1])
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_groups_without_contrast_are_not_taken_for_a_wrong_scale(share, beta):
+    rng = np.random.default_rng(0)
+    found = rows(40)
+    for row in found:  # the policy is the reference: weights are the rewards' alone
+        rewards = (rng.random((64, 8)) < 0.5) * (rng.random((64, 1)) < share)
+        spread = rewards.std(axis=1, ddof=1)
+        row["reward_std"], row["frac_reward_zero_std"] = spread.mean(), np.mean(spread == 0)
+        row["gvpo_mse"] = np.mean(spread**2) / 2
+    told = titles(advice(found, {"loss": {"beta": beta}}))
+    assert told in ([], ["Most groups have no contrast"])
+
+
+def test_a_task_that_is_solved_is_not_told_that_log_ratios_rule():
+    solved = rows(reward=(0.2, 1.0), reward_std=(0.4, 0.01), gvpo_mse=(0.08, 0.02))
+    assert advice(solved, {}) == []
+
+
+def test_settings_of_another_kind_stop_no_report():
+    found = rows(frac_reward_zero_std=0.9)
+    for settings in ({"eval": {"success_reward": "x"}}, {"loss": {"beta": "x"}}, {"loss": None}):
+        assert titles(advice(found, settings)) == ["Most groups have no contrast"]
+
+
 def test_other_methods_have_no_beta_and_no_support_to_keep():
     settings = {"loss": {"name": "grpo"}, "rollout": {"top_p": 0.9}}
     assert advice(rows(gvpo_mse=5.0, reward_std=40.0), settings) == []
@@ -187,6 +225,17 @@ def test_runs_without_metrics_are_shown_too(tmp_path):
     (empty / "metrics.jsonl").unlink()
     page = Page(write_comparison([empty, make(tmp_path / "a")], tmp_path / "page.html").read_text())
     assert any("2 (seeds 0, 0)" in cell for cell in page.cells)
+
+
+@pytest.mark.parametrize("steps", ["null", '"x"', "[1]"])
+def test_a_summary_that_is_broken_stops_no_comparison(tmp_path, steps):
+    folder = make(tmp_path / "a")
+    (folder / "eval").mkdir()
+    (folder / "eval" / "after.jsonl").write_text('{"prompt": "x", "reward": 1.0}\n')
+    (folder / "summary.json").write_text(f'{{"steps": {steps}}}')
+    text = write_comparison([folder, make(tmp_path / "b")], tmp_path / "page.html").read_text()
+    assert "2 runs" in text
+    assert "What looks wrong" not in write_report(folder).read_text()
 
 
 def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
