@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gvpo_jax.errors import UserError
+from gvpo_jax.rewards.attempt import attempt
 from gvpo_jax.rewards.call import RewardError
 from gvpo_jax.settings import setting
 
@@ -59,16 +60,23 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
     ) -> list[float | Exception]:
-        """Scores of n completions; an exception in the place of one that is too long.
+        """Scores of n completions; an exception in the place of one that can't be scored.
 
         Raises:
             UserError: the weights can't be used, or the tokenizer has no chat template.
         """
-        ids = [self._ids(*sample) for sample in zip(prompts, completions, strict=True)]
+        samples = zip(prompts, completions, strict=True)
+        read = [attempt(self._ids, *sample) for sample in samples]
+        for error in read:  # of the model itself: leaving rows out would hide it
+            if isinstance(error, UserError) and not isinstance(error, RewardError):
+                raise error
+        ids: list[list[int]] = [[] if isinstance(x, Exception) else x for x in read]
         longest = self._files.config.max_position_embeddings
         found: list[float | Exception] = [
-            RewardError(f"{len(x)} tokens; {self.__name__} was made for 1 to {longest}")
-            for x in ids
+            x
+            if isinstance(x, Exception)
+            else RewardError(f"{len(x)} tokens; {self.__name__} was made for 1 to {longest}")
+            for x in read
         ]
         fits = [i for i, x in enumerate(ids) if 0 < len(x) <= longest]
         fits.sort(key=lambda i: len(ids[i]))
@@ -96,7 +104,7 @@ class RewardModel:
         ids: list[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]
         rows = self._files.config.vocab_size
         if strange := [x for x in ids if not 0 <= x < rows]:
-            raise UserError(
+            raise RewardError(  # of this row: a completion may spell any token
                 f"the reward model {self._files.name} has no embedding for token {strange[0]} of "
                 f"its tokenizer: {rows} rows"
             )

@@ -152,6 +152,28 @@ def test_a_text_that_is_too_long_fails_its_row_alone(qwen2):
     assert isinstance(found[2], RewardError)
 
 
+def test_what_a_completion_says_fails_its_row_alone(qwen2, tmp_path):
+    folder, _, tokenizer = qwen2
+    shutil.copytree(folder, tmp_path / "m")
+    more = type(tokenizer).from_pretrained(folder)
+    more.add_tokens(["<unknown-here>"])  # that has no row in the embeddings
+    more.chat_template = (
+        "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('not that') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    more.save_pretrained(tmp_path / "m")
+    reward, whole = RewardModel(str(tmp_path / "m")), RewardModel(str(folder))
+    found = reward(["a", "a", "a"], ["<unknown-here>", "b", "\ud800"])
+    assert "has no embedding for token" in str(found[0])
+    assert found[1] == pytest.approx(whole(["a"], ["b"])[0], abs=1e-5)
+    assert isinstance(found[2], Exception)
+    chats = [[[{"role": role, "content": x}] for x in "ab"] for role in ("user", "assistant")]
+    chats[1][0][0]["content"] = "no"
+    found = reward(*chats)
+    assert "not that" in str(found[0])
+    assert isinstance(found[1], float)
+
+
 def test_it_is_one_of_several_rewards_of_a_run(qwen2):
     folder, *_ = qwen2
     config = RewardConfig(funcs=[str(folder), "gvpo_jax.rewards.debug:letter_share"])
