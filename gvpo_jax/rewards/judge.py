@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import string
@@ -37,6 +38,7 @@ from gvpo_jax.http import (
     read_answer,
 )
 from gvpo_jax.rewards import RewardError, completion_text
+from gvpo_jax.rewards.attempt import attempt
 
 _GRADE = r"Grade:\s*\**\s*(-?\d+(?:\.\d+)?)"
 _PATH = "/v1/chat/completions"
@@ -96,12 +98,11 @@ class LLMJudge:
         self._template, self._system = template, system
         self._columns = _columns(template)
         self._grade, self._full_marks = _pattern(grade), full_marks
-        if full_marks <= 0 or concurrency < 1 or (per_minute is not None and per_minute <= 0):
-            raise UserError("a judge's full_marks, concurrency and per_minute must be above 0")
+        _check_numbers(full_marks, concurrency, per_minute, timeout, retries)
         self._headers = _authorization(api_key_env)
         self._concurrency, self._per_minute = concurrency, per_minute
         self._timeout, self._retries = timeout, retries
-        self._body = {"model": model, "temperature": 0.0} | dict(options or {})
+        self._body = {"model": model, "temperature": 0.0} | _json_options(options or {})
         self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
         self._cache = None if cache is None else Path(cache).expanduser()
         self._grades = _read_cache(self._cache)
@@ -118,29 +119,34 @@ class LLMJudge:
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
     ) -> list[Any]:
         """Rewards of n completions, 0 to 1; an exception in the place of one that failed."""
-        bodies = []
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        bodies = []  # or why there is none
+        for i, sample in enumerate(zip(prompts, completions, strict=True)):
             given = {name: columns[name][i] for name in self._columns}
-            texts = {"prompt": prompt_text(prompt), "completion": completion_text(completion)}
-            bodies.append(self._question(given | texts))
-        keys = [self._key(body) for body in bodies]
-        new = {key: body for key, body in zip(keys, bodies, strict=True) if key not in self._grades}
+            bodies.append(attempt(self._question, *sample, given))
+        keys = [x if isinstance(x, Exception) else self._key(x) for x in bodies]
+        asked = zip(keys, bodies, strict=True)
+        new = {k: x for k, x in asked if isinstance(k, str) and k not in self._grades}
         answers = await asyncio.gather(*(self._ask(body) for body in new.values()))
         told: dict[str, Any] = dict(zip(new, answers, strict=True))
         self._keep({key: x for key, x in told.items() if not isinstance(x, Exception)})
-        return [told.get(key, self._grades.get(key)) for key in keys]
+        known = self._grades | told
+        return [known[key] if isinstance(key, str) else key for key in keys]
 
-    def _question(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _question(self, prompt: Any, completion: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        texts = {"prompt": prompt_text(prompt), "completion": completion_text(completion)}
+        values = {**given, **texts}
         system = [{"role": "system", "content": self._system}] if self._system else []
-        asked = {"role": "user", "content": self._template.format(**values)}
+        text = self._template.format(**values)
+        text.encode()  # raises for lone surrogates, which JSON over HTTP can't carry
+        asked = {"role": "user", "content": text}
         return self._body | {"messages": [*system, asked]}
 
     async def _ask(self, body: Mapping[str, Any]) -> float | RewardError:
         state, reason = self._state(), ""
         httpx = load_httpx()
-        for attempt in range(self._retries + 1):
-            if attempt:
-                await asyncio.sleep(pause(0.5, attempt))
+        for number in range(self._retries + 1):
+            if number:
+                await asyncio.sleep(pause(0.5, number))
             try:
                 async with state.places:
                     await state.turn(self._per_minute)
@@ -187,7 +193,8 @@ class LLMJudge:
         lines = [json.dumps({"key": key, "reward": reward}) for key, reward in grades.items()]
         try:
             with self._cache.open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+                # After a line that was cut off, if the last one was.
+                file.write("\n".join(["", *lines, ""]))
         except OSError as error:
             raise UserError(f"the judge's cache {self._cache} can't be written: {error}") from None
 
@@ -260,7 +267,11 @@ def _authorization(api_key_env: str | None) -> dict[str, str]:
 def _read_cache(path: Path | None) -> dict[str, float]:
     """Grades by key; lines that were cut off are left out."""
     grades: dict[str, float] = {}
-    if path is None or not path.exists():
+    if path is None:
+        return grades
+    if not path.parent.is_dir():
+        raise UserError(f"the judge's cache {path} can't be written: there is no such folder")
+    if not path.exists():
         return grades
     try:
         text = path.read_text("utf-8", errors="replace")
@@ -270,9 +281,31 @@ def _read_cache(path: Path | None) -> dict[str, float]:
         try:
             entry = json.loads(line)
             grades[str(entry["key"])] = float(entry["reward"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return grades
+
+
+def _check_numbers(full_marks, concurrency, per_minute, timeout, retries) -> None:
+    whole = isinstance(concurrency, int) and isinstance(retries, int)
+    above = [full_marks, concurrency, timeout, *([] if per_minute is None else [per_minute])]
+    if not (whole and all(isinstance(x, int | float) and 0 < x < math.inf for x in above)):
+        raise UserError(
+            "a judge's full_marks, concurrency, per_minute and timeout must be above 0, and "
+            "concurrency and retries whole numbers"
+        )
+    if retries < 0:
+        raise UserError(f"a judge's retries={retries}: give 0 or more")
+
+
+def _json_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Further fields of the request, as they are sent."""
+    if taken := {"messages", "stream"} & set(options):
+        raise UserError(f"a judge's options can't set {', '.join(sorted(taken))}")
+    try:
+        return json.loads(json.dumps(dict(options), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a judge's options are no JSON: {error}") from None
 
 
 def _signature(columns: Sequence[str]) -> inspect.Signature:

@@ -170,6 +170,27 @@ def test_a_completion_without_a_grade_has_failed(stub, reply, told, asked):
     assert (scores.failed, scores.rewards[1]) == (1, 0.5)
 
 
+def test_a_question_that_can_not_be_written_fails_its_row_alone(stub):
+    judge = LLMJudge(stub.url, "m", "{completion} {prompt} {solution:.3}")
+    scores = rewards(
+        judge,
+        ["{a} {{b}} {0}", "\ud800", "c"],
+        columns={"solution": ["s", "s", 5]},
+        on_error="skip",
+    )
+    assert scores.failed == 2
+    assert scores.rewards[0] == 0.7
+    assert stub.asked[0][1]["messages"][0]["content"] == "{a} {{b}} {0} p s"
+
+
+def test_a_cache_that_was_cut_off_goes_on(stub, tmp_path):
+    cache = tmp_path / "grades.jsonl"
+    cache.write_text('{"key": "x", "reward": 1' + "0" * 400 + '}\n[1]\n{"key": "a')
+    for _ in range(2):
+        assert list(rewards(LLMJudge(stub.url, "m", TEMPLATE, cache=cache)).rewards) == [0.7, 0.7]
+    assert len(stub.asked) == 2
+
+
 def test_a_slow_answer_and_no_server_at_all(stub):
     stub.delay = 3
     slow = LLMJudge(stub.url, "m", TEMPLATE, timeout=0.2, retries=0)
@@ -236,8 +257,16 @@ def test_it_works_in_event_loops_that_come_and_go(stub):
         ({"grade": "("}, "is no regular expression"),
         ({"grade": r"\d+"}, "needs a group"),
         ({"full_marks": 0}, "must be above 0"),
+        ({"full_marks": float("nan")}, "must be above 0"),
+        ({"full_marks": "10"}, "must be above 0"),
         ({"concurrency": 0}, "must be above 0"),
         ({"api_key_env": "NOT_THERE"}, "api_key_env=NOT_THERE: this environment variable is empty"),
+        ({"concurrency": 1.5}, "whole numbers"),
+        ({"timeout": 0}, "must be above 0"),
+        ({"retries": -1}, "give 0 or more"),
+        ({"options": {"x": {1}}}, "are no JSON"),
+        ({"options": {"stream": True}}, "can't set stream"),
+        ({"cache": "/no/such/folder/x.jsonl"}, "there is no such folder"),
         ({"api_key_env": "sk-123"}, "not a key"),
         ({"cache": "/"}, "can't be read"),
     ],
