@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|ya29\.)[\w.-]{8,}")
+_TOKEN = re.compile(
+    r"\b(hf_|sk-|gh[opsu]_|github_pat_|glpat-|gsk_|xox[abp]-|AKIA|AIza|ya29\.)[\w.-]{8,}"
+)
 _LOGIN = re.compile(r"://[^/\s@]+@")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -107,7 +109,7 @@ def hide(text: str) -> str:
     names = {os.environ.get(name) for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
     for user in filter(None, names):
         text = re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\:\s'\"]|$)", "USER", text)
-    return re.sub(r"(/home/|/Users/)[^/\s:'\"]+", r"\1USER", text)
+    return re.sub(r"(/home/|[/\\]+Users[/\\]+)[^/\\\s:'\"]+", r"\1USER", text)
 
 
 def tell(text: str, *, error: bool = False) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from gvpo_jax.buckets import is_address
 from gvpo_jax.config import Config
-from gvpo_jax.errors import UserError, tell
+from gvpo_jax.errors import UserError, hide, tell
 from gvpo_jax.models.export import CARD, MARKER
 from gvpo_jax.models.hf_files import read_json
 from gvpo_jax.report.card import About, model_card
@@ -23,6 +23,7 @@ _LICENSE = ("license", "license_name", "license_link")
 # Of machines and places, which are nobody else's business.
 _LEFT_OUT = ("run.", "log.", "checkpoint.", "mesh.", "distributed.", "servers.", "model.name")
 _KEPT = ("run.seed", "servers.kind")
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt", ".gguf", ".py")
 _LONGEST = 200  # characters of a value
 
 
@@ -83,7 +84,8 @@ def changed_settings(config: Config) -> Iterator[tuple[str, str]]:
             several = value if isinstance(value, list) else [value]
             text = ", ".join(x if _on_hub(x) else _last(x) for x in several)
         else:
-            text = _without_paths(str(_shown(without_secrets(_records(value)))))
+            # Hidden before the text is cut: half a key is known by nothing.
+            text = _without_paths(hide(str(_shown(without_secrets(_records(value))))))
         yield key, text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -99,8 +101,12 @@ def start_of(model: str) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether it can only be OWNER/NAME: nothing lies there on this machine."""
-    return bool(_HUB_NAME.fullmatch(name)) and not os.path.exists(name)
+    """Whether it can only be OWNER/NAME: no file's name, and nothing lies there on this machine.
+
+    A file may have been trained with in another folder than the one where this is asked.
+    """
+    is_file = name.lower().endswith(_FILES)
+    return bool(_HUB_NAME.fullmatch(name)) and not is_file and not os.path.exists(name)
 
 
 def _last(place: str) -> str:

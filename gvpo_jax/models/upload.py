@@ -1,13 +1,17 @@
 """Sending an export to the Hugging Face hub."""
 
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from gvpo_jax.buckets import is_address
 from gvpo_jax.errors import UserError
 from gvpo_jax.models.export import MARKER
 from gvpo_jax.models.hf_files import read_json
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Of an earlier upload: what would be loaded in place of, or beside, the new one.
 _STALE = (
     "model*.safetensors",
@@ -53,14 +57,17 @@ def upload(folder: Path, name: str, *, private: bool | None = None) -> str:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = huggingface_hub.HfApi(library_name="gvpo-jax")
+    kept_here = [MARKER] if _names_a_place(folder, MARKER, "start_model") else []
+    by_hand = shlex.join(["hf", "upload", name, str(folder)])
+    by_hand += " --private" * bool(private) + f" . --exclude {MARKER}" * bool(kept_here)
     try:
         if huggingface_hub.get_token() is None:
             raise UserError(_LOG_IN)
-        if _names_a_path(folder, "adapter_config.json", "base_model_name_or_path"):
+        if _names_a_place(folder, "adapter_config.json", "base_model_name_or_path"):
             raise UserError(_BASE)
         repository = api.create_repo(name, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(repository).private:
-            raise UserError(
+            raise _Public(
                 "that repository is there already, and public: make it private in its settings, "
                 "or give another name"
             )
@@ -69,14 +76,17 @@ def upload(folder: Path, name: str, *, private: bool | None = None) -> str:
             folder_path=folder,
             commit_message="Export of gvpo-jax",
             delete_patterns=list(_STALE),
-            ignore_patterns=[MARKER] if _names_a_path(folder, MARKER, "start_model") else [],
+            ignore_patterns=kept_here,
         )
     except Exception as error:  # of the network, of the hub, of one of the package's own kinds
-        raise UserError(
-            f"{name} was not sent to the hub: {_reason(error)}; the export stays in {folder}; "
-            "the same command sends it again"
-        ) from error
+        told = f"{name} was not sent to the hub: {_reason(error)}; the export stays in {folder}"
+        later = "" if isinstance(error, _Public) else f", and {by_hand} sends it too"
+        raise UserError(told + later) from error
     return f"{api.endpoint}/{repository}"
+
+
+class _Public(UserError):
+    """What shall be private would be seen by all: no command that sends it is told."""
 
 
 _LOG_IN = "you are not logged in: hf auth login, or HF_TOKEN, with a token that may write"
@@ -86,10 +96,12 @@ _BASE = (
 )
 
 
-def _names_a_path(folder: Path, file: str, key: str) -> bool:
-    """Whether a file of an export says where on this machine its base lies."""
+def _names_a_place(folder: Path, file: str, key: str) -> bool:
+    """Whether a file of an export says where on this machine, or in a bucket, its base lies."""
     base = (read_json(folder / file) or {}).get(key)
-    return isinstance(base, str) and Path(base).is_absolute()
+    if not isinstance(base, str) or base.startswith("package://"):
+        return False
+    return Path(base).is_absolute() or is_address(base) or not _HUB_NAME.fullmatch(base)
 
 
 def _reason(error: BaseException) -> str:

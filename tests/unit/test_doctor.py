@@ -516,6 +516,8 @@ def test_json_tells_no_user_no_home_and_no_key(there, tmp_path, monkeypatch, cap
         ("https://me:secret@host/x", "https://...@host/x"),
         ("token hf_0123456789abcdef is", "token ... is"),
         ("/home/somebody/x and /Users/one", "/home/USER/x and /Users/USER"),
+        (r"C:\Users\one\x", r"C:\Users\USER\x"),
+        ("AKIA0123456789ABCDEF, github_pat_0123456789", "..., ..."),
         ("jax 0.10.2", "jax 0.10.2"),
     ],
 )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -198,8 +199,9 @@ def test_a_name_of_somebody_else(exported, hub):
 
 def test_what_shall_be_private_is_not_put_where_all_can_see_it(exported, hub):
     hub.repositories["me/name"] = {}
-    with pytest.raises(UserError, match="is there already, and public: make it private"):
+    with pytest.raises(UserError, match="is there already, and public: make it private") as caught:
         upload(exported, "me/name", private=True)
+    assert "hf upload" not in str(caught.value)  # which would show it to all
     assert hub.repositories["me/name"] == {}
     hub.private["me/name"] = True
     upload(exported, "me/name", private=True)
@@ -242,6 +244,31 @@ def test_a_start_model_in_a_folder_is_not_told_by_its_path(hub, exported, tmp_pa
     assert "gvpo_jax_export.json" not in hub.repositories["me/name"]
     assert str(tmp_path).encode() not in received
     assert str(exported).encode() not in received
+
+
+@pytest.mark.parametrize(
+    ("start", "is_place"),
+    [
+        ("Qwen/Qwen3-0.6B", False),
+        ("debug", False),
+        ("package://models/x.gguf", False),
+        ("/home/x/base", True),
+        ("./base", True),
+        ("~/base", True),
+        ("my/own/base", True),
+        ("gs://bucket/base", True),
+    ],
+)
+def test_the_command_that_sends_it_later_sends_no_more(hub, exported, tmp_path, start, is_place):
+    folder = tmp_path / "an export"
+    shutil.copytree(exported, folder)
+    (folder / "gvpo_jax_export.json").write_text(json.dumps({"start_model": start}))
+    hub.faults["repos/create"] = 500
+    with pytest.raises(UserError) as caught:
+        upload(folder, "me/name", private=True)
+    end = " . --exclude gvpo_jax_export.json" if is_place else ""
+    command = f"hf upload me/name '{folder}' --private{end} sends it too"
+    assert str(caught.value).endswith(command)
 
 
 def test_an_adapter_beside_a_base_in_a_folder_is_not_sent(hub, tmp_path):
@@ -405,7 +432,13 @@ def test_no_places_and_no_secrets(monkeypatch, tmp_path):
         data__path="/home/anna/data/rows.jsonl",
         data__eval_path="s3://user:pw@bucket/held.jsonl?sig=abc",
         data__system_prompt="look at /home/anna/notes/plan.txt, say sesame-open-123",
-        data__template_arguments={"url": "https://u:p@host/x?key=1"},
+        data__template_arguments={
+            "url": "https://u:p@host/x?key=1",
+            "home": "/home/anna",
+            "windows": "C:\\Users\\anna\\x",
+            "filler": "x" * 61,
+            "cut": "sesame-open-123",
+        },
         rewards__funcs=["/home/anna/code/reward.py:f"],
         servers__kind="vllm",
         servers__urls=["http://10.0.0.1:8000"],
@@ -423,6 +456,14 @@ def test_no_places_and_no_secrets(monkeypatch, tmp_path):
     assert settings["servers.kind"] == "vllm"
     assert settings["data.system\\_prompt"] == "look at plan.txt, say ..."
     assert "This is base, trained with" in card
+
+
+def test_a_file_that_is_elsewhere_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    head = about_base("Qwen/Qwen3-0.6B", tmp_path, data__path="data/train.jsonl")
+    assert "datasets" not in head
+    head = about_base("Qwen/Qwen3-0.6B", tmp_path, data__path="openai/gsm8k")
+    assert head["datasets"] == ["openai/gsm8k"]
 
 
 def about_base(name: str, tmp_path: Path, **settings: object) -> dict:
