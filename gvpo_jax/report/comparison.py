@@ -132,7 +132,7 @@ def _contents(runs: Sequence[Run]) -> dict[str, Any]:
         "count": len(runs),
         "variants": variants,
         "table": [_row(variant) for variant in variants],
-        "score": (ACCURACY if _all_accuracy(variants) else REWARD).title,
+        "score": _score_title(runs),
         "large": [figure for figure in figures if figure],
         "small": [figure for figure in more if figure],
         "names": [run.name for run in runs],
@@ -213,8 +213,9 @@ def _held_out(variants: Sequence[Variant]) -> Figure | None:
     note = "Mean over the runs; pale: from the least to the most."
     metric = Metric("", scale.title, note, scale.show, scale.tick)
 
-    def of(run: Run) -> dict[int, float]:
-        return {step: value for step, (value, _) in run.curve.items()}
+    def of(run: Run) -> dict[int, float]:  # accuracies stay out of a chart of rewards
+        alike = run.accuracy == (scale is ACCURACY)
+        return {step: value for step, (value, _) in run.curve.items()} if alike else {}
 
     return _curves(variants, metric, of, _LARGE, dots=True)
 
@@ -243,6 +244,13 @@ def _reward_by_distance(variants: Sequence[Variant]) -> Figure | None:
     )
     note = "Running means. Higher at the same distance is better: more reward for less change."
     return Figure("Reward against distance from the reference", "", note, picture)
+
+
+def _score_title(runs: Sequence[Run]) -> str:
+    kinds = {
+        run.accuracy: (ACCURACY if run.accuracy else REWARD).title for run in runs if run.curve
+    }
+    return " or ".join(kinds[kind] for kind in sorted(kinds, reverse=True)) or REWARD.title
 
 
 def _all_accuracy(variants: Sequence[Variant]) -> bool:

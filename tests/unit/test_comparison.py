@@ -227,6 +227,17 @@ def test_runs_without_metrics_are_shown_too(tmp_path):
     assert any("2 (seeds 0, 0)" in cell for cell in page.cells)
 
 
+def test_accuracies_and_held_out_rewards_share_no_chart(tmp_path):
+    folders = [make(tmp_path / "a"), make(tmp_path / "b", beta=0.3)]
+    lines = rows(20)
+    lines[-1]["eval/reward"] = 7.5
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    text = write_comparison(folders, tmp_path / "page.html").read_text()
+    assert "Held-out accuracy or Held-out reward" in text
+    assert "beta=0.3, step 20: 7.5" in text
+    assert "beta=0.1, step 20: 0.25" not in text
+
+
 @pytest.mark.parametrize("steps", ["null", '"x"', "[1]"])
 def test_a_summary_that_is_broken_stops_no_comparison(tmp_path, steps):
     folder = make(tmp_path / "a")
