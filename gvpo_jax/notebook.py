@@ -46,7 +46,7 @@ def plot(history: Rows, run_dir: Path | str | None = None) -> Shown:
     """
     if not any("step" in row for row in history):
         raise UserError("there is nothing to plot yet: train first")
-    last = int(history[-1]["step"])
+    last = max(int(row.get("step", 0)) for row in history)
     evaluations = [] if run_dir is None else read_evaluations(Path(run_dir), last)
     large, small = main_figures(history, evaluations), metric_figures(history)
     page = render("curves.html", {"large": large, "small": small[:6]})

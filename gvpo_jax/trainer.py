@@ -615,7 +615,11 @@ class Trainer:
         one = callable(reward_funcs) or isinstance(reward_funcs, str)
         given: Any = [reward_funcs] if one else reward_funcs
         how = self.config.rewards.model
-        funcs = [load_reward_func(f, how) if isinstance(f, str) else f for f in given or ()]
+
+        def load() -> list[Any]:
+            return [load_reward_func(f, how) if isinstance(f, str) else f for f in given or ()]
+
+        funcs = raise_together(load)  # a host may lack a file
         for func in funcs:
             if not callable(func):
                 raise UserError(f"a reward function is something to call, got {func!r}")

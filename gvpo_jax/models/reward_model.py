@@ -83,6 +83,7 @@ def open_reward_model(name: str) -> RewardModelFiles:
 
 def _decoder(folder: Path, values: Mapping[str, Any]) -> DecoderConfig:
     architectures = values.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     if not any(str(architecture).endswith(_ENDING) for architecture in architectures):
         raise UserError(
             f"{folder} is no reward model that can be read: its architecture is "

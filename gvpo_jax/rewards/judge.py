@@ -106,8 +106,8 @@ class LLMJudge:
         self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
         self._cache = None if cache is None else Path(cache).expanduser()
         self._grades = _read_cache(self._cache)
-        # What tells it from other judges, see `functions.code_fingerprint`.
-        about = [url, self._body, template, system, grade, full_marks]
+        # What tells it from other judges, see `functions.code_fingerprint`; not where it runs.
+        about = [self._body, template, system, grade, full_marks]
         self.own_code = json.dumps(about, sort_keys=True, default=str)
         self.__signature__ = _signature(self._columns)
 
@@ -183,7 +183,7 @@ class LLMJudge:
         return self._states[loop]
 
     def _key(self, body: Mapping[str, Any]) -> str:
-        about = [self._url, body, self._grade.pattern, self._full_marks]
+        about = [body, self._grade.pattern, self._full_marks]
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
     def _keep(self, grades: Mapping[str, float]) -> None:

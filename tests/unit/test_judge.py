@@ -211,6 +211,14 @@ def test_the_key_is_sent_and_never_shown(stub, monkeypatch):
     assert "sk-secret" not in str(caught.value) + judge.own_code + repr(judge)
 
 
+def test_another_server_is_the_same_judge(tmp_path):
+    here, there = (
+        LLMJudge(f"http://localhost:{port}", "m", TEMPLATE, cache=tmp_path / "grades.jsonl")
+        for port in (1, 2)
+    )
+    assert code_fingerprint(here) == code_fingerprint(there)
+
+
 def test_another_template_is_other_code(stub):
     prints = {
         code_fingerprint(LLMJudge(stub.url, model, template, full_marks=marks))

@@ -180,7 +180,7 @@ def test_what_the_hub_refuses_is_one_line_and_the_export_stays(exported, hub, pa
     line = str(caught.value)
     assert line.startswith("owner/name was not sent to the hub: ")
     assert says in line
-    assert line.endswith(f"the export stays in {exported}; the same command sends it again")
+    assert line.endswith(f"hf upload owner/name {exported} sends it too")
     assert "\n" not in line
     assert TOKEN not in line
     assert files_of(exported) == before

@@ -237,6 +237,7 @@ def change(folder, copy, **values):
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, "its architecture is Qwen2ForCausalLM"),
         ({"architectures": None}, "its architecture is not given"),
+        ({"architectures": 5}, "its architecture is 5"),
         ({"model_type": "bert"}, "model_type bert is not supported"),
         ({"hidden_size": 64}, "score.weight is \\[1, 32\\]"),
     ],
