@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,23 @@ def test_saving(tmp_path):
         assert 0 < row["waits"][0] < row["whole after"][0]
         assert row["beside it"][0] > 0.5
     assert [round(row["GiB"], 1) for row in saved.values()] == [1.5, 5.8]
+
+
+def test_slow_rewards(tmp_path):
+    """A slow judge costs less with lookahead, and least where training is long, in the saved run."""
+    run("slow_rewards", "--out", tmp_path / "results.json")
+    small = json.loads((tmp_path / "results.json").read_text())
+    saved = json.loads((ROOT / "experiments" / "slow_rewards" / "results.json").read_text())
+    assert small["seconds"].keys() == saved["seconds"].keys()
+    assert all(times[0] > 0 for times in small["seconds"].values())
+
+    def cost(updates, lookahead):
+        name = f"{updates} updates, lookahead {lookahead}"
+        fast, slow = (saved["seconds"][f"{name}, {speed} judge"] for speed in ("fast", "slow"))
+        return statistics.median(slow) - statistics.median(fast)
+
+    assert cost(1, 0) > 0.5 * saved["delay"]
+    assert cost(4, 1) < 0.3 * cost(4, 0)
 
 
 def test_trace(tmp_path):
