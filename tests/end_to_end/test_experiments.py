@@ -206,7 +206,7 @@ def test_saving(tmp_path):
 
 
 def test_slow_rewards(tmp_path):
-    """A slow judge costs less with lookahead, and least where training is long, in the saved run."""
+    """A slow judge costs less with lookahead, where training is long, in the saved run."""
     run("slow_rewards", "--out", tmp_path / "results.json")
     small = json.loads((tmp_path / "results.json").read_text())
     saved = json.loads((ROOT / "experiments" / "slow_rewards" / "results.json").read_text())
