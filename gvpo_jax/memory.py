@@ -181,7 +181,8 @@ def _reward_models(config: Config, mesh: Mesh) -> int:
     """Weights on one device, of those in folders; they are cut over the devices of a process."""
     folders = [spec for spec in config.rewards.funcs if os.path.isdir(spec)]
     weights = sum(open_reward_model(folder).weights for folder in folders)
-    return weights * jnp.dtype(config.rewards.model.dtype).itemsize // len(mesh.local_devices)
+    devices = max(mesh.size // jax.process_count(), 1)  # also where these are only described
+    return weights * jnp.dtype(config.rewards.model.dtype).itemsize // devices
 
 
 def _stacked(config: Config, model: DecoderConfig, mesh: Mesh, *trees: Params) -> int:

@@ -314,7 +314,7 @@ def test_flags_of_other_programs_are_told_how_settings_are_written(refused):
 
 @pytest.mark.parametrize(
     ("platform", "cure"),
-    [("tpu", "'jax[tpu]'"), ("cuda", "'jax[cuda13]'"), ("rokm", "known backends: ['cpu', 'tpu']")],
+    [("tpu", "'jax[tpu]'"), ("cuda", "'jax[cuda13]'"), ("rokm", "known backends: ['cpu', 'tpu'")],
 )
 def test_a_backend_that_cant_start_is_one_line(tmp_path, platform, cure):
     code = (

@@ -225,7 +225,7 @@ def test_whatever_fails_is_a_line_and_the_rest_goes_on(there, monkeypatch):
     [
         ({"optax": None}, "trainer", "note", "without its trainer (optax missing)"),
         ({"jax": "0.11.2", "flax": "0.12.9"}, "trainer", "problem", "pip install -U flax"),
-        ({"flax": "0.11.0"}, "trainer", "problem", "needs flax 0.12 or newer"),
+        ({"flax": "0.11.0"}, "trainer", "problem", "needs flax 0.12.1 or newer"),
         ({"jax-cuda13-plugin": "0.9"}, "CUDA plugin", "problem", "pip install -U 'jax[cuda13]'"),
         ({"jax-cuda12-plugin": "0.9"}, "CUDA plugin", "problem", "pip install -U 'jax[cuda12]'"),
         ({"libtpu": "0.0.1"}, "libtpu", "note", "pip install -U 'jax[tpu]'"),

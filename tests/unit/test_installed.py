@@ -23,7 +23,7 @@ HERE = {name: importlib.metadata.version(name) for name in installed._asked_for(
         ),
         (
             {"jax": "0.7.2", "flax": "0.11.2"},
-            r"needs flax 0.12 or newer \(here: 0.11.2\), jax 0.10 or newer \(here: 0.7.2\): pip "
+            r"needs flax 0.12.1 or newer \(here: 0.11.2\), jax 0.10 or newer \(here: 0.7.2\): pip "
             r"install -U 'gvpo-jax\[train\]'",
         ),
         ({"jax": "0.11.2", "flax": "0.12.9"}, "jax 0.11.2 does not work with flax 0.12.9: pip"),
